@@ -1,0 +1,230 @@
+"""The reference backend: attention with a SUS backward in plain PyTorch, on any device.
+
+It is the truth that faster kernels are tested against, and the fallback where there is none. Three
+things are specified here, once, for every backend: the hash behind all random draws, the fixed-point
+inclusion probabilities, and the two samplers.
+
+Dims: B batch, H query heads, K key/value heads, G = H / K query heads a key/value head, T positions,
+R query rows of one block, N keys that the block sees (those up to its last row if causal, else T), D
+head dim. All work goes in blocks of R rows, so nothing of size T x T is ever stored: O(R * T) scratch.
+
+Deliberately missing: speed. A block's masked products are dense; kernels visit kept entries only.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------
+# Randomness: a counter-based hash. A draw is a pure function of (seed, stream, batch, head, row[, column]),
+# so the backward can be repeated (activation checkpointing, compilation, resume) and gives the same mask.
+# ---------------------------------------------------------------------------------------------
+
+WORD = 0xFFFFFFFF
+STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD = 0, 1, 2
+
+
+def absorb(state, word):
+    """Absorb one 32-bit word into a 32-bit hash state; both are ints or int64 tensors in [0, 2^32).
+
+    The finaliser is lowbias32 (Wellons, "Prospecting for hash functions", 2018). The added constant
+    keeps (0, 0) from being a fixed point. Only 32-bit unsigned arithmetic is needed: the low half of a
+    product is right even where int64 wraps.
+    """
+    x = ((state + 0x9E3779B9) & WORD) ^ word
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & WORD
+    return x ^ (x >> 16)
+
+
+def seed_state(seed, stream: int):
+    """The hash state that all draws of one (seed, stream) start from. seed: int or int64 tensor, 64 bits."""
+    return absorb(absorb(absorb(0, seed & WORD), (seed >> 32) & WORD), stream)
+
+
+def fold_in(seed, *words):
+    """A new seed in [0, 2^32) from a seed and integers (iteration, micro-batch, layer, ...); ints or int64 tensors."""
+    state = seed_state(seed, STREAM_FOLD)
+    for word in words:
+        state = absorb(absorb(state, word & WORD), (word >> 32) & WORD)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------
+# Inclusion probabilities in fixed point, and the samplers.
+# ---------------------------------------------------------------------------------------------
+
+UNIT_BITS = 23
+UNIT = 1 << UNIT_BITS  # q = 1
+
+
+def inclusion_units(w: Tensor, c: Tensor) -> Tensor:
+    """q = min(1, c * w) as an integer multiple of 2^-23, at least one unit where w > 0, zero elsewhere.
+
+    w: float tensor of attention weights; c: 0-d float tensor (inf keeps everything). Returns int32, shape of w.
+    Sampler and divisor both use this integer. That makes the estimator exactly unbiased, however small
+    the weights and however long the row: a float32 running sum loses entries too small to move it.
+    """
+    units = (w * (c.to(w.dtype) * UNIT)).round_().clamp_(1, UNIT)
+    return torch.where(w > 0, units, 0).to(torch.int32)  # also keeps NaN from becoming an integer
+
+
+def slot_bound(c_max: float, T: int) -> int:
+    """The most entries a row may keep under systematic sampling: ceil(c) + 1, as rounding up may lift sum(q) past c."""
+    return T if c_max >= T else min(int(-(-c_max // 1)) + 1, T)
+
+
+def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device) -> Tensor:
+    """One uniform a row for the systematic sampler: int64 (B, H, R) in [0, 2^23)."""
+    state = seed_state(seed.to(device), STREAM_SYSTEMATIC)
+    return absorb(_row_state(state, B, H, device), torch.arange(rows.start, rows.stop, device=device)) >> (32 - UNIT_BITS)
+
+
+def _row_state(state: Tensor, B: int, H: int, device) -> Tensor:
+    batch, head = torch.arange(B, device=device), torch.arange(H, device=device)
+    return absorb(absorb(state, batch[:, None, None]), head[:, None])  # (B, H, 1)
+
+
+def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Systematic sampling: keep entry j where the running sum of q, shifted by u, crosses an integer.
+
+    q_units: int32 (..., R, N) from `inclusion_units`; u: int (..., R) in [0, 2^23). Returns keep, bool, and the
+    number of entries that fell beyond `slots` (tests assert that there are none).
+    """
+    # Integer sums are associative: tiles, scans and threads all agree. int32 holds them while sum(q) <= c < 255.
+    total_dtype = torch.int32 if slots < 255 else torch.int64
+    total = q_units.cumsum(-1, dtype=total_dtype).add_(u.to(total_dtype).unsqueeze(-1))
+    crossed = (total & (UNIT - 1)) < q_units
+    within = (total >> UNIT_BITS) <= slots  # the ordinal is the slot that a kernel stores into
+    return crossed & within, (crossed & ~within).sum()
+
+
+def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
+    """Poisson sampling (the paper's): independent Bernoulli(q). q_units: int32 (B, H, R, N). Returns bool."""
+    B, H, _, N = q_units.shape
+    device = q_units.device
+    state = _row_state(seed_state(seed.to(device), STREAM_POISSON), B, H, device)
+    state = absorb(state, torch.arange(rows.start, rows.stop, device=device))  # (B, H, R)
+    u = absorb(state.unsqueeze(-1), torch.arange(N, device=device)) >> (32 - UNIT_BITS)  # (B, H, R, N)
+    return u < q_units
+
+
+def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, T: int) -> Callable:
+    """A function (weights (B, H, R, N), rows) -> m of the same shape: 1/q where an entry is kept, else 0.
+
+    It also returns how many entries were dropped (int64 tensor; 0 by construction, and always for Poisson).
+    u: None, or the systematic sampler's uniforms, int64 (B, H, T) in [0, 2^23).
+    """
+    c = torch.clamp(c, max=c_max)
+    slots = slot_bound(c_max, T)
+
+    def multiplier(w: Tensor, rows: range):
+        B, H = w.shape[:2]
+        q_units = inclusion_units(w, c.to(w.device))
+        if sampler == "poisson":
+            keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
+        else:
+            u_rows = row_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop]
+            keep, dropped = keep_systematic(q_units, u_rows, slots)
+        return torch.where(keep, UNIT / q_units.to(w.dtype), 0), dropped
+
+    return multiplier
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention.
+# ---------------------------------------------------------------------------------------------
+
+BLOCK_ENTRIES = 1 << 20  # scores of one block over all batches and heads: its few buffers should stay in cache
+
+
+def _blocks(B: int, H: int, T: int, is_causal: bool):
+    """Yields (rows, N): ranges of query rows, and how many keys they see."""
+    R = max(1, min(T, BLOCK_ENTRIES // (B * H * T)))
+    for start in range(0, T, R):
+        stop = min(start + R, T)
+        yield range(start, stop), stop if is_causal else T
+
+
+def _scores(q: Tensor, k: Tensor, rows: range, is_causal: bool, scale: float) -> Tensor:
+    """Scaled scores of a block. q (B, K, G, R, D), k (B, K, N, D) -> (B, K, G, R, N), -inf above the diagonal."""
+    s = torch.einsum("bkgrd,bknd->bkgrn", q * scale, k)
+    if is_causal:
+        row = torch.arange(rows.start, rows.stop, device=q.device)
+        column = torch.arange(rows.start, k.shape[2], device=q.device)  # only these can lie above the diagonal
+        s[..., rows.start :].masked_fill_(column > row[:, None], float("-inf"))
+    return s
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention. q (B, H, T, D); k, v (B, K, T, D). Returns out (B, H, T, D) in q's dtype, and the
+    log-sum-exp of each row's scaled scores, (B, H, T) in float32 (float64 for float64 inputs)."""
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    acc = accumulate_dtype(q.dtype)
+    q_, k_, v_ = q.to(acc).reshape(B, K, H // K, T, D), k.to(acc), v.to(acc)
+    out = q.new_empty(B, H, T, D)
+    lse = q.new_empty(B, H, T, dtype=acc)
+    for rows, N in _blocks(B, H, T, is_causal):
+        r = slice(rows.start, rows.stop)
+        s = _scores(q_[:, :, :, r], k_[:, :, :N], rows, is_causal, scale)
+        lse_r = torch.logsumexp(s, -1, keepdim=True)
+        lse[:, :, r] = lse_r.reshape(B, H, -1)
+        w = s.sub_(lse_r).exp_()
+        out[:, :, r] = torch.einsum("bkgrn,bknd->bkgrd", w, v_[:, :, :N]).reshape(B, H, -1, D)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    multiplier: Callable | None, is_causal: bool, scale: float, with_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `forward`, with the weights W replaced by W * m wherever they stand (arXiv 2505.15080).
+
+        dV = W^T G      M = W (G V^T - delta)      dQ = scale M K      dK = scale M^T Q      delta_i = G_i . O_i
+
+    multiplier: (weights (B, H, R, N), rows) -> (m, dropped), see `sus_multiplier`; a test may pass any
+    explicit mask in this form; None gives the exact gradient. delta always stays exact.
+    Returns dq, dk, dv and, if with_stats (else zeros), float64 (3,): the kept entries, the dropped entries, and an
+    estimate of the variance that the cut adds to (dQ, dK, dV): sum over kept of (1/q - 1)/q * |contribution|^2.
+    """
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    G = H // K
+    acc = accumulate_dtype(q.dtype)
+    grouped = lambda x: x.to(acc).reshape(B, K, G, T, D)  # noqa: E731
+    q_, g_, k_, v_ = grouped(q), grouped(grad_out), k.to(acc), v.to(acc)
+    lse_ = lse.reshape(B, K, G, T, 1)
+    delta = (g_ * grouped(out)).sum(-1, keepdim=True)
+    dq, dk, dv = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
+    stats = torch.zeros(3, dtype=torch.float64, device=q.device)
+
+    for rows, N in _blocks(B, H, T, is_causal):
+        r = slice(rows.start, rows.stop)
+        q_r, g_r, k_n, v_n = q_[:, :, :, r], g_[:, :, :, r], k_[:, :, :N], v_[:, :, :N]
+        w = torch.exp(_scores(q_r, k_n, rows, is_causal, scale) - lse_[:, :, :, r])  # (B, K, G, R, N)
+        score_grad = torch.einsum("bkgrd,bknd->bkgrn", g_r, v_n) - delta[:, :, :, r]
+        if multiplier is not None:
+            m, dropped = multiplier(w.reshape(B, H, -1, N), rows)
+            m = m.reshape(w.shape)
+            if with_stats:
+                contribution = w**2 * (
+                    g_r.square().sum(-1, keepdim=True)
+                    + (scale * score_grad) ** 2
+                    * (k_n.square().sum(-1)[:, :, None, None] + q_r.square().sum(-1, keepdim=True))
+                )
+                stats[0] += (m > 0).sum()
+                stats[1] += dropped
+                stats[2] += ((m - 1) * m * contribution).sum()
+            w = w * m  # a product, not a selection: NaN weights stay NaN, as in the exact gradient
+        dv[:, :, :N] += torch.einsum("bkgrn,bkgrd->bknd", w, g_r)
+        w = w * score_grad
+        dq[:, :, :, r] = torch.einsum("bkgrn,bknd->bkgrd", w, k_n) * scale
+        dk[:, :, :N] += torch.einsum("bkgrn,bkgrd->bknd", w, q_r) * scale
+    return dq.reshape(B, H, T, D).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), stats

@@ -1,0 +1,232 @@
+"""SUS attention: an exact forward, and a Sparse Unbiased Stochastic backward (Pankov & Harik, arXiv 2505.15080).
+
+One head, one sequence: S = scale * Q K^T with the causal mask, W = softmax(S), O = W V. With G = dL/dO and
+delta_i = G_i . O_i the exact backward is
+
+    dV = W^T G      M_ij = W_ij (G_i . V_j - delta_i)      dQ = scale * M K      dK = scale * M^T Q
+
+SUS replaces W by W * m wherever it stands in these lines: m_ij = 1/q_ij with probability q_ij, else 0, and
+
+    q_ij = min(1, c * W_ij)
+
+The gradients are linear in m and E[m] = 1, so they stay unbiased for any draw that includes entry ij with
+probability q_ij. The rows of W sum to one, so at most c entries of a row are kept in expectation: the
+backward needs O(T c D) work instead of O(T^2 D). c is the attention retention parameter; c = inf keeps all.
+
+Two samplers, the same inclusion probabilities:
+
+    systematic   one uniform u a row; keep j where floor(C_j + u) > floor(C_{j-1} + u), C the running sum of q.
+                 A row never keeps more than ceil(c) entries (+ 1 by the rounding of q), and the variance is lower.
+    poisson      an independent draw for each entry, as in the paper; the number kept is random.
+
+This file is the operator: argument checks, the custom op with its fake and its autograd formula, the choice
+of a backend. The arithmetic is in backends/.
+
+Deliberately missing: attention dropout, arbitrary masks, queries and keys of different lengths, double backward.
+Each is refused by name.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from backends import reference
+from backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
+
+SAMPLERS = ("systematic", "poisson")
+BACKENDS = ("auto", "reference")
+
+
+def sus_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: float | Tensor = 25.0,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    seed: int | Tensor | None = None,
+    sampler: str = "systematic",
+    backend: str = "auto",
+    c_max: float | None = None,
+    stats: Tensor | None = None,
+    u: float | Tensor | None = None,
+) -> Tensor:
+    """Attention with an exact forward and a sparse, unbiased, stochastic backward. Returns (B, Hq, T, D) in q's dtype.
+
+    q: (B, Hq, T, D); k, v: (B, Hkv, T, D), Hq a multiple of Hkv (grouped-query attention). All of one dtype
+    (float64, float32, bfloat16, float16; under autocast they are cast to its dtype) and on one device.
+    c: the retention parameter, a float > 0; `math.inf` gives the exact gradient through the same code. Or a
+        0-d float tensor with `c_max`, a float that bounds it: changing its value recompiles nothing.
+    is_causal: row i attends to keys 0..i; otherwise to all.
+    scale: multiplies the scores; 1/sqrt(D) if None.
+    seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
+        generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
+    sampler: "systematic" or "poisson".
+    backend: "auto" or "reference"; a request that can't be met raises.
+    stats: None or a float64 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
+        of dropped entries (0 by construction), and an estimate of the added gradient variance, summed over
+        the call (Poisson: unbiased; systematic: a proxy).
+    u: for tests: the systematic sampler's uniforms, in [0, 1), a float or a tensor that broadcasts to (B, Hq, T).
+
+    Raises TypeError or ValueError that names the argument. Double backward is not supported and says so.
+    The backward is a pure function of (inputs, seed): the same under activation checkpointing and torch.compile.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_inputs(q, k, v)
+    c, c_max = _check_c(c, c_max)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
+    backend, _ = resolve_backend(backend, q.device)
+    if u is not None:
+        if sampler != "systematic":
+            raise ValueError(f"u is an argument of the systematic sampler; sampler is {sampler!r}")
+        u = torch.as_tensor(u, device=q.device, dtype=torch.float64)
+        u = (u * UNIT).long().expand(q.shape[:3]).contiguous()
+    if stats is not None and (stats.shape != (3,) or stats.dtype != torch.float64 or stats.device != q.device):
+        raise ValueError(f"stats must be a float64 tensor of shape (3,) on {q.device}, not {_describe(stats)}")
+    # scaled_dot_product_attention's own default, also where it is exact: D ** -0.5
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    out, _ = _attention(q, k, v, c, _seed_tensor(seed), u, stats, c_max, bool(is_causal), scale, sampler, backend)
+    return out
+
+
+@functools.cache
+def resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
+    """The backend that `backend` means on `device`, and the reason, for a line to print."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
+    if backend == "auto":
+        return "reference", f"the only SUS backend for {device.type} so far"
+    return backend, "asked for"
+
+
+# ---------------------------------------------------------------------------------------------
+# Argument checks.
+# ---------------------------------------------------------------------------------------------
+
+
+def _describe(x) -> str:
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{type(x).__name__}"
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does for scaled_dot_product_attention: cast to its dtype (float64 stays)."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dims (batch, heads, T, D), not {_describe(x)}")
+        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise TypeError(f"q, k and v must share dtype and device; q is {_describe(q)}, {name} is {_describe(x)}")
+    B, H, T, D = q.shape
+    if min(q.shape) < 1:
+        raise ValueError(f"q is empty: {tuple(q.shape)}")
+    if k.shape != v.shape or k.shape[0] != B or k.shape[2:] != (T, D):
+        raise ValueError(f"k and v must be (B, Hkv, T, D) = ({B}, Hkv, {T}, {D}), not {tuple(k.shape)}, {tuple(v.shape)}")
+    if k.shape[1] < 1 or H % k.shape[1]:
+        raise ValueError(f"q has {H} heads, which is not a multiple of the {k.shape[1]} heads of k and v")
+
+
+def _check_c(c: float | Tensor, c_max: float | None) -> tuple[Tensor, float]:
+    """c as a 0-d float32 tensor, and the Python float that bounds it."""
+    if isinstance(c, Tensor):
+        if c.dim() != 0 or not c.is_floating_point():
+            raise ValueError(f"c must be a float or a 0-d float tensor, not {_describe(c)}")
+        if c_max is None or not c_max > 0:
+            raise ValueError(f"a tensor c needs c_max, a float > 0 that bounds it; c_max is {c_max!r}")
+        if c.device.type == "cpu" and not torch.compiler.is_compiling() and not c > 0:
+            raise ValueError(f"c must be > 0 (math.inf for the exact gradient), not {c.item()}")
+        return c.detach().float(), float(c_max)
+    if not c > 0:  # also refuses NaN
+        raise ValueError(f"c must be > 0 (math.inf for the exact gradient), not {c!r}")
+    if c_max is not None and c > c_max:
+        raise ValueError(f"c is {c}, above c_max = {c_max}")
+    return torch.tensor(float(c), dtype=torch.float32), float(c if c_max is None else c_max)
+
+
+def _seed_tensor(seed: int | Tensor | None) -> Tensor:
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an int, a 0-d int64 tensor or None, not {_describe(seed)}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, a 0-d int64 tensor or None, not {_describe(seed)}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, not {seed}")
+    return torch.tensor(seed, dtype=torch.int64)
+
+
+# ---------------------------------------------------------------------------------------------
+# The custom op: forward, its fake, backward, its fake, autograd.
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nanosus::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, seed: Tensor, u: Tensor | None, stats: Tensor | None,
+    c_max: float, is_causal: bool, scale: float, sampler: str, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
+        return reference.forward(q, k, v, is_causal, scale)
+
+
+@_attention.register_fake
+def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend):
+    lse_dtype = reference.accumulate_dtype(q.dtype)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op("nanosus::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    c: Tensor, seed: Tensor, u: Tensor | None,
+    c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        multiplier = reference.sus_multiplier(c, c_max, sampler, seed, u, q.shape[2])
+        return reference.backward(grad_out, q, k, v, out, lse, multiplier, is_causal, scale, with_stats)
+
+
+@_attention_backward.register_fake
+def _(grad_out, q, k, v, out, lse, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(3, dtype=torch.float64)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, c, seed, u, ctx.stats, ctx.c_max, ctx.is_causal, ctx.scale, ctx.sampler, ctx.backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    # c and seed are cloned: a training loop overwrites them in place, perhaps before this backward runs.
+    ctx.save_for_backward(q, k, v, out, lse, c.clone(), seed.clone(), u)
+
+
+def _backward(ctx, grad_out, _grad_lse):
+    q, k, v, out, lse, c, seed, u = ctx.saved_tensors
+    *grads, stats = torch.ops.nanosus.attention_backward(
+        grad_out, q, k, v, out, lse, c, seed, u,
+        ctx.c_max, ctx.is_causal, ctx.scale, ctx.sampler, ctx.backend, ctx.stats is not None,
+    )  # fmt: skip
+    if ctx.stats is not None:
+        ctx.stats.copy_(stats)
+    return *grads, *(None,) * 9
+
+
+def _double_backward(ctx, *grads):
+    raise NotImplementedError("sus_attention does not support double backward (gradients of its gradients)")
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention_backward.register_autograd(_double_backward)
