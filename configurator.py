@@ -1,20 +1,38 @@
-"""Configuration: `python train.py config/NAME.py --key=value`. First version; see load_config."""
+"""
+Configuration: a dataclass, then config files, then the command line; the later wins.
+
+    python train.py config/long_ctx.py --sus_c=10 --compile=False
+
+Every key is one line of a dataclass such as TrainConfig below: its name, type, default, help and bounds. A config
+file is Python made of plain assignments (`gradient_accumulation_steps = 5 * 8`), run on its own: it sees neither the
+defaults nor other config files. In it, imports, functions, classes and names with a leading underscore are free to
+use; every other name must be a key, so that a typo is an error rather than a key which is silently ignored.
+
+Values are converted to the key's type or refused, each alone in load_config; what keys demand of each other is in
+validate. A mistake ends in a UserError, whose message says where it is, what is wrong and what is expected.
+"""
 
 import ast
 import dataclasses
 import difflib
 import math
+import operator
+import os
 import runpy
 import sys
+import textwrap
+import traceback
 import types
+import typing
+from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake of the user: its message is shown alone, without a traceback."""
+    """A mistake of the user's: run_main shows the message alone, without a traceback."""
 
 
 def run_main(main):
-    """Call main(); a UserError becomes one message on stderr and exit code 1, Ctrl-C exit code 130."""
+    """Call main(). A UserError becomes one message on stderr and exit status 1; Ctrl-C exit status 130."""
     try:
         main()
     except UserError as error:
@@ -25,38 +43,235 @@ def run_main(main):
         sys.exit(130)
 
 
-def key(default, help, *, choices=None, low=None, high=None, above=None):
-    """A dataclass field with its one-line help; `low` and `high` are inclusive bounds, `above` is exclusive."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+
+def key(default, help, *, choices=None, low=None, high=None, above=None, below=None, section=None):
+    """
+    A dataclass field with its one-line help, for a key of type int, float, bool, str or bool | None (None is auto).
+    low and high are inclusive bounds, above and below exclusive ones; section is a heading for --help, from here on.
+    """
+    bounds = {">=": low, ">": above, "<=": high, "<": below}
+    bounds = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    metadata = {"help": help, "choices": choices, "bounds": bounds, "section": section}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# What a key of each type takes, in the words of an error and of --help.
+EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "True or False",
+            bool | None: "True, False or auto (None in a config file)"}
+SHORT = {int: "int", float: "float", str: "str", bool: "bool", bool | None: "bool"}
+WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def load_config(cls, argv, *, usage):
-    """An instance of the dataclass `cls` from CONFIG.py files and --key=value arguments; later ones win."""
+    """
+    An instance of the dataclass cls (fields made by key()) from argv = sys.argv[1:], a list of CONFIG.py files and
+    --key=value arguments. A later one wins over an earlier one, and --key=value over every file.
+    Its attribute `explicit` is the set of the names which a file or the command line gave.
+    --help prints usage and every key, then exits with status 0. Errors: UserError.
+    """
     if "--help" in argv or "-h" in argv:
-        print(usage)
+        print(_help(cls, usage))
         raise SystemExit(0)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
+    kinds = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    flags, files = {}, {}
+    for arg, following in zip(argv, [*argv[1:], "-"]):  # flags first: the 4 of `--n_layer 4` is no file
+        if arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")
+            if name not in fields:
+                raise UserError(f"{arg}: {_unknown(name, fields)}")
+            if not equals:
+                text = "VALUE" if following.startswith("-") else following.removeprefix("=")
+                raise UserError(f"{arg} has no value: write --{name}={text} (no spaces)")
+            flags[name] = _checked(fields[name], kinds[name], _from_text(text, kinds[name]), arg)
     for arg in argv:
         if not arg.startswith("--"):
-            given = {k: v for k, v in runpy.run_path(arg).items() if not k.startswith("_") and not callable(v)
-                     and not isinstance(v, types.ModuleType)}
-        else:
-            name, equals, text = arg[2:].partition("=")
-            if not equals:
-                raise UserError(f"{arg}: write it as {arg}=VALUE")
-            kind = fields[name].type if name in fields else str
-            given = {name: text.lower() in ("true", "1", "yes") if kind is bool else kind(text)}
-        for name in given:
-            if name not in fields:
-                raise UserError(f"unknown key {name}")
-        values |= given
+            for name, (value, where) in _read_file(arg, fields).items():
+                files[name] = _checked(fields[name], kinds[name], value, where)
+    values = files | flags
     config = cls(**values)
     config.explicit = set(values)
     return config
 
 
+def _read_file(arg, fields):
+    """{name: (value, where)} of the keys which the config file assigns; where is 'FILE, line N' for messages."""
+    path = Path(arg)
+    if not os.path.isfile(arg):
+        if arg.startswith("-") or "=" in arg:
+            raise UserError(f"{arg}: a key is written --key=value, with two dashes")
+        near = _nearest(path.name, [file.name for file in path.parent.glob("*.py")])
+        hint = f"did you mean {path.parent / near}?" if near else "give the path of a config file, or --key=value"
+        raise UserError(f"{arg!r}: no such config file; {hint}")
+    try:
+        tree = ast.parse(path.read_bytes(), arg)
+        names = runpy.run_path(arg)
+    except Exception as error:  # the file is a program: it can raise anything
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == arg]
+        line = frames[-1] if frames else getattr(error, "lineno", None)
+        message = f"{error.msg} (its lines are Python: key = value)" if isinstance(error, SyntaxError) else error
+        raise UserError(f"{arg}{f', line {line}' if line else ''}: {type(error).__name__}: {message}") from error
+    lines = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            lines[node.id] = node.lineno
+        elif isinstance(node, ast.alias):
+            lines[node.asname or node.name] = node.lineno
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.value is None:  # YAML's `n_layer: 6` is an annotation in Python
+            raise UserError(f"{arg}, line {node.lineno}: ':' sets no value; write {ast.unparse(node.target)} = VALUE")
+    given = {}
+    for name, value in names.items():
+        where = f"{arg}, line {lines[name]}" if name in lines else arg
+        if name in fields:
+            given[name] = value, where
+        elif not (name.startswith("_") or callable(value) or isinstance(value, types.ModuleType)):
+            raise UserError(f"{where}: {_unknown(name, fields)} (a helper's name starts with an underscore: _{name})")
+    return given
+
+
+def _from_text(text, kind):
+    """The Python value which an argument's text stands for; the text itself where it stands for none of the kind."""
+    if kind in (bool, bool | None):
+        words = WORDS if kind is bool else WORDS | {"auto": None, "none": None}
+        return words.get(text.lower(), text)
+    for number in (int, float) if kind in (int, float) else ():
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _checked(field, kind, value, where):
+    """The value as the field's kind and within its bounds; else a UserError which starts with where."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        if kind is float and is_number and not math.isnan(value):
+            value = float(value)
+        elif kind is int and is_number and value % 1 == 0:  # nan and inf fail this
+            value = int(value)
+        elif kind in (int, float) or not isinstance(value, kind):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}: {field.name} must be {EXPECTED[kind]}, not {value!r}") from None
+    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if choices and value not in choices:
+        raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, not {value!r}")
+    if not all(HOLDS[sign](value, bound) for sign, bound in bounds.items()):
+        rule = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items())
+        raise UserError(f"{where}: {field.name} must be {rule}, not {value!r}")
+    return value
+
+
+def _nearest(name, names):
+    """The one of names which looks most like name, or None."""
+    return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1)), None)
+
+
+def _unknown(name, fields):
+    near = _nearest(name, fields)
+    return f"unknown key {name!r}" + (f"; did you mean {near}?" if near else "; --help lists the keys")
+
+
+def _help(cls, usage):
+    kinds = typing.get_type_hints(cls)
+    rows = []
+    for field in dataclasses.fields(cls):
+        default = "auto" if field.default is None else field.default
+        choices = f": {' | '.join(field.metadata['choices'])}" if field.metadata["choices"] else ""
+        rows.append((field.metadata["section"], f"--{field.name}={default}", SHORT[kinds[field.name]],
+                     field.metadata["help"] + choices))
+    left = max(len(row[1]) for row in rows)
+    right = max(len(row[2]) for row in rows)
+    lines = [usage.strip(), "", "The keys, with their defaults. A config file has lines key = value; --key=value wins."]
+    for section, example, kind, text in rows:
+        if section:
+            lines += ["", section]
+        lines += textwrap.wrap(text, 100, initial_indent=f"  {example:{left}}  {kind:{right}}  ",
+                               subsequent_indent=" " * (left + right + 6))
+    return "\n".join(lines)
+
+
 @dataclasses.dataclass
 class TrainConfig:
-    out_dir: str = key("out", "folder")
+    """Every key of train.py. Names and meanings are nanoGPT's where it has them."""
+
+    out_dir: str = key("out", "folder of the checkpoints and of metrics.jsonl", section="Run")
+    init_from: str = key("scratch", "the weights",
+                         choices=("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
+    seed: int = key(1337, "seeds the weights, the batches and the draws of SUS", low=0, high=2**63 - 1)
+
+    eval_interval: int = key(2000, "iterations between evaluations", low=1, section="Evaluation and logging")
+    eval_iters: int = key(200, "micro-batches an evaluation; the windows are fixed", low=1)
+    eval_only: bool = key(False, "evaluate once, then exit")
+    always_save_checkpoint: bool = key(True, "False: save ckpt.pt only if validation improved")
+    log_interval: int = key(1, "iterations between logged lines", low=1)
+    wandb_log: bool = key(True, "mirror the record to wandb, offline if not logged in")
+    wandb_project: str = key("nanosus", "project of the wandb runs")
+    wandb_run_name: str = key("", "empty: named after what it runs, e.g. sus-c25-ab12")
+
+    dataset: str = key("stdlib", "folder under data/ with train.bin and val.bin", section="Data")
+    gradient_accumulation_steps: int = key(40, "micro-batches a step, summed over all processes", low=1)
+    batch_size: int = key(12, "sequences a micro-batch", low=1)
+    block_size: int = key(1024, "context length in tokens", low=1)
+
+    n_layer: int = key(12, "transformer blocks", low=1, section="Model")
+    n_head: int = key(12, "query heads", low=1)
+    n_kv_head: int = key(0, "key/value heads; 0: n_head; fewer: grouped-query", low=0)
+    n_embd: int = key(768, "width", low=1)
+    dropout: float = key(0.0, "of attention too, so it needs attn_backward=exact", low=0, below=1)
+    bias: bool = key(False, "biases in linear layers and norms")
+    pos: str = key("learned", "position encoding", choices=("learned", "rope"))
+    rope_theta: float = key(10000.0, "base of RoPE's wavelengths; larger reaches further", above=0)
+    norm: str = key("layernorm", "normalisation layer", choices=("layernorm", "rmsnorm"))
+    qk_norm: bool = key(False, "normalise queries and keys")
+    activation_checkpointing: bool = key(False, "recompute in the backward: less memory, slower")
+
+    attn_backward: str = key("sus", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
+    sus_c: float = key(25.0, "entries kept a query row; inf: all (exact gradient)", above=0)
+    sus_sampler: str = key("systematic", "how the kept entries are drawn", choices=("systematic", "poisson"))
+    sus_backend: str = key("auto", "the kernels", choices=("auto", "reference"))
+
+    learning_rate: float = key(6e-4, "peak learning rate", low=0, section="Optimizer")
+    max_iters: int = key(600000, "training steps", low=0)
+    weight_decay: float = key(0.1, "of the weight matrices, by AdamW", low=0)
+    beta1: float = key(0.9, "AdamW's decay of the mean", low=0, below=1)
+    beta2: float = key(0.95, "AdamW's decay of the mean square", low=0, below=1)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0: off", low=0)
+    decay_lr: bool = key(True, "warm-up, then cosine decay; False: constant")
+    warmup_iters: int = key(2000, "steps of linear warm-up", low=0)
+    lr_decay_iters: int = key(600000, "step at which the decay ends", low=0)
+    min_lr: float = key(6e-5, "learning rate after the decay", low=0)
+
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", section="Machine")
+    dtype: str = key("auto", "of the forward", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool | None = key(None, "torch.compile; auto: on CUDA only")
+    backend: str = key("auto", "of DDP", choices=("auto", "nccl", "gloo"))
+    peak_tflops: float = key(0.0, "dense peak, for the MFU; 0: by the device's name", low=0)
+
+
+def validate(cfg):
+    """What TrainConfig's keys demand of each other; UserError. Devices, files and checkpoints are checked elsewhere."""
+    for name in ("out_dir", "dataset"):
+        if not getattr(cfg, name):
+            raise UserError(f"{name} is empty: name a folder")
+    if cfg.n_embd % cfg.n_head:
+        raise UserError(f"n_embd={cfg.n_embd} must be a multiple of n_head={cfg.n_head}")
+    if cfg.n_kv_head and cfg.n_head % cfg.n_kv_head:
+        raise UserError(f"n_head={cfg.n_head} must be a multiple of n_kv_head={cfg.n_kv_head} (0: as n_head)")
+    head_dim = cfg.n_embd // cfg.n_head
+    if cfg.pos == "rope" and head_dim % 2:
+        raise UserError(f"pos=rope needs an even head dimension, but n_embd / n_head = {cfg.n_embd} / {cfg.n_head} "
+                        f"= {head_dim}")
+    if cfg.dropout > 0 and cfg.attn_backward == "sus":
+        raise UserError(f"dropout={cfg.dropout} includes attention dropout, which attn_backward=sus does not support: "
+                        "set --dropout=0.0 or --attn_backward=exact")
+    if cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
+        raise UserError(f"lr_decay_iters={cfg.lr_decay_iters} is below warmup_iters={cfg.warmup_iters}: raise the one "
+                        "(usually to max_iters), lower the other, or set --decay_lr=False")
+    if cfg.decay_lr and cfg.min_lr > cfg.learning_rate:
+        raise UserError(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}: lower the one (usually to "
+                        "learning_rate / 10), raise the other, or set --decay_lr=False")
