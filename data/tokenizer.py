@@ -1,0 +1,123 @@
+"""
+Tokenizers: text to token ids and back. There are three.
+
+    byte   the 256 bytes of UTF-8 and <|endoftext|>: encodes any text, needs no files, 1 token a byte
+    gpt2   GPT-2's byte-pair encoding: encodes any text, about 4 bytes a token; tiktoken downloads its files once
+    char   the distinct characters of one corpus, as in nanoGPT's character-level Shakespeare
+
+The first two are tiktoken.Encoding objects. A tokenizer goes into meta.json and into checkpoints as the plain dict of
+to_meta(), and comes back through tokenizer_from_meta(): no pickle, and a checkpoint works without its corpus.
+"""
+
+import numpy as np
+
+from configurator import UserError
+
+GPT2_VOCAB_SIZE = 50304  # 50257, padded to a multiple of 128: faster on GPUs
+
+
+class Tokenizer:
+    """
+    name        byte, gpt2 or char
+    n_vocab     number of ids: every id is below it
+    vocab_size  rows of the model's embedding: n_vocab, for gpt2 padded to 50304
+    eot         id of <|endoftext|>, which stands after every document; None for char
+    """
+
+    def encode(self, text):
+        """(N,) int64 ids of text. Never eot: a literal '<|endoftext|>' in text is text. UserError: can't be encoded."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids):
+        """
+        UTF-8 bytes of ids (a sequence of ints, or one int). They can begin or end inside a character: to stream,
+        feed them to codecs.getincrementaldecoder("utf-8")(errors="replace"). UserError: an id outside the vocabulary.
+        """
+        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.n_vocab:
+            raise UserError(f"token ids from {ids.min()} to {ids.max()}, but the {self.name} tokenizer has 0 to "
+                            f"{self.n_vocab - 1}: do the model and the tokenizer belong together?")
+        return self._decode_bytes(ids)
+
+    def decode(self, ids):
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_meta(self):
+        """What tokenizer_from_meta needs, as a dict of strings."""
+        return {"name": self.name}
+
+
+class BytePairTokenizer(Tokenizer):
+    """byte and gpt2: a tiktoken.Encoding."""
+
+    def __init__(self, encoding, vocab_size):
+        self.name, self.n_vocab, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
+        self.vocab_size = vocab_size
+        self._encoding = encoding
+
+    def encode(self, text):
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text has no UTF-8 form: {error.reason} at character {error.start}") from None
+
+    def _decode_bytes(self, ids):
+        return self._encoding.decode_bytes(ids.tolist())
+
+
+class CharTokenizer(Tokenizer):
+    """char: the id of a character is its place in chars, a string of distinct characters in sorted order."""
+
+    name, eot = "char", None
+
+    def __init__(self, chars):
+        if not chars or list(chars) != sorted(set(chars)):
+            raise UserError("a char tokenizer's vocabulary must be distinct characters in sorted order")
+        self.chars = chars
+        self.n_vocab = self.vocab_size = len(chars)
+        self._points = _code_points(chars)
+
+    def encode(self, text):
+        points = _code_points(text)
+        ids = np.searchsorted(self._points, points).clip(max=self.n_vocab - 1)
+        if (unknown := points[self._points[ids] != points]).size:
+            raise UserError(f"the character {chr(unknown[0])!r} is not among the {self.n_vocab} of the char tokenizer: "
+                            f"leave it out, or train with a byte or gpt2 tokenizer. It knows {self.chars[:200]!r}")
+        return ids
+
+    def _decode_bytes(self, ids):
+        return "".join(self.chars[i] for i in ids).encode()
+
+    def to_meta(self):
+        return {"name": "char", "chars": self.chars}
+
+
+def _code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def tokenizer_from_meta(meta):
+    """The Tokenizer of {"name": "byte"}, {"name": "gpt2"} or {"name": "char", "chars": "..."}; UserError."""
+    match meta:
+        case {"name": "byte"}:
+            import tiktoken
+            # One character a piece: no search for merges (there are none) in a long run without spaces.
+            encoding = tiktoken.Encoding("byte", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
+                                         mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+            return BytePairTokenizer(encoding, vocab_size=257)
+        case {"name": "gpt2"}:
+            return BytePairTokenizer(_gpt2_encoding(), vocab_size=GPT2_VOCAB_SIZE)
+        case {"name": "char", "chars": str(chars)}:
+            return CharTokenizer(chars)
+    raise UserError(f"unknown tokenizer {meta!r}: expected the name byte, gpt2, or char with its chars")
+
+
+def _gpt2_encoding():
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # depends on what lies between here and the server: requests' kinds, OSError, ValueError
+        raise UserError("the files of the gpt2 tokenizer can't be loaded: tiktoken downloads them once, so connect to "
+                        "the network, or set TIKTOKEN_CACHE_DIR to a folder that has them, or prepare the text with "
+                        f"--tokenizer=byte ({type(error).__name__}: {str(error)[:200]})") from error
