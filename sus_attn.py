@@ -26,7 +26,6 @@ Deliberately missing: attention dropout, arbitrary masks, queries and keys of di
 Each is refused by name.
 """
 
-import functools
 import math
 
 import torch
@@ -93,7 +92,6 @@ def sus_attention(
     return out
 
 
-@functools.cache
 def resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
     """The backend that `backend` means on `device`, and the reason, for a line to print."""
     if backend not in BACKENDS:
