@@ -1,0 +1,73 @@
+"""Where to compute and in which precision: `auto` resolved once, with the reason, for train.py and sample.py."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError
+
+# Dense bfloat16/float16 tensor-core peaks with float32 accumulation, TFLOP/s, from the makers' data sheets.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
+    "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Device:
+    device: torch.device
+    dtype: torch.dtype  # of the forward, by autocast; the weights stay float32
+    reason: str
+
+    @property
+    def type(self) -> str:
+        return self.device.type
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.type, dtype=self.dtype)
+
+    def synchronize(self) -> None:
+        if self.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def peak_flops(self, peak_tflops: float) -> float | None:
+        """The device's dense peak in FLOP/s: the one given, or by its name; None if unknown."""
+        if peak_tflops:
+            return peak_tflops * 1e12
+        if self.type == "cuda" and self.dtype != torch.float32:
+            name = torch.cuda.get_device_name(self.device)
+            return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+        return None
+
+
+def resolve_device(device: str, dtype: str, local_rank: int | None = None) -> Device:
+    """The Device that the keys `device` and `dtype` mean here. local_rank: of this process under torchrun, else None."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = "the fastest here"
+    else:
+        why = "asked for"
+    try:
+        resolved = torch.device(device)
+        if resolved.type == "cuda" and resolved.index is None:
+            resolved = torch.device("cuda", local_rank or 0)
+        torch.zeros(1, device=resolved)
+        if resolved.type == "cuda":
+            torch.cuda.set_device(resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device {device!r} can't be used: {reason}. Here are: {', '.join(available)}") from None
+    if dtype != "auto":
+        reason = "asked for"
+    elif resolved.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype, reason = "bfloat16", "this GPU has it"
+    elif resolved.type == "cuda":
+        dtype, reason = "float16", "this GPU has no bfloat16"
+    else:
+        dtype, reason = "float32", f"the fastest on most {resolved.type} machines"
+    name = f"{resolved} ({torch.cuda.get_device_name(resolved)})" if resolved.type == "cuda" else str(resolved)
+    return Device(resolved, getattr(torch, dtype), f"{name}: {why}; {dtype}: {reason}")

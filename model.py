@@ -1,0 +1,371 @@
+"""GPT, in one file: the transformer of GPT-2, the choices that long contexts ask for, and attention's backward.
+
+With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), and `from_pretrained` loads its
+weights. For long contexts: rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention
+(`n_kv_head`), activation checkpointing, and a cross-entropy which never holds the logits of the whole context.
+
+While the model trains, attention's gradient is exact or SUS (`attn_backward`, see sus_attn.py). Its forward is
+always exact, and evaluation and sampling use torch's own attention.
+
+Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sus_attn import fold_in, sus_attention
+
+
+@dataclass
+class GPTConfig:
+    # The architecture: what the weights belong to, saved with them.
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded up to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0  # 0: n_head
+    n_embd: int = 768
+    bias: bool = True
+    pos: str = "learned"  # or "rope"
+    rope_theta: float = 10000.0
+    norm: str = "layernorm"  # or "rmsnorm"
+    qk_norm: bool = False
+    # How it is trained: free to change from run to run.
+    dropout: float = 0.0
+    activation_checkpointing: bool = False
+    attn_backward: str = "exact"  # or "sus"
+    sus_c: float = 25.0
+    sus_sampler: str = "systematic"
+    sus_backend: str = "auto"
+
+    def __post_init__(self):
+        if self.dropout > 0 and self.attn_backward == "sus":
+            raise ValueError("attention dropout is not supported with attn_backward='sus': set dropout to 0")
+
+
+TRAINING_KEYS = ("dropout", "activation_checkpointing", "attn_backward", "sus_c", "sus_sampler", "sus_backend")
+ARCHITECTURE_KEYS = tuple(f.name for f in fields(GPTConfig) if f.name not in TRAINING_KEYS)
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, for one batch of sequences."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_kv_head or config.n_head, config.block_size)
+        self.k, self.v = torch.empty(2, *shape, config.n_embd // config.n_head, device=device, dtype=dtype)
+        self.length = 0  # advanced by GPT.forward, once all layers have appended
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) behind what is there; returns all of it, (B, K, length + T, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rope_table(D: int, T: int, theta: float) -> Tensor:
+    """cos and sin of the rotary angles, (2, T, D/2) float32 (Su et al., arXiv 2104.09864)."""
+    frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency  # float64: at 128k float32 angles are off by 1e-2
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by the angles of table (2, T, D/2)."""
+    cos, sin = table
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+
+
+class Attend(nn.Module):
+    """softmax(q k^T / sqrt(D)) v, causal. The forward is exact; the backward is `attn_backward`'s while training."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None = None) -> Tensor:
+        """q (B, H, T, D); k, v (B, K, N, D), where q are the last T of N positions. seed: SUS's, 0-d int64."""
+        config = self.config
+        if self.training and config.attn_backward == "sus":
+            return sus_attention(q, k, v, config.sus_c, seed=seed, sampler=config.sus_sampler,
+                                 backend=config.sus_backend)  # fmt: skip
+        T, N = q.shape[2], k.shape[2]
+        mask = None
+        if 1 < T < N:  # SDPA's is_causal is aligned to the top left; the last T of N positions need the bottom right
+            mask = torch.ones(T, N, dtype=torch.bool, device=q.device).tril(N - T)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T == N, enable_gqa=q.shape[1] != k.shape[1],
+            dropout_p=config.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.D = config.n_embd // config.n_head
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.D, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.attend = Attend(config)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: Tensor | None, seed: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotations are float32
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = self.attend(q, k, v, None if seed is None else fold_in(seed, self.layer))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh")  # GPT-2's
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Tensor | None, seed: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, seed, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+LOSS_CHUNK = 1 << 25  # logits that stand in memory at once: 128 MiB in float32
+
+
+def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each token, (B, T) float32; 0 where the target is -1.
+
+    x (B, T, C) hidden states, weight (V, C) the head, targets (B, T) int64. The logits are made, and made again in
+    the backward, a chunk of tokens at a time: at T = 32k and V = 50k all of them are 6.6 GB.
+    """
+
+    def chunk_loss(x, targets):
+        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="none")
+
+    x, flat_targets = x.flatten(0, 1), targets.flatten()
+    chunk = max(1, LOSS_CHUNK // weight.shape[0])
+    if len(x) <= chunk:
+        return chunk_loss(x, flat_targets).view(targets.shape)
+    losses = [
+        checkpoint(chunk_loss, x_chunk, targets_chunk, use_reentrant=False, preserve_rng_state=False)
+        for x_chunk, targets_chunk in zip(x.split(chunk), flat_targets.split(chunk))
+    ]
+    return torch.cat(losses).view(targets.shape)
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            "ln_f": make_norm(config),
+        })  # fmt: skip
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        rope = None
+        if config.pos == "rope":
+            rope = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
+        self.register_buffer("rope", rope, persistent=False)
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():  # GPT-2's scaled initialisation of the residual projections
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *,
+        sus_seed: Tensor | None = None, cache: KVCache | None = None, reduction: str = "mean",
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """(None, loss) with targets, else (logits of the last token (B, 1, V), None).
+
+        idx (B, T) int64; targets (B, T) int64, -1 is ignored. reduction: "mean" gives a 0-d loss, "none" the loss of
+        each token (B, T). sus_seed: 0-d int64 for the draws of SUS, made different for every layer; None draws
+        from torch's default generator. cache: idx continues the tokens in it, and is appended.
+        """
+        start = cache.length if cache is not None else 0
+        T = idx.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into block_size = {self.config.block_size}")
+        x = self.transformer.wte(idx)
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
+        x = self.transformer.drop(x)
+        rope = None if self.rope is None else self.rope[:, start : start + T]
+        for block in self.transformer.h:
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rope, sus_seed, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, sus_seed, cache)
+        x = self.transformer.ln_f(x)
+        if cache is not None:
+            cache.length += T
+        if targets is None:
+            return self.lm_head(x[:, [-1]]), None
+        loss = chunked_cross_entropy(x, self.lm_head.weight, targets)
+        if reduction == "mean":
+            loss = loss.sum() / (targets != -1).sum()
+        return None, loss
+
+    def num_params(self) -> int:
+        """Parameters, without the position embedding (as nanoGPT counts)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - (self.transformer.wpe.weight.numel() if self.config.pos == "learned" else 0)
+
+    def flops_per_token(self, T: int) -> int:
+        """Nominal floating-point operations a token, forward and backward, at context T (PaLM, arXiv 2204.02311, B).
+
+        Nominal: attention counts as dense, T keys a query, whatever the causal mask or SUS leaves out.
+        """
+        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
+        """AdamW, with weight decay on matrices and embeddings only."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cpu", "cuda", "mps"))
+
+    # -- GPT-2's weights -------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name: str, **training_keys) -> "GPT":
+        """GPT-2's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl) from the hub, or from its cache, by `transformers`."""
+        from transformers import GPT2LMHeadModel
+
+        return cls.from_hf(GPT2LMHeadModel.from_pretrained(name), **training_keys)
+
+    @classmethod
+    def from_hf(cls, hf, **training_keys) -> "GPT":
+        """A GPT with the weights of `hf`, a transformers GPT2LMHeadModel."""
+        h = hf.config
+        config = GPTConfig(block_size=h.n_positions, vocab_size=h.vocab_size, n_layer=h.n_layer, n_head=h.n_head,
+                           n_embd=h.n_embd, bias=True, **training_keys)  # fmt: skip
+        model = cls(config)
+        theirs = hf.state_dict()
+        with torch.no_grad():
+            for name, weight in model.state_dict().items():
+                # their linear layers store the transposed matrix
+                transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+                weight.copy_(theirs[name].T if transposed else theirs[name])
+        return model
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context, e.g. GPT-2's 1024; learned positions are cut."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size {block_size} is above the model's {self.config.block_size}")
+        self.config.block_size = block_size
+        if self.config.pos == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        else:
+            self.rope = self.rope[:, :block_size]
+
+    # -- sampling --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, tokens: list[int], chunk: int = 1024) -> tuple[Tensor, KVCache]:
+        """Run a prompt of at most block_size tokens, in chunks. Returns the logits of its last token (V,) and the cache."""
+        weight = self.lm_head.weight
+        cache = KVCache(self.config, 1, weight.device, self._compute_dtype())
+        idx = torch.tensor(tokens, device=weight.device)[None]
+        for part in idx.split(chunk, 1):
+            logits, _ = self(part, cache=cache)
+        return logits[0, -1], cache
+
+    def _compute_dtype(self) -> torch.dtype:
+        device_type = self.lm_head.weight.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.lm_head.weight.dtype
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: list[int], max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, n_vocab: int | None = None, generator: torch.Generator | None = None,
+    ) -> Iterator[int]:  # fmt: skip
+        """Continue a non-empty prompt, yielding each new token as it is drawn. Call model.eval() first.
+
+        temperature 0 takes the likeliest token. top_k, top_p: keep the k likeliest, or the fewest that hold
+        probability p. n_vocab: ids from there on (a padded vocabulary) are never drawn. generator: on the CPU.
+        What doesn't fit into block_size is forgotten: of a longer prompt the last block_size tokens are read, and
+        whenever the context is full, its older half is dropped.
+        """
+        tokens = list(tokens)
+        block_size = self.config.block_size
+        logits, cache = self.prefill(tokens[-block_size:])
+        for _ in range(max_new_tokens):
+            token = sample_token(logits[:n_vocab], temperature, top_k, top_p, generator)
+            yield token
+            tokens.append(token)
+            if cache.length == block_size:
+                logits, cache = self.prefill(tokens[-max(1, block_size // 2) :])
+            else:
+                logits = self(torch.tensor([[token]], device=logits.device), cache=cache)[0][0, -1]
+
+
+def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> int:
+    """Draw one id from logits (V,)."""
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k is not None:
+        logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
+    probabilities, order = torch.softmax(logits, -1).sort(descending=True)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities  # the likeliest token stays, whatever top_p
+        probabilities[before >= top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def model_args(config: GPTConfig) -> dict:
+    """The architecture's part of a config: what a checkpoint keeps as `model_args`."""
+    return {name: value for name, value in asdict(config).items() if name in ARCHITECTURE_KEYS}
