@@ -52,12 +52,13 @@ class Corpus:
 
     def _windows(self, split, starts):
         path, dtype = self.folder / f"{split}.bin", np.dtype(self.dtype)
+        length = self.block_size + 1
         try:
             with open(path, "rb") as file:
                 rows = []
                 for start in starts:
                     file.seek(int(start) * dtype.itemsize)
-                    rows.append(np.frombuffer(file.read((self.block_size + 1) * dtype.itemsize), dtype))
+                    rows.append(np.frombuffer(file.read(length * dtype.itemsize), dtype, length))
             tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} has changed since training began ({error}): {_remake(self.folder)}") from error
