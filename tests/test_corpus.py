@@ -1,0 +1,443 @@
+"""The prepare scripts and their shared core: what lands in the files, what is refused, what a failure leaves."""
+
+import errno
+import hashlib
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from data import corpus
+from data.corpus import files_under, read_text, write_corpus
+from data.loader import load_corpus
+from data.tokenizer import tokenizer_from_meta
+from test_tokenizer import gpt2  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTE = tokenizer_from_meta({"name": "byte"})
+TRAIN, VAL = [("a", "first document"), ("b", "zweites Dokument, größer")], [("c", "validation <|endoftext|> text")]
+script = {name: importlib.import_module(f"data.{name}.prepare") for name in ("stdlib", "shakespeare_char", "text")}
+
+
+def write(folder, train=TRAIN, val=VAL, tokenizer=BYTE):
+    return write_corpus(folder, iter(train), iter(val), tokenizer, source={"made": "here"})
+
+
+def documents(folder, split):
+    """The documents of a byte corpus."""
+    ids = np.fromfile(folder / f"{split}.bin", np.uint16)
+    return [BYTE.decode(part[part != BYTE.eot]) for part in np.split(ids, np.flatnonzero(ids == BYTE.eot) + 1)[:-1]]
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# -- write_corpus ------------------------------------------------------------------------------
+
+
+def test_files_hold_the_documents(tmp_path, capsys):
+    meta = write(tmp_path / "new")
+    assert documents(tmp_path / "new", "train") == [text for _, text in TRAIN]
+    assert documents(tmp_path / "new", "val") == [VAL[0][1]]  # its '<|endoftext|>' is text and ends no document
+    files = content(tmp_path / "new")
+    assert files.keys() == {"train.bin", "val.bin", "meta.json"} and len(list((tmp_path / "new").iterdir())) == 3
+    assert json.loads(files["meta.json"]) == meta == {
+        "vocab_size": 257, "dtype": "uint16", "tokenizer": {"name": "byte"}, "source": {"made": "here"},
+        "train_tokens": 15 + 27, "train_documents": 2, "train_sha256": hashlib.sha256(files["train.bin"]).hexdigest(),
+        "val_tokens": 30, "val_documents": 1, "val_sha256": hashlib.sha256(files["val.bin"]).hexdigest(),
+        "document_lengths": {"min": 15, "median": 21, "mean": 21, "max": 27, "share_of_tokens_in_documents_of_at_least":
+                             {"2k": 0, "8k": 0, "32k": 0, "128k": 0}}}
+    out, err = capsys.readouterr()
+    assert "42 tokens in 2 documents" in out and "note: one split has only 30 tokens" in out
+    assert err == ""  # no progress bar where nobody looks
+
+
+def test_share_of_long_documents(tmp_path, capsys):
+    meta = write(tmp_path, [("long", "x" * 8191), ("short", "y" * 2046)])  # 8192 and 2047 tokens
+    assert meta["document_lengths"]["share_of_tokens_in_documents_of_at_least"] == {
+        "2k": round(8192 / 10239, 4), "8k": round(8192 / 10239, 4), "32k": 0, "128k": 0}
+    assert "8k: 80%, 32k: 0%" in capsys.readouterr().out
+
+
+def test_char_corpus_has_no_end_of_text(tmp_path):
+    tokenizer = tokenizer_from_meta({"name": "char", "chars": "abc"})
+    meta = write(tmp_path, [("a", "abc"), ("b", "ca")], [("c", "b")], tokenizer)
+    assert np.fromfile(tmp_path / "train.bin", np.uint16).tolist() == [0, 1, 2, 2, 0]
+    assert meta["tokenizer"] == {"name": "char", "chars": "abc"} and meta["vocab_size"] == 3
+
+
+class Numbers:
+    """A tokenizer of decimal numbers, for ids of any size."""
+
+    eot = None
+
+    def __init__(self, n_vocab):
+        self.n_vocab = self.vocab_size = n_vocab
+
+    def encode(self, text):
+        return np.array([int(word) for word in text.split()])
+
+    def to_meta(self):
+        return {"name": "numbers"}
+
+
+def test_ids_above_uint16(tmp_path):
+    meta = write(tmp_path, [("a", "65535 65536 99999")], [("b", "1")], Numbers(100_000))
+    assert meta["dtype"] == "uint32"
+    assert np.fromfile(tmp_path / "train.bin", np.uint32).tolist() == [65535, 65536, 99999]
+    assert write(tmp_path, [("a", "65535")], [("b", "1")], Numbers(65536))["dtype"] == "uint16"
+
+
+@pytest.mark.parametrize("id", [70000, 65536, -1])
+def test_an_id_outside_the_vocabulary_never_wraps(tmp_path, id):
+    """Casting 70000 to uint16 gives 4464, in silence."""
+    with pytest.raises(ValueError, match=f"{id}, but n_vocab is 65536"):
+        write(tmp_path, [("a", f"{id}")], VAL, Numbers(65536))
+
+
+def test_documents_are_read_one_at_a_time(tmp_path):
+    events = []
+
+    class Spy(type(BYTE)):
+        def encode(self, text):
+            events.append(f"encoded {text}")
+            return super().encode(text)
+
+    def docs(names):
+        for name in names:
+            events.append(f"read {name}")
+            yield name, name
+
+    spy = Spy(BYTE._encoding, 257)
+    write(tmp_path, docs("ab"), docs("c"), spy)
+    assert events == ["read a", "encoded a", "read b", "encoded b", "read c", "encoded c"]
+
+
+def test_empty_documents_are_left_out(tmp_path):
+    assert write(tmp_path, [("empty", ""), *TRAIN, ("empty", "")])["train_documents"] == 2
+
+
+@pytest.mark.parametrize("train, val, name", [([], VAL, "train"), (TRAIN, [], "val"), ([("a", "")], VAL, "train")])
+def test_nothing_to_write(tmp_path, train, val, name):
+    with pytest.raises(UserError, match=f"no text for {name}.bin"):
+        write(tmp_path / "new", train, val)
+    assert not (tmp_path / "new").exists()
+
+
+class FullDisk(io.BytesIO):
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "moving.json"])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_full_disk(tmp_path, monkeypatch, name, earlier):
+    if earlier:
+        write(tmp_path / "x", [("old", "an earlier corpus")])
+        before = content(tmp_path / "x")
+    monkeypatch.setattr(corpus, "open", lambda path, mode: FullDisk() if path.name == name else open(path, mode),
+                        raising=False)
+    with pytest.raises(UserError, match="can't write the corpus .*x: No space left on device"):
+        write(tmp_path / "x")
+    if earlier:
+        assert content(tmp_path / "x") == before and len(list((tmp_path / "x").iterdir())) == 3
+        load_corpus(tmp_path / "x", 8)
+    else:
+        assert not (tmp_path / "x").exists()
+
+
+def test_folder_which_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="can't write the corpus .*file"):
+        write(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from data.corpus import write_corpus
+from data.tokenizer import tokenizer_from_meta
+def docs():
+    yield "a", "x" * 5_000_000
+    os.kill(os.getpid(), signal.SIGKILL)
+write_corpus(sys.argv[2], [("t", "text" * 100)], docs(), tokenizer_from_meta({"name": "byte"}), source={})
+"""
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_killed_while_it_writes(tmp_path, earlier):
+    if earlier:
+        write(tmp_path)
+        before = content(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", KILLED, ROOT, tmp_path], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    if earlier:
+        assert content(tmp_path) == before
+        assert load_corpus(tmp_path, 8).train_tokens == 42
+    else:
+        with pytest.raises(UserError, match="has no train.bin and no val.bin"):
+            load_corpus(tmp_path, 8)
+
+
+@pytest.mark.parametrize("moves", [1, 2, 3])
+def test_stopped_while_it_moves(tmp_path, monkeypatch, moves):
+    """
+    Old and new files have the same sizes here, so that a mix would pass every other check; and without meta.json
+    they would be taken for GPT-2's ids.
+    """
+    write(tmp_path, TRAIN, VAL)
+    with monkeypatch.context() as patch:
+        left = iter(range(moves))
+
+        def replace(source, target, real=os.replace):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, [(name, text.swapcase()) for name, text in TRAIN], VAL)
+    with pytest.raises(UserError, match="cut off"):
+        load_corpus(tmp_path, 8)
+    write(tmp_path)
+    assert load_corpus(tmp_path, 8).train_tokens == 42
+
+
+def test_leftovers_of_killed_preparations_go(tmp_path):
+    old, live = tmp_path / "unfinished-old", tmp_path / "unfinished-live"
+    for folder in old, live:
+        folder.mkdir()
+        (folder / "train.bin").write_bytes(b"")
+    hours_ago = time.time() - 2 * 3600
+    for path in old / "train.bin", old, live:
+        os.utime(path, (hours_ago, hours_ago))
+    write(tmp_path)
+    assert live.exists() and not old.exists()
+
+
+# -- reading text ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw, text", [(b"\xef\xbb\xbfmark", "mark"), (b"a\r\nb\r\n", "a\nb\n"), (b"a\rb\n", "a\rb\n"),
+                                       ("größer".encode(), "größer"), (b"", "")])
+def test_read_text(tmp_path, raw, text):
+    (tmp_path / "f").write_bytes(raw)
+    assert read_text(tmp_path / "f") == text
+
+
+@pytest.mark.parametrize("raw, message", [
+    (b"PNG\0...", "f is not text: byte 3 is NUL"),
+    ("größer".encode("latin1"), "f is not UTF-8 text: byte 2 is 0xf6 .*iconv"),
+    ("größer".encode("utf-16"), "f is not text: byte 3 is NUL"),
+    (None, "can't read .*f: No such file")])
+def test_read_text_refuses(tmp_path, raw, message):
+    if raw is not None:
+        (tmp_path / "f").write_bytes(raw)
+    with pytest.raises(UserError, match=message):
+        read_text(tmp_path / "f")
+
+
+def tree(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def test_files_under(tmp_path):
+    tree(tmp_path, dict.fromkeys(["b.txt", "a/c.txt", "a/.hidden", ".git/x", "skip/me", "a/skip/me", "skip.txt"], "-"))
+    assert [path.relative_to(tmp_path).as_posix() for path in files_under(tmp_path, ("skip",))] == [
+        "a/c.txt", "b.txt", "skip.txt"]
+
+
+# -- data/stdlib -------------------------------------------------------------------------------
+
+
+def test_stdlib_of_this_python(tmp_path):
+    meta = script["stdlib"].prepare(tmp_path)
+    load_corpus(tmp_path, 32768)
+    train, val = documents(tmp_path, "train"), documents(tmp_path, "val")
+    assert len(train) == meta["train_documents"] > 300
+    assert not {text for text in train if len(text) > 1000} & set(val)
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for module in "argparse.py", "json/decoder.py", "asyncio/tasks.py":
+        assert read_text(stdlib / module) in train + val
+    assert read_text(stdlib / "unittest/case.py") in train + val
+    assert 0.02 < meta["val_tokens"] / meta["train_tokens"] < 0.12
+    assert meta["source"]["stdlib of Python"] == sys.version.split()[0]
+
+
+@pytest.fixture
+def small_stdlib(tmp_path, monkeypatch):
+    tree(tmp_path / "lib", {f"module{i}.py": f"number = {i}\n" for i in range(400)} | dict.fromkeys(
+        ["test/test_a.py", "json/tests/b.py", "idlelib/idle_test/c.py", "site-packages/d/e.py", "dist-packages/f.py",
+         "a/__pycache__/g.py", "_sysconfigdata__linux.py", "config-3.11-x86/h.py", "readme.txt"], "left out")
+         | {"latin.py": b"# caf\xe9", "empty.py": ""})
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    return tmp_path / "lib"
+
+
+def test_stdlib_takes_sources_only(small_stdlib, tmp_path, capsys):
+    meta = script["stdlib"].prepare(tmp_path / "out")
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(f"number = {i}\n" for i in range(400))
+    assert meta["source"]["skipped"] == 1 and "not UTF-8 text: 1" in capsys.readouterr().out
+    assert 8 <= len(val) <= 32  # 20 expected
+    assert train == sorted(train, key=lambda text: f"module{text.split()[-1]}.py")
+
+
+def test_stdlib_split_is_by_path_alone(small_stdlib, tmp_path):
+    """A module stays on its side when others change, so that other Python versions have about the same split."""
+    script["stdlib"].prepare(tmp_path / "out")
+    before = documents(tmp_path / "out", "val")
+    tree(small_stdlib, {"another.py": "x = 1\n"})
+    (small_stdlib / "module0.py").unlink()
+    script["stdlib"].prepare(tmp_path / "out")
+    assert set(before) - {"number = 0\n"} == set(documents(tmp_path / "out", "val")) - {"x = 1\n"}
+
+
+def test_stdlib_val_fraction(small_stdlib, tmp_path):
+    assert 160 <= script["stdlib"].prepare(tmp_path / "out", val_fraction=0.5)["val_documents"] <= 240
+
+
+def test_stdlib_without_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match="no Python sources"):
+        script["stdlib"].prepare(tmp_path / "out")
+
+
+# -- data/shakespeare_char ---------------------------------------------------------------------
+
+PLAY = "First Citizen:\nSpeak!\n" * 100
+
+
+def test_shakespeare_from_a_file(tmp_path):
+    (tmp_path / "play.txt").write_text(PLAY)
+    meta = script["shakespeare_char"].prepare(str(tmp_path / "play.txt"), tmp_path / "out")
+    assert meta["tokenizer"]["chars"] == "".join(sorted(set(PLAY))) and meta["vocab_size"] == len(set(PLAY))
+    assert (meta["train_tokens"], meta["val_tokens"]) == (int(0.9 * len(PLAY)), len(PLAY) - int(0.9 * len(PLAY)))
+    decode = tokenizer_from_meta(meta["tokenizer"]).decode
+    assert "".join(decode(np.fromfile(tmp_path / f"out/{split}.bin", np.uint16)) for split in ("train", "val")) == PLAY
+
+
+def test_shakespeare_download(tmp_path, monkeypatch):
+    module = script["shakespeare_char"]
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(PLAY.encode()))
+    with pytest.raises(UserError, match="2,200 bytes which came are not that text"):  # say, a hotel's log-in page
+        module.prepare(folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+    assert module.prepare(folder=tmp_path / "out")["source"] == {"input": module.URL}
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no network"), TimeoutError("no network")])
+def test_shakespeare_without_network(tmp_path, monkeypatch, error):
+    def urlopen(url, timeout):
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(UserError, match="can't download .*no network.*--input=FILE"):
+        script["shakespeare_char"].prepare(folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shakespeare_empty_file(tmp_path):
+    (tmp_path / "empty").touch()
+    with pytest.raises(UserError, match="empty is empty"):
+        script["shakespeare_char"].prepare(str(tmp_path / "empty"), tmp_path / "out")
+
+
+# -- data/text ---------------------------------------------------------------------------------
+
+
+def text_corpus(tmp_path, files, **options):
+    tree(tmp_path / "in", files)
+    meta = script["text"].prepare(str(tmp_path / "in"), "mine", data=tmp_path / "data", **options)
+    return meta, tmp_path / "data/mine"
+
+
+def test_text_of_a_folder(tmp_path):
+    """The end of each document is validation; byte order marks and CR go; hidden and empty files don't count."""
+    first, second = "ab" * 100, "größer " * 30
+    meta, folder = text_corpus(tmp_path, {"b/two.md": second, "a.txt": b"\xef\xbb\xbf" + first.encode(), ".x": "hidden",
+                                          ".git/y": b"\0", "c.txt": "one\r\ntwo\r\n", "d.txt": ""}, val_fraction=0.1)
+    assert documents(folder, "train") == [first[:180], second[:189], "one\ntwo\n"]
+    assert documents(folder, "val") == [first[180:], second[189:]]
+    assert meta["source"] == {"input": str(tmp_path / "in"), "files": 4, "val_fraction": 0.1}
+    assert load_corpus(folder, 8).tokenizer_meta == {"name": "byte"}
+
+
+def test_text_of_a_file(tmp_path):
+    tree(tmp_path, {"book.txt": "word " * 20_000})
+    script["text"].prepare(str(tmp_path / "book.txt"), "book", data=tmp_path)
+    load_corpus(tmp_path / "book", 2048)
+
+
+def test_text_with_gpt2(tmp_path, gpt2):
+    meta, folder = text_corpus(tmp_path, {"a": "Hello world" * 10, "b": "<|endoftext|>" * 40}, tokenizer="gpt2")
+    assert (meta["vocab_size"], meta["tokenizer"]) == (50304, {"name": "gpt2"})
+    ids = np.fromfile(folder / "train.bin", np.uint16)
+    assert ids[:2].tolist() == [15496, 995] and (ids == gpt2.eot).sum() == 2
+    end = "<|endoftext|>"
+    assert gpt2.decode(ids) == ("Hello world" * 10)[:105] + end + (end * 40)[:494] + end
+
+
+def test_text_which_is_none(tmp_path):
+    """All files are looked at before anything is written, and all the bad ones are named."""
+    with pytest.raises(UserError) as error:
+        text_corpus(tmp_path, {"good.txt": "text", "picture.png": b"\x89PNG\0", "sub/latin.txt": b"caf\xe9"})
+    message = str(error.value)
+    assert "2 of 3 files" in message and "picture.png is not text" in message and "latin.txt is not UTF-8" in message
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("files, message", [({".hidden": "text"}, "no files"), ({"a": ""}, "no text for train"),
+                                            ({"a": "short"}, "no text for val.bin")])
+def test_text_too_little(tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
+        text_corpus(tmp_path, files)
+    assert not (tmp_path / "data/mine").exists()
+
+
+@pytest.mark.parametrize("input", ["", "nowhere", "x" * 5000])
+def test_text_missing(tmp_path, input):
+    with pytest.raises(UserError, match="no such file or folder"):
+        script["text"].prepare(input and str(tmp_path / input), "mine", data=tmp_path)
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "../up", "a/b", "a\\b", "/tmp/x", ".hidden", "-x", "with space",
+                                 "__pycache__", "loader.py", "a\n", "x" * 300, "stdlib", "shakespeare_char", "text"])
+def test_text_bad_name(tmp_path, out):
+    tree(tmp_path, {"data/loader.py": "", "data/stdlib/prepare.py": "", "data/shakespeare_char/prepare.py": "",
+                    "data/text/prepare.py": "", "in.txt": "text " * 100})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="--out=(?s:.*)(give a name|another name)"):
+        script["text"].prepare(str(tmp_path / "in.txt"), out, data=tmp_path / "data")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# -- as commands -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, argument, code, output", [
+    ("stdlib", "--help", 0, "--val_fraction=0.05"),
+    ("shakespeare_char", "--input=/no/such/file", 1, "error: can't read /no/such/file: No such file or directory\n"),
+    ("text", "--inptu=x", 1, "error: --inptu=x: unknown key 'inptu'; did you mean input?\n")])
+def test_command(tmp_path, name, argument, code, output):
+    done = subprocess.run([sys.executable, ROOT / "data" / name / "prepare.py", argument], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == code
+    assert output in done.stdout if code == 0 else output == done.stderr

@@ -1,0 +1,197 @@
+"""The loader: batches as pure functions of their numbers, fixed validation windows, and every broken corpus refused."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from data.loader import load_corpus
+
+
+def make(folder, train=1000, val=300, dtype="uint16", vocab_size=1000, **changes):
+    """A corpus whose n-th token is n (training) or 500 + n (validation), with changes to its meta.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.arange(train).astype(dtype).tofile(folder / "train.bin")
+    np.arange(500, 500 + val).astype(dtype).tofile(folder / "val.bin")
+    meta = {"vocab_size": vocab_size, "dtype": dtype, "tokenizer": {"name": "byte"}, "train_tokens": train,
+            "val_tokens": val} | changes
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+# -- batches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_batch_is_windows_and_the_same_shifted(tmp_path, dtype):
+    offset = 0 if dtype == "uint16" else 70_000
+    make(tmp_path, dtype=dtype, vocab_size=1000 + offset)
+    (np.arange(1000) + offset).astype(dtype).tofile(tmp_path / "train.bin")
+    x, y = load_corpus(tmp_path, 16).batch(5, seed=1, iteration=2, micro=3)
+    for tokens in x, y:
+        assert tokens.shape == (5, 16) and tokens.dtype == torch.int64 and tokens.is_contiguous()
+    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(16))
+    assert len(set(x[:, 0].tolist())) > 1
+
+
+def test_batch_is_a_pure_function(tmp_path):
+    corpus = load_corpus(make(tmp_path), 16)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    first = corpus.batch(4, 7, 10, 2)
+    for other in (8, 10, 2), (7, 11, 2), (7, 10, 3), (10, 7, 2):
+        assert not torch.equal(corpus.batch(4, *other)[0], first[0])
+        corpus.val_batch(corpus.val_windows(3))
+    assert torch.equal(load_corpus(tmp_path, 16).batch(4, 7, 10, 2)[0], first[0])
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_batch_is_the_same_on_every_machine_and_version(tmp_path):
+    assert load_corpus(make(tmp_path), 16).batch(4, 1337, 0, 0)[0][:, 0].tolist() == [537, 864, 715, 182]
+
+
+def test_every_window_comes(tmp_path):
+    """The first and the last one too, and none beyond: here there are three."""
+    corpus = load_corpus(make(tmp_path, train=19), 16)
+    x, y = corpus.batch(100, 0, 0, 0)
+    assert set(x[:, 0].tolist()) == {0, 1, 2} and y.max() == 18
+
+
+def test_seeds_up_to_63_bits(tmp_path):
+    corpus = load_corpus(make(tmp_path), 16)
+    assert not torch.equal(corpus.batch(4, 2**63 - 1, 0, 0)[0], corpus.batch(4, 2**32 - 1, 0, 0)[0])
+
+
+# -- validation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, starts", [(1, [0]), (2, [0, 283]), (5, [0, 70, 141, 212, 283]),
+                                           (284, list(range(284))), (10**6, list(range(284)))])
+def test_val_windows_are_spread_evenly(tmp_path, count, starts):
+    assert load_corpus(make(tmp_path), 16).val_windows(count).tolist() == starts
+
+
+def test_val_windows_when_there_is_just_one(tmp_path):
+    corpus = load_corpus(make(tmp_path, val=17), 16)
+    assert corpus.val_windows(20).tolist() == [0]
+    assert corpus.val_batch([0])[1].tolist() == [list(range(501, 517))]
+
+
+@pytest.mark.parametrize("count", [3, 7, 100, 283])
+def test_val_windows_are_distinct(tmp_path, count):
+    assert len(set(load_corpus(make(tmp_path), 16).val_windows(count).tolist())) == count
+
+
+def test_val_batch(tmp_path):
+    corpus = load_corpus(make(tmp_path), 16)
+    x, y = corpus.val_batch(corpus.val_windows(2))
+    assert x[:, 0].tolist() == [500, 783] and y[-1, -1] == 799
+    assert x.shape == y.shape == (2, 16) and torch.equal(y, x + 1)
+
+
+# -- load_corpus -------------------------------------------------------------------------------
+
+
+def test_load(tmp_path):
+    corpus = load_corpus(make(tmp_path), 16)
+    assert (corpus.vocab_size, corpus.tokenizer_meta) == (1000, {"name": "byte"})
+    assert (corpus.train_tokens, corpus.val_tokens) == (1000, 300)
+
+
+def test_nanogpt_corpus_without_meta(tmp_path, capsys):
+    (make(tmp_path) / "meta.json").unlink()
+    corpus = load_corpus(tmp_path, 16)
+    assert (corpus.vocab_size, corpus.tokenizer_meta, corpus.train_tokens) == (50304, {"name": "gpt2"}, 1000)
+    assert "no meta.json" in capsys.readouterr().out
+    assert corpus.batch(2, 0, 0, 0)[0].shape == (2, 16)
+
+
+def test_odd_nanogpt_corpus(tmp_path):
+    (make(tmp_path) / "meta.json").unlink()
+    (tmp_path / "val.bin").write_bytes(bytes(301))
+    with pytest.raises(UserError, match="val.bin"):
+        load_corpus(tmp_path, 16)
+
+
+def test_pickled_meta_is_refused(tmp_path):
+    (make(tmp_path) / "meta.json").rename(tmp_path / "meta.pkl")
+    with pytest.raises(UserError, match="a pickle is not read.*run python"):
+        load_corpus(tmp_path, 16)
+
+
+def test_missing_data_set_tells_what_there_is(tmp_path):
+    make(tmp_path / "books")
+    for name in "stdlib", "text":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prepare.py").touch()
+    with pytest.raises(UserError) as error:
+        load_corpus(tmp_path / "book", 16)
+    assert str(error.value) == (
+        f"{tmp_path}/book has no train.bin and no val.bin: run python {tmp_path}/text/prepare.py "
+        f"--input=FILE_OR_FOLDER --out=book; or choose another data set of {tmp_path}: books, stdlib")
+    with pytest.raises(UserError, match=r"run python \S+/stdlib/prepare.py; or .*: books$"):
+        load_corpus(tmp_path / "stdlib", 16)
+    with pytest.raises(UserError, match=r"run python \S+/text/prepare.py --input=FILE_OR_FOLDER --out=NAME"):
+        load_corpus(tmp_path / "text", 16)
+
+
+@pytest.mark.parametrize("gone", ["train", "val"])
+def test_one_file_missing(tmp_path, gone):
+    (make(tmp_path) / f"{gone}.bin").unlink()
+    with pytest.raises(UserError, match=f"has no {gone}.bin: run python"):
+        load_corpus(tmp_path, 16)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("size", [0, 199, 10_000])
+def test_size_differs_from_meta(tmp_path, split, size):
+    (make(tmp_path) / f"{split}.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match=f"{split}.bin has {size:,} bytes, but meta.json says"):
+        load_corpus(tmp_path, 16)
+
+
+@pytest.mark.parametrize("train, val, name", [(16, 300, "train"), (1000, 16, "val"), (1000, 3, "val")])
+def test_too_short_for_the_block(tmp_path, train, val, name):
+    make(tmp_path, train, val)
+    with pytest.raises(UserError, match=rf"{name}.bin has \d+ tokens.*block_size=16.*below {min(train, val)}"):
+        load_corpus(tmp_path, 16)
+    load_corpus(tmp_path, min(train, val) - 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"vocab_size": 5}', "\udcff"])
+def test_meta_which_is_none(tmp_path, text):
+    (make(tmp_path) / "meta.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="meta.json is no corpus's meta data: run python"):
+        load_corpus(tmp_path, 16)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"vocab_size": "many"}, {"tokenizer": "gpt2"},
+                                     {"train_tokens": None}])
+def test_meta_with_a_bad_value(tmp_path, changes):
+    with pytest.raises(UserError, match="meta.json is no corpus's meta data"):
+        load_corpus(make(tmp_path, **changes), 16)
+
+
+# -- while training runs -----------------------------------------------------------------------
+
+
+def test_id_outside_the_vocabulary(tmp_path):
+    load_corpus(make(tmp_path, vocab_size=800), 16).val_batch([283])  # ids up to 799
+    corpus = load_corpus(make(tmp_path, vocab_size=799), 16)
+    with pytest.raises(UserError, match="val.bin has the token id 799, but its vocabulary is 799"):
+        corpus.val_batch([283])
+    with pytest.raises(UserError, match=r"train.bin has the token id \d+, but its vocabulary is 799"):
+        for iteration in range(100):
+            corpus.batch(8, 0, iteration, 0)
+
+
+@pytest.mark.parametrize("size", [None, 0, 1, 100])
+def test_file_shrinks_or_goes(tmp_path, size):
+    corpus = load_corpus(make(tmp_path), 16)
+    (tmp_path / "val.bin").unlink()
+    if size is not None:
+        (tmp_path / "val.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match="val.bin has changed since training began"):
+        corpus.val_batch(corpus.val_windows(3))

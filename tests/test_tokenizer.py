@@ -1,0 +1,136 @@
+"""The tokenizers: every text comes back, ids stay in range, text never yields end-of-text, and cuts change nothing."""
+
+import codecs
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from data.corpus import pieces
+from data.tokenizer import tokenizer_from_meta
+
+TEXTS = ["", "a", "Hello world\n", "<|endoftext|>", "tab\tCRLF\r\nNUL\0", "naïve, 漢字, 🙂, e\u0301", " " * 50,
+         "\ufeffmark"]
+CHARS = "".join(sorted(set("".join(TEXTS))))
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("GPT-2's BPE needs its files: set TIKTOKEN_CACHE_DIR")
+    try:
+        return tokenizer_from_meta({"name": "gpt2"})
+    except UserError as error:
+        pytest.skip(f"GPT-2's BPE doesn't load: {error}")
+
+
+@pytest.fixture(params=["byte", "char", "gpt2"])
+def tokenizer(request):
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2")
+    return tokenizer_from_meta({"name": request.param, "chars": CHARS})
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64 and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids.tolist()) == text.encode()
+    assert tokenizer.eot not in ids.tolist()
+    if len(ids):
+        assert 0 <= ids.min() and ids.max() < tokenizer.n_vocab
+
+
+def test_sizes(tokenizer):
+    expected = {"byte": (257, 257, 256), "gpt2": (50257, 50304, 50256), "char": (len(CHARS), len(CHARS), None)}
+    assert (tokenizer.n_vocab, tokenizer.vocab_size, tokenizer.eot) == expected[tokenizer.name]
+
+
+def test_meta_brings_the_same_tokenizer_back(tokenizer):
+    again = tokenizer_from_meta(json.loads(json.dumps(tokenizer.to_meta())))
+    assert again.to_meta() == tokenizer.to_meta()
+    assert again.encode(CHARS).tolist() == tokenizer.encode(CHARS).tolist()
+
+
+def test_decode_takes_one_id_and_end_of_text(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a")[0]) == "a"
+    if tokenizer.eot is not None:
+        assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("id", [-1, "n_vocab"])
+def test_decode_refuses_ids_outside(tokenizer, id):
+    with pytest.raises(UserError, match=f"{tokenizer.name} tokenizer has 0 to {tokenizer.n_vocab - 1}"):
+        tokenizer.decode([0, tokenizer.n_vocab if id == "n_vocab" else id])
+
+
+def test_streaming_by_an_incremental_decoder(tokenizer):
+    text = "naïve, 漢字, 🙂"
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    assert "".join(decoder.decode(tokenizer.decode_bytes(id)) for id in tokenizer.encode(text)) == text
+
+
+def test_pieces_change_no_token(tokenizer):
+    """A cut at the wrong place, say inside a run of line ends, gives other GPT-2 tokens than the whole text."""
+    words = ["a", "  two", "\n", "\n\n\n\n", "\n\nx", "12", "漢字", "it's", "...", "🙂", "\t", " ", "   "]
+    rng = random.Random(0)
+    text = "".join(rng.choice(["", " "]) + rng.choice(words) for _ in range(5000))
+    text = text if tokenizer.name != "char" else "".join(c for c in text if c in CHARS)
+    parts = list(pieces(text, size=10))
+    assert len(parts) > 100 and "".join(parts) == text
+    assert np.concatenate([tokenizer.encode(part) for part in parts]).tolist() == tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, " " * 1_000_000, "\n" * 1_000_000, "漢字" * 300_000],
+                         ids=["letters", "spaces", "lines", "han"])
+def test_long_runs(tokenizer, text):
+    """One run without a break must neither overflow the regex engine nor take quadratic time."""
+    if tokenizer.name == "char":
+        tokenizer = tokenizer_from_meta({"name": "char", "chars": "".join(sorted(set(text)))})
+    assert "".join(pieces(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_byte_ids_are_the_bytes():
+    assert tokenizer_from_meta({"name": "byte"}).encode("é<|endoftext|>").tolist() == list("é<|endoftext|>".encode())
+
+
+def test_gpt2_ids_are_the_published_ones(gpt2):
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+
+
+def test_gpt2_files_missing(monkeypatch):
+    def no_network(name):
+        raise ConnectionError("unreachable")
+
+    monkeypatch.setattr("tiktoken.get_encoding", no_network)
+    with pytest.raises(UserError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer=byte.*ConnectionError: unreachable"):
+        tokenizer_from_meta({"name": "gpt2"})
+
+
+def test_char_ids_are_places_in_the_sorted_vocabulary():
+    assert tokenizer_from_meta({"name": "char", "chars": "\nabé"}).encode("éa\nb").tolist() == [3, 1, 0, 2]
+
+
+@pytest.mark.parametrize("text", ["az", "\x00", "🙂", "A"])
+def test_char_names_the_character_it_lacks(text):
+    with pytest.raises(UserError) as error:
+        tokenizer_from_meta({"name": "char", "chars": "abc"}).encode(text)
+    assert f"the character {text[-1]!r} is not" in str(error.value) and "'abc'" in str(error.value)
+
+
+def test_text_without_utf8_form(tokenizer):
+    """A lone surrogate is what Python makes of a command line's invalid bytes."""
+    with pytest.raises(UserError, match="surrogates|'\\\\udcff'"):
+        tokenizer.encode("ok\udcff")
+
+
+@pytest.mark.parametrize("meta", [{"name": "bpe"}, {}, {"name": "char"}, {"name": "char", "chars": "ba"},
+                                  {"name": "char", "chars": ""}, {"name": "char", "chars": "aab"}, "gpt2", None])
+def test_bad_meta(meta):
+    with pytest.raises(UserError, match="unknown tokenizer|distinct characters in sorted order"):
+        tokenizer_from_meta(meta)
