@@ -90,6 +90,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each query or key, in the weight's precision also under autocast (QK-norm, arXiv 2302.05442)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attend(nn.Module):
     """softmax(q k^T / sqrt(D)) v, causal. The forward is exact; the backward is `attn_backward`'s while training."""
 
@@ -121,8 +128,8 @@ class CausalSelfAttention(nn.Module):
         self.D = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
         self.attend = Attend(config)
         self.resid_dropout = nn.Dropout(config.dropout)
 

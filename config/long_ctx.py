@@ -1,0 +1,31 @@
+# A small GPT at a context of 2048 bytes on the sources of Python's standard library, with SUS backprop.
+# A few minutes on two CPU cores. Its exact twin: --attn_backward=exact --out_dir=out-exact
+
+out_dir = "out-long-ctx"
+dataset = "stdlib"
+
+block_size = 2048
+batch_size = 1
+gradient_accumulation_steps = 2
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+bias = False
+pos = "rope"
+norm = "rmsnorm"
+qk_norm = True
+
+attn_backward = "sus"
+sus_c = 25.0
+
+learning_rate = 3e-3
+min_lr = 3e-4
+max_iters = 300
+lr_decay_iters = 300
+warmup_iters = 20
+beta2 = 0.99  # few tokens a step
+
+eval_interval = 50
+eval_iters = 24
+log_interval = 5

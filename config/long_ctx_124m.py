@@ -1,0 +1,35 @@
+# GPT-2's size at a context of 32k tokens with SUS backprop, for one 80 GB GPU or several:
+#     python train.py config/long_ctx_124m.py --dataset=NAME
+#     torchrun --standalone --nproc_per_node=8 train.py config/long_ctx_124m.py --dataset=NAME
+# NAME: long documents in GPT-2 tokens, e.g. your own by
+#     python data/text/prepare.py --input=FOLDER --out=NAME --tokenizer=gpt2
+
+out_dir = "out-long-ctx-124m"
+dataset = "text-gpt2"
+
+block_size = 32768
+batch_size = 1
+gradient_accumulation_steps = 16  # 0.5 M tokens a step, as GPT-2
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+bias = False
+pos = "rope"
+rope_theta = 500000.0
+norm = "rmsnorm"
+qk_norm = True
+activation_checkpointing = True
+
+attn_backward = "sus"
+sus_c = 25.0
+
+learning_rate = 6e-4
+min_lr = 6e-5
+max_iters = 20000
+lr_decay_iters = 20000
+warmup_iters = 700
+
+eval_interval = 500
+eval_iters = 16
+log_interval = 10

@@ -1,0 +1,32 @@
+# nanoGPT's character-level Shakespeare: a good first run for debugging.
+#     python data/shakespeare_char/prepare.py
+#     python train.py config/train_shakespeare_char.py
+# Its dropout needs the exact backward; SUS: --attn_backward=sus --dropout=0.0
+
+out_dir = "out-shakespeare-char"
+eval_interval = 250  # often, because it overfits
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+
+wandb_log = False
+wandb_project = "shakespeare-char"
+wandb_run_name = "mini-gpt"
+
+dataset = "shakespeare_char"
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+attn_backward = "exact"
+
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
