@@ -1,0 +1,116 @@
+"""
+Checkpoints: one file each, whole or not there at all.
+
+A checkpoint is a dict under nanoGPT's names (model, optimizer, model_args, iter_num, best_val_loss, config) plus
+whatever else train.py keeps. It holds tensors, Python scalars and strings, and dicts, lists and tuples of them: nothing
+that needs code to be read back. So load() can refuse to run any (weights_only=True), and a checkpoint from a stranger
+is data.
+
+save() writes aside in the same folder, syncs to the disk, then renames onto the name: whenever the process or the
+machine dies, the name holds either the former checkpoint or the new one. What it leaves aside then, FILE.aside, the
+next save overwrites.
+"""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+
+REQUIRED = {"model": dict, "model_args": dict, "iter_num": int, "best_val_loss": (int, float, torch.Tensor),
+            "config": dict}
+
+
+def save(path: Path, state: dict) -> None:
+    """
+    Put state at path, replacing the file there in one step. UserError if the disk is full or can't be written to;
+    the file at path is then what it was. TypeError if state holds something else than the kinds of data named above.
+    """
+    _check_plain(state, "state")
+    aside = path.with_name(path.name + ".aside")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError, on its way out
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise UserError(f"can't save {path}: {cause.strerror}; make room, or choose another --out_dir "
+                        "(a checkpoint saved there earlier is intact)") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(path: Path, map_location="cpu") -> dict:
+    """
+    The state saved at path, its tensors on map_location. Runs no code from the file. nanoGPT's checkpoints are read
+    too, those of a compiled or DDP model under their plain names. UserError if the file is missing, truncated,
+    damaged or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: train first, or give the --out_dir of a run")
+    try:
+        with zipfile.ZipFile(path) as archive:  # the format of torch.save, which doesn't compare checksums on loading
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except Exception as error:  # a damaged file can fail at any point of the unpickler
+        raise UserError(f"{path} is not a checkpoint, or a truncated or damaged one: use another, such as "
+                        "ckpt_best.pt of the same run") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    wrong = [name for name, kind in REQUIRED.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}")
+    # torch.compile and DDP put these prefixes before the names of the weights
+    state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): weight for name, weight in state["model"].items()}
+    state["best_val_loss"] = float(state["best_val_loss"])  # a tensor in nanoGPT's
+    return state
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside the wrappers of DDP and torch.compile, in whichever order: save its state_dict."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inner
+    return model
+
+
+def _check_plain(value, where):
+    """TypeError, naming the place, for what torch.load(weights_only=True) would refuse: better now than at resume."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_plain(name, f"a key of {where}")
+            _check_plain(item, f"{where}[{name!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif not (isinstance(value, torch.Tensor) or type(value) in (int, float, bool, str, type(None))):
+        raise TypeError(f"a checkpoint can't hold {where}, a {type(value).__name__}: make it a plain number or tensor")
+
+
+def _os_error(error):
+    """The OSError which error is or came from, or None."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _sync_folder(folder):
+    """Make a rename in the folder outlast a power failure (on Windows a folder can't be opened, nor need be)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
