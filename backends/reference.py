@@ -60,14 +60,14 @@ UNIT = 1 << UNIT_BITS  # q = 1
 
 
 def inclusion_units(w: Tensor, c: Tensor) -> Tensor:
-    """q = min(1, c * w) as an integer multiple of 2^-23, at least one unit where w > 0, zero elsewhere.
+    """q = min(1, c * w), rounded up to an integer multiple of 2^-23: at least one unit where w > 0, zero elsewhere.
 
     w: float tensor of attention weights; c: 0-d float tensor (inf keeps everything). Returns int32, shape of w.
     Sampler and divisor both use this integer. That makes the estimator exactly unbiased, however small
     the weights and however long the row: a float32 running sum loses entries too small to move it.
     """
-    units = (w * (c.to(w.dtype) * UNIT)).round_().clamp_(1, UNIT)
-    return torch.where(w > 0, units, 0).to(torch.int32)  # also keeps NaN from becoming an integer
+    units = (w * (c.to(w.dtype) * UNIT)).nan_to_num_(0)  # 0 * inf is no entry; and no integer comes from a NaN
+    return units.ceil_().clamp_(max=UNIT).to(torch.int32)
 
 
 def slot_bound(c_max: float, T: int) -> int:
@@ -93,11 +93,11 @@ def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Ten
     number of entries that fell beyond `slots` (tests assert that there are none).
     """
     # Integer sums are associative: tiles, scans and threads all agree. int32 holds them while sum(q) <= c < 255.
-    total_dtype = torch.int32 if slots < 255 else torch.int64
+    total_dtype = torch.int32 if slots < 254 else torch.int64
     total = q_units.cumsum(-1, dtype=total_dtype).add_(u.to(total_dtype).unsqueeze(-1))
-    crossed = (total & (UNIT - 1)) < q_units
-    within = (total >> UNIT_BITS) <= slots  # the ordinal is the slot that a kernel stores into
-    return crossed & within, (crossed & ~within).sum()
+    dropped = ((total[..., -1] >> UNIT_BITS) - slots).clamp_(min=0).sum()
+    within = total < (slots + 1) * UNIT  # total >> 23 is an entry's ordinal: the slot that a kernel stores it into
+    return ((total & (UNIT - 1)) < q_units) & within, dropped
 
 
 def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
