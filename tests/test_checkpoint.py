@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import zipfile
@@ -203,6 +204,16 @@ def test_failure_of_the_last_steps_keeps_the_former_checkpoint(tmp_path, monkeyp
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["ckpt.pt"]
     assert checkpoint.load(path)["iter_num"] == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX only")
+def test_order_of_the_syncs(tmp_path, monkeypatch):
+    """A rename may reach the disk before the contents unless these are synced first; the rename itself needs one too."""
+    steps, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: steps.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"))
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("replace"), replace(*paths)))
+    checkpoint.save(tmp_path / "ckpt.pt", make_state())
+    assert steps == ["file", "replace", "folder"]
 
 
 def test_missing_folder(tmp_path):
