@@ -1,6 +1,6 @@
 """GPT, in one file: the transformer of GPT-2, the choices that long contexts ask for, and attention's backward.
 
-With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), and `from_pretrained` loads its
+With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), and `load_pretrained` loads its
 weights. For long contexts: rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention
 (`n_kv_head`), activation checkpointing, and a cross-entropy which never holds the logits of the whole context.
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from configurator import UserError
 from sus_attn import fold_in, sus_attention
 
 
@@ -284,13 +285,6 @@ class GPT(nn.Module):
     # -- GPT-2's weights -------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name: str, **training_keys) -> "GPT":
-        """GPT-2's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl) from the hub, or from its cache, by `transformers`."""
-        from transformers import GPT2LMHeadModel
-
-        return cls.from_hf(GPT2LMHeadModel.from_pretrained(name), **training_keys)
-
-    @classmethod
     def from_hf(cls, hf, **training_keys) -> "GPT":
         """A GPT with the weights of `hf`, a transformers GPT2LMHeadModel."""
         h = hf.config
@@ -371,6 +365,21 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         before = probabilities.cumsum(-1) - probabilities  # the likeliest token stays, whatever top_p
         probabilities[before >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def load_pretrained(name: str, **training_keys) -> GPT:
+    """GPT-2's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl) from the hub or its cache, by `transformers`. UserError."""
+    try:
+        from transformers import GPT2LMHeadModel
+
+        hf = GPT2LMHeadModel.from_pretrained(name)
+    except ImportError:
+        raise UserError(f"init_from={name} needs transformers: pip install -r requirements-dev.txt") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"init_from={name}: the weights can't be had, neither from the hub nor from its cache on this "
+                        f"machine ({reason})") from None  # fmt: skip
+    return GPT.from_hf(hf, **training_keys)
 
 
 def model_args(config: GPTConfig) -> dict:

@@ -136,7 +136,7 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
 # Attention.
 # ---------------------------------------------------------------------------------------------
 
-BLOCK_ENTRIES = 1 << 20  # scores of one block over all batches and heads: its few buffers should stay in cache
+BLOCK_ENTRIES = 1 << 19  # scores of one block over all batches and heads: its few buffers should stay in cache
 
 
 def _blocks(B: int, H: int, T: int, is_causal: bool):

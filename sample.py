@@ -1,0 +1,109 @@
+"""
+Sample text from a trained model.
+
+    python sample.py --out_dir=out-long-ctx --start='import os' --num_samples=3
+    python sample.py --out_dir=out-long-ctx --start=FILE:prompt.txt --temperature=0.7 --top_p=0.9
+    python sample.py --init_from=gpt2 --start='What is the answer to life?'
+
+The text appears as it is drawn. Tokenizer and model come from the checkpoint, which needs nothing else.
+"""
+
+import codecs
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from configurator import UserError, key, load_config, run_main
+from data.tokenizer import tokenizer_from_meta
+from device import resolve_device
+from model import GPT, GPTConfig, load_pretrained
+
+
+@dataclass
+class SampleConfig:
+    init_from: str = key("resume", "a checkpoint of train.py, or GPT-2",
+                         choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), section="Model")  # fmt: skip
+    out_dir: str = key("out", "folder of the checkpoint")
+    ckpt: str = key("ckpt.pt", "its file: ckpt.pt (the latest) or ckpt_best.pt")
+    start: str = key("\n", "the prompt; FILE:prompt.txt reads it from a file", section="Text")
+    num_samples: int = key(10, "samples to draw", low=1)
+    max_new_tokens: int = key(500, "tokens of each sample", low=1)
+    temperature: float = key(0.8, "below 1: less random; 0: always the likeliest token", low=0)
+    top_k: int = key(200, "draw from the k likeliest tokens; 0: from all", low=0)
+    top_p: float = key(1.0, "draw from the fewest tokens that hold probability p", above=0, high=1)
+    stop_at_eot: bool = key(True, "end a sample at the end-of-text token")
+    seed: int = key(1337, "seeds the draws", low=0, high=2**63 - 1)
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", section="Machine")
+    dtype: str = key("auto", "of the forward", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = key(False, "torch.compile: slow to start, then faster")
+
+
+def main():
+    cfg = load_config(SampleConfig, sys.argv[1:], usage=__doc__)
+    device = resolve_device(cfg.device, cfg.dtype)
+    start = read_start(cfg.start)
+    if cfg.init_from == "resume":
+        model, tokenizer = load_model(Path(cfg.out_dir) / cfg.ckpt)
+    else:
+        model, tokenizer = load_pretrained(cfg.init_from), tokenizer_from_meta({"name": "gpt2"})
+    model.eval().to(device.device)
+    if cfg.compile:
+        model.compile(dynamic=True)
+
+    prompt = tokenizer.encode(start).tolist()
+    if not prompt and tokenizer.eot is None:
+        raise UserError("--start is empty: give at least one character to continue")
+    prompt = prompt or [tokenizer.eot]
+    if len(prompt) > model.config.block_size:
+        print(f"the prompt has {len(prompt)} tokens; the model reads the last {model.config.block_size} of them",
+              file=sys.stderr)  # fmt: skip
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for _ in range(cfg.num_samples):
+        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # a token may end inside a character
+        print(start, end="", flush=True)
+        with device.autocast():
+            for token in model.generate(
+                prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k or None,
+                top_p=cfg.top_p if cfg.top_p < 1 else None, n_vocab=tokenizer.n_vocab, generator=generator,
+            ):  # fmt: skip
+                if token == tokenizer.eot and cfg.stop_at_eot:
+                    break
+                print(decode(tokenizer.decode_bytes(token)), end="", flush=True)
+        print(decode(b"", final=True) + "\n---------------")
+
+
+def read_start(start: str) -> str:
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--start={start}: can't read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--start={start}: {path} is not UTF-8 text") from None
+
+
+def load_model(path: Path):
+    """The model and the tokenizer of a checkpoint."""
+    saved = checkpoint.load(path)
+    known = {field.name for field in dataclasses.fields(GPTConfig)}
+    if unknown := saved["model_args"].keys() - known:
+        raise UserError(f"{path} is of another version: its model has the unknown keys {', '.join(sorted(unknown))}")
+    model = GPT(GPTConfig(**saved["model_args"]))
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit its model_args: {str(error).splitlines()[-1].strip()}") from None
+    if "tokenizer" not in saved and model.config.vocab_size not in (50257, 50304):
+        raise UserError(f"{path} does not say which tokenizer it was trained with: only nanoGPT checkpoints with GPT-2's "
+                        "tokens are read without")  # fmt: skip
+    return model, tokenizer_from_meta(saved.get("tokenizer", {"name": "gpt2"}))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,432 @@
+"""train.py and sample.py as a user runs them: resume, signals, processes, mistakes, and the loss that SUS reaches."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from configurator import TrainConfig, UserError
+from data.corpus import write_corpus
+from data.tokenizer import tokenizer_from_meta
+from record import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+STDLIB = Path(os.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small corpus of real text: four modules of the standard library, in bytes."""
+    text = lambda *names: [(n, (STDLIB / n).read_text(encoding="utf-8")) for n in names]  # noqa: E731
+    folder = tmp_path_factory.mktemp("data") / "small"
+    write_corpus(folder, text("argparse.py", "ast.py", "inspect.py"), text("enum.py"),
+                 tokenizer_from_meta({"name": "byte"}), source={})  # fmt: skip
+    return folder
+
+
+TINY = dict(
+    n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=2, gradient_accumulation_steps=2, pos="rope",
+    max_iters=12, eval_interval=4, eval_iters=3, learning_rate=3e-3, warmup_iters=3, lr_decay_iters=12, min_lr=3e-4,
+    sus_c=4, wandb_log=False, device="cpu", dtype="float32",
+)  # fmt: skip
+
+
+def arguments(corpus, out_dir, **keys):
+    return [f"--{k}={v}" for k, v in {**TINY, "dataset": corpus, "out_dir": out_dir, **keys}.items()]
+
+
+@pytest.fixture
+def run(corpus, tmp_path, monkeypatch):
+    """run(out_dir, **keys): train in this process; the lines of the record."""
+
+    def run(out_dir="out", **keys):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments(corpus, tmp_path / out_dir, **keys)])
+        train.main()
+        return read_record(tmp_path / out_dir / "metrics.jsonl")[1]
+
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def start(corpus, out_dir, *prefix, **keys):
+    """The same as a process of its own."""
+    command = [sys.executable, *prefix, ROOT / "train.py", *arguments(corpus, out_dir, **keys)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def curve(lines):
+    """What must repeat exactly: losses, learning rates and gradient norms by iteration, but no times."""
+    exact = ("iter", "train/loss", "val/loss", "val/loss_by_position", "lr", "train/grad_norm", "sus/kept_per_row")
+    return [{k: v for k, v in line.items() if k in exact} for line in lines]
+
+
+def weights(path):
+    return torch.load(path / "ckpt.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- the record and its numbers --------------------------------------------------------------------
+
+
+def test_a_run_learns_and_records(run, tmp_path):
+    lines = run(max_iters=30, lr_decay_iters=30, eval_interval=10)
+    val = [line for line in lines if "val/loss" in line]
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["iter"] for line in val] == [0, 10, 20, 30] and [line["iter"] for line in steps] == list(range(1, 31))
+    assert abs(val[0]["val/loss"] - math.log(257)) < 0.3 and val[-1]["val/loss"] < val[0]["val/loss"] - 1
+    assert {"0-63"} == val[0]["val/loss_by_position"].keys()
+    assert {"iter", "train/loss", "lr", "train/tok_per_sec", "train/dt", "train/mfu", "sus/c"} <= steps[0].keys()
+    probe = {"attn/forward_ms", "attn/backward_ms", "attn/exact_forward_ms", "attn/exact_backward_ms"}
+    assert all(line[name] > 0 for name in probe for line in val)
+    assert all(0 < line["sus/kept_per_row"] <= 4 and line["sus/kept_fraction"] < 0.2 for line in val)
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert state["iter_num"] == 30 and state["tokenizer"] == {"name": "byte"} and state["config"]["sus_c"] == 4
+    best = torch.load(tmp_path / "out" / "ckpt_best.pt", weights_only=True)
+    assert best["best_val_loss"] == min(line["val/loss"] for line in val)
+
+
+def test_validation_is_the_same_for_every_run(run):
+    """Same seed, so the same weights at iteration 0: exact and SUS see the same windows, without noise."""
+    sus, exact = run("sus", max_iters=0), run("exact", max_iters=0, attn_backward="exact")
+    assert sus[0]["val/loss"] == exact[0]["val/loss"]
+    assert exact[0]["attn/forward_ms"] == exact[0]["attn/exact_forward_ms"] and "sus/kept_per_row" not in exact[0]
+
+
+def test_evaluation_does_not_disturb_training(run):
+    often, seldom = run("often", eval_interval=1), run("seldom", eval_interval=12)
+    losses = lambda lines: [line["train/loss"] for line in lines if "train/loss" in line]  # noqa: E731
+    assert losses(often) == losses(seldom)
+
+
+def test_infinite_c_follows_exact(run):
+    a, b = run("a", sus_c="inf"), run("b", attn_backward="exact")
+    for x, y in zip(a, b):
+        if "train/loss" in x:
+            assert abs(x["train/loss"] - y["train/loss"]) < 1e-4
+
+
+def test_position_buckets():
+    assert train.position_buckets(torch.arange(300.0)) == {"0-63": 31.5, "64-127": 95.5, "128-255": 191.5, "256-299": 277.5}
+    assert train.position_buckets(torch.zeros(10)) == {"0-9": 0.0}
+
+
+def test_learning_rate():
+    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109)
+    lr = [train.learning_rate(cfg, it) for it in range(200)]
+    assert lr[0] == 0.1 and lr[8] == 0.9 and lr[9] == 1.0 and abs(lr[59] - 0.55) < 1e-12 and set(lr[109:]) == {0.1}
+    same_point = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=5, lr_decay_iters=5)
+    assert [train.learning_rate(same_point, it) for it in (4, 5, 6)] == [5 / 6, 0.1, 0.1]
+    assert train.learning_rate(TrainConfig(decay_lr=False), 10**9) == 6e-4
+
+
+# -- resume ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"attn_backward": "exact", "dropout": 0.2}], ids=["sus", "exact-with-dropout"]
+)
+def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, keys):
+    """kill -9 somewhere after the first checkpoint; the record and the weights must equal an uninterrupted run's."""
+    keys = {**keys, "max_iters": 60, "lr_decay_iters": 60, "eval_interval": 10}
+    whole = start(corpus, tmp_path / "whole", **keys)
+    assert whole.wait(120) == 0, whole.stderr.read()
+    killed = start(corpus, tmp_path / "killed", **keys)
+    record = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.time() + 60
+    while not (record.exists() and '"iter": 15' in record.read_text()):
+        assert killed.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    at = torch.load(tmp_path / "killed" / "ckpt.pt", weights_only=True)["iter_num"]
+    assert 10 <= at < 60
+    resumed = start(corpus, tmp_path / "killed", init_from="resume", **keys)
+    assert resumed.wait(120) == 0, resumed.stderr.read()
+    a, b = (read_record(tmp_path / name / "metrics.jsonl")[1] for name in ("whole", "killed"))
+    assert curve(a) == curve(b)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave(corpus, tmp_path, number):
+    process = start(corpus, tmp_path / "out", max_iters=100_000, eval_interval=100_000)
+    record = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.time() + 60
+    while not (record.exists() and '"iter": 2,' in record.read_text()):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert "resume" in out
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert state["iter_num"] == read_record(record)[1][-1]["iter"] >= 2
+
+
+def test_resume_in_two_parts_equals_one(run, tmp_path):
+    whole = run("whole")
+    run("parts", max_iters=4)
+    parts = run("parts", init_from="resume")
+    assert curve([l for l in parts if l["iter"] > 4]) == curve([l for l in whole if l["iter"] > 4])
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(run, tmp_path, capsys):
+    run()
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    capsys.readouterr()
+    run(init_from="resume")
+    assert "is finished" in capsys.readouterr().out
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+
+
+def test_resume_takes_keys_from_the_checkpoint_and_prints_changes(run, tmp_path, corpus, monkeypatch, capsys):
+    run(max_iters=4)
+    capsys.readouterr()
+    argv = [f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--max_iters=6", "--sus_c=5"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    train.main()
+    out = capsys.readouterr().out
+    assert "sus_c was 4.0, is now 5.0" in out and "max_iters was 4, is now 6" in out and "n_layer" not in out
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert state["iter_num"] == 6 and state["config"]["batch_size"] == 2 and state["config"]["sus_c"] == 5
+
+
+def test_a_new_run_keeps_the_earlier_one_aside(run, tmp_path, capsys):
+    run(max_iters=4)
+    first = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    run(max_iters=4, seed=2)
+    assert (tmp_path / "out" / "earlier-1" / "ckpt.pt").read_bytes() == first
+    assert (tmp_path / "out" / "earlier-1" / "metrics.jsonl").exists() and "earlier-1" in capsys.readouterr().out
+    run(max_iters=4, seed=3)
+    assert (tmp_path / "out" / "earlier-2" / "ckpt.pt").exists()
+
+
+def test_always_save_checkpoint_off_keeps_the_best_until_the_end(run, tmp_path, monkeypatch):
+    saved = []
+    real = train.checkpoint.save
+    monkeypatch.setattr(train.checkpoint, "save", lambda path, state: (saved.append((path.name, state["iter_num"])), real(path, state)))
+    # a wild learning rate after a good start: validation gets worse
+    run(always_save_checkpoint=False, decay_lr=False, learning_rate=0.3, grad_clip=0.0, max_iters=8, eval_interval=1)
+    lines = [l for l in read_record(tmp_path / "out" / "metrics.jsonl")[1] if "val/loss" in l]
+    best, expected = math.inf, []
+    for line in lines:
+        improved = line["val/loss"] < best
+        best = min(best, line["val/loss"])
+        if line["iter"] and improved:
+            expected += [("ckpt_best.pt", line["iter"])]
+        if line["iter"] and (improved or line["iter"] == 8):
+            expected += [("ckpt.pt", line["iter"])]
+    assert saved == expected and len({it for _, it in saved}) < 8
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{}, {"attn_backward": "exact", "dropout": 0.1}], ids=["sus", "exact-with-dropout"])
+def test_two_processes_follow_one(corpus, tmp_path, keys):
+    """The same global micro-batches, seeds and draws: the same losses to rounding, wherever they are computed."""
+    one = start(corpus, tmp_path / "one", **keys)
+    assert one.wait(120) == 0, one.stderr.read()
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = start(corpus, tmp_path / "two", *torchrun, **keys)
+    out, err = two.communicate(timeout=180)
+    assert two.returncode == 0, err
+    a, b = (read_record(tmp_path / name / "metrics.jsonl")[1] for name in ("one", "two"))
+    assert len(a) == len(b) == 16
+    for x, y in zip(a, b):
+        assert x["iter"] == y["iter"]
+        for name in {"train/loss", "val/loss", "train/grad_norm"} & x.keys():
+            assert abs(x[name] - y[name]) < 2e-4 * max(1, x[name]), (x["iter"], name)
+    assert out.count("iter 12: val loss") == 1  # only one process speaks
+
+
+# -- what SUS costs in loss ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sus_reaches_the_loss_of_exact_within_the_seed_to_seed_gap(run):
+    """A tiny GPT, 200 steps: the mean over three seeds of each, compared by the spread between seeds."""
+    keys = dict(max_iters=200, lr_decay_iters=200, eval_interval=200, eval_iters=24, log_interval=200, block_size=128)
+    final = lambda **kw: run("out", **keys, **kw)[-1]["val/loss"]  # noqa: E731
+    exact = torch.tensor([final(attn_backward="exact", seed=s) for s in (1, 2, 3)])
+    sus = torch.tensor([final(sus_c=25, seed=s) for s in (1, 2, 3)])
+    assert exact.mean() < 2.7  # they did learn
+    seed_gap = exact.max() - exact.min()
+    assert abs(sus.mean() - exact.mean()) < seed_gap
+
+
+# -- GPT-2 -----------------------------------------------------------------------------------------
+
+
+def test_init_from_gpt2(run, corpus, tmp_path, monkeypatch):
+    """Fine-tuning, with a small random GPT-2 in place of the download."""
+    transformers = pytest.importorskip("transformers", reason="transformers is a development requirement")
+    small = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=128, vocab_size=257)
+    )
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", lambda name: small)
+    run(init_from="gpt2", pos="learned", bias=True, block_size=64, max_iters=2, learning_rate=1e-12, min_lr=0)
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    torch.testing.assert_close(state["model"]["transformer.wte.weight"], small.transformer.wte.weight.detach())
+    assert state["model_args"]["block_size"] == 64 and state["model"]["transformer.wpe.weight"].shape == (64, 32)
+    with pytest.raises(UserError, match="n_layer=3 conflicts with gpt2"):
+        run("other", init_from="gpt2", pos="learned", bias=True, n_layer=3)
+
+
+# -- mistakes: one clear error, no traceback, nothing lost -------------------------------------------
+
+
+MISTAKES = [
+    (dict(sus_c=0), "sus_c must be > 0"),
+    (dict(sus_cc=3), "unknown key 'sus_cc'; did you mean sus_c"),
+    (dict(learning_rate="fast"), "learning_rate must be a number"),
+    (dict(dropout=0.1), "attention dropout"),
+    (dict(init_from="resume"), "there is no .*ckpt.pt to resume"),
+    (dict(dataset="no_such_corpus"), "no train.bin and no val.bin"),
+    (dict(block_size=10**6), "too few for block_size"),
+    (dict(device="cuda:7"), "device 'cuda:7' can't be used"),
+    (dict(sus_backend="triton"), "sus_backend must be one of"),
+    (dict(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
+    (dict(learning_rate=1e30, grad_clip=0.0, decay_lr=False), "(loss|norm).* is (nan|inf).*Try a lower --learning_rate"),
+]
+
+
+@pytest.mark.parametrize("keys, message", MISTAKES, ids=[next(iter(k)) for k, _ in MISTAKES])
+def test_mistakes(run, keys, message):
+    with pytest.raises(UserError, match=message):
+        run(**keys)
+
+
+def test_a_mistake_is_one_line_and_exit_status_1(corpus, tmp_path):
+    process = start(corpus, tmp_path / "out", init_from="resume")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith("error: there is no ") and err.count("\n") == 1
+
+
+def test_out_dir_that_is_a_file(run, tmp_path):
+    (tmp_path / "out").write_text("not a folder")
+    with pytest.raises(UserError, match="out_dir=.* can't be used"):
+        run()
+
+
+def test_conflicting_architecture_on_resume(run, tmp_path):
+    run(max_iters=4)
+    with pytest.raises(UserError, match="n_embd=64 conflicts with the checkpoint"):
+        run(init_from="resume", n_embd=64)
+
+
+def test_a_truncated_checkpoint_is_refused_and_the_best_one_still_loads(run, tmp_path):
+    run(max_iters=4)
+    path = tmp_path / "out" / "ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="truncated"):
+        run(init_from="resume", max_iters=8)
+    path.write_bytes((tmp_path / "out" / "ckpt_best.pt").read_bytes())
+    assert run(init_from="resume", max_iters=8)[-1]["iter"] == 8
+
+
+def test_nan_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
+    run(max_iters=4)
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    with pytest.raises(UserError, match="ckpt.pt is from before"):
+        run(init_from="resume", max_iters=50, learning_rate=1e30, decay_lr=False, grad_clip=0.0)
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+
+
+def test_a_full_disk_loses_no_checkpoint(run, tmp_path, monkeypatch):
+    run(max_iters=4)
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+
+    def full_disk(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.checkpoint.os, "fsync", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        run(init_from="resume", max_iters=8)
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+
+
+def test_tokens_out_of_range(run, corpus, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for name in ("train.bin", "val.bin", "meta.json"):
+        (bad / name).write_bytes((corpus / name).read_bytes())
+    meta = json.loads((bad / "meta.json").read_text())
+    (bad / "meta.json").write_text(json.dumps({**meta, "vocab_size": 100}))
+    with pytest.raises(UserError, match="vocabulary is 100"):
+        run(dataset=bad)
+
+
+# -- sample.py -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("trained") / "out"
+    process = start(corpus, out_dir, max_iters=30, lr_decay_iters=30, eval_interval=30)
+    assert process.wait(120) == 0, process.stderr.read()
+    return out_dir
+
+
+@pytest.fixture
+def draw(trained, monkeypatch, capsys):
+    def draw(*argv):
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", "--device=cpu", *argv])
+        sample.main()
+        return capsys.readouterr()
+
+    return draw
+
+
+def test_sample_prints_prompt_and_text(draw):
+    out = draw("--start=def f(", "--num_samples=2", "--max_new_tokens=20", "--stop_at_eot=False").out
+    parts = out.split("\n---------------\n")
+    assert len(parts) == 3 and parts[2] == "" and all(p.startswith("def f(") for p in parts[:2])
+    assert parts[0] != parts[1]
+    assert out == draw("--start=def f(", "--num_samples=2", "--max_new_tokens=20", "--stop_at_eot=False").out
+    assert out != draw("--start=def f(", "--num_samples=2", "--max_new_tokens=20", "--seed=2").out
+
+
+def test_sample_is_utf8_whatever_bytes_are_drawn(draw):
+    out = draw("--start=é", "--num_samples=3", "--max_new_tokens=100", "--temperature=3", "--top_k=0").out
+    assert out.startswith("é") and out.encode("utf-8")
+
+
+def test_sample_stops_at_end_of_text(draw, monkeypatch):
+    monkeypatch.setattr(sample.GPT, "generate", lambda self, *a, **k: iter([65, 256, 66]))
+    assert draw("--start=x", "--num_samples=1").out == "xA\n---------------\n"
+
+
+def test_sample_reads_prompts_from_files_longer_than_the_context(draw, tmp_path):
+    (tmp_path / "prompt.txt").write_text("import os\n" * 50)
+    seen = draw(f"--start=FILE:{tmp_path / 'prompt.txt'}", "--num_samples=1", "--max_new_tokens=5")
+    assert seen.out.startswith("import os\n" * 50) and "reads the last 64" in seen.err
+
+
+def test_sample_mistakes(draw, tmp_path, trained):
+    with pytest.raises(UserError, match="can't read"):
+        draw("--start=FILE:no-such-file.txt")
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        draw(f"--start=FILE:{tmp_path / 'latin1.txt'}")
+    with pytest.raises(UserError, match="no checkpoint"):
+        draw(f"--out_dir={tmp_path}")
+    with pytest.raises(UserError, match="temperature must be"):
+        draw("--temperature=-1")

@@ -1,0 +1,410 @@
+"""
+Train a GPT, with attention's gradient exact or by SUS backprop.
+
+    python train.py config/long_ctx.py                                    # SUS, on whatever this machine has
+    python train.py config/long_ctx.py --attn_backward=exact --out_dir=out-exact
+    python train.py config/long_ctx.py --init_from=resume
+    torchrun --standalone --nproc_per_node=8 train.py config/long_ctx_124m.py
+
+Every batch, dropout mask and draw of SUS is a function of (seed, iteration, micro-batch, layer) alone: a resumed run
+repeats the uninterrupted one, and the number of processes changes nothing but the rounding.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+from configurator import TrainConfig, UserError, load_config, run_main, validate
+from data.loader import load_corpus
+from data.tokenizer import tokenizer_from_meta
+from device import resolve_device
+from model import ARCHITECTURE_KEYS, TRAINING_KEYS, GPT, GPTConfig, load_pretrained, model_args
+from probe import probe_attention
+from record import Record
+from sus_attn import fold_in, resolve_backend
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+def main():
+    # -- what to do: everything that can be wrong is looked at before any work is done ------------
+    cfg = load_config(TrainConfig, sys.argv[1:], usage=__doc__)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    master = rank == 0
+    out_dir = Path(cfg.out_dir)
+    saved = load_checkpoint(cfg, out_dir) if cfg.init_from == "resume" else None
+    if saved is not None:
+        adopt(cfg, saved, master)
+    validate(cfg)
+    if cfg.gradient_accumulation_steps % world:
+        raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
+                        f"{world} processes")
+    local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+    device = resolve_device(cfg.device, cfg.dtype, local_rank)
+    if saved is not None and saved["iter_num"] >= cfg.max_iters and not cfg.eval_only:
+        if master:
+            print(f"{out_dir} is finished: its checkpoint is at iteration {saved['iter_num']} of {cfg.max_iters}. "
+                  "Raise --max_iters to train on.")  # fmt: skip
+        return
+    make_writable(out_dir)
+    model = load_gpt2(cfg) if cfg.init_from.startswith("gpt2") else None
+
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" and cfg.backend != "gloo" else "gloo")
+    if master and cfg.dataset == "stdlib" and not (DATA / "stdlib" / "meta.json").exists():
+        from data.stdlib.prepare import prepare
+
+        print("preparing data/stdlib, the sources of Python's standard library (once)")
+        prepare()
+    if world > 1:
+        dist.barrier()
+    corpus = load_corpus(DATA / cfg.dataset, cfg.block_size)
+    if saved is not None and saved.get("tokenizer", corpus.tokenizer_meta) != corpus.tokenizer_meta:
+        raise UserError(f"dataset={cfg.dataset} has another tokenizer than the checkpoint in {out_dir} was trained with")
+
+    # -- model, optimizer, and what a checkpoint adds ----------------------------------------------
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any, as nanoGPT
+    if model is None:
+        architecture = saved["model_args"] if saved is not None else {"vocab_size": corpus.vocab_size}
+        keys = [k for k in ARCHITECTURE_KEYS + TRAINING_KEYS if k != "vocab_size"]
+        model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in keys} | architecture))
+    if corpus.vocab_size > model.config.vocab_size and corpus.tokenizer_meta["name"] != "gpt2":
+        raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
+    model.to(device.device)
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+    it, best_val_loss = 0, math.inf
+    if saved is not None:
+        restore(saved, out_dir, model, optimizer, scaler)
+        it, best_val_loss = saved["iter_num"], saved["best_val_loss"]
+    compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
+    ddp = compiled
+    if world > 1:
+        ddp = DistributedDataParallel(compiled, device_ids=[device.device.index] if device.type == "cuda" else None)
+
+    if master:
+        if saved is None and not cfg.eval_only:
+            keep_earlier_run(out_dir)
+        cfg.wandb_run_name = cfg.wandb_run_name or f"{describe_backward(cfg)}-{os.urandom(2).hex()}"
+        print_summary(cfg, device, corpus, model, compiled is not model, world)
+    record = None
+    if master and not cfg.eval_only:
+        record = Record(
+            out_dir, dataclasses.asdict(cfg), run_name=cfg.wandb_run_name,
+            run_id=saved.get("wandb_run_id") if saved else None,
+            group=f"{cfg.dataset}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}", wandb_log=cfg.wandb_log,
+            wandb_project=cfg.wandb_project, resume_iter=it if saved else None,
+        )  # fmt: skip
+
+    # -- the loop ------------------------------------------------------------------------------------
+    micro_steps = cfg.gradient_accumulation_steps // world
+    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    peak = device.peak_flops(cfg.peak_tflops)
+    val_starts = corpus.val_windows(cfg.eval_iters * cfg.batch_size)
+
+    def save(name):
+        checkpoint.save(out_dir / name, {
+            "model": checkpoint.unwrap(ddp).state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "model_args": model_args(model.config), "iter_num": it,
+            "best_val_loss": best_val_loss, "config": dataclasses.asdict(cfg), "tokenizer": corpus.tokenizer_meta,
+            "wandb_run_id": record.run_id,
+        })  # fmt: skip
+
+    stop = StopSignal()
+    evaluated_at = it if saved is not None and not cfg.eval_only else None  # evaluated before it was saved
+    loss = math.nan
+    progress = tqdm(total=cfg.max_iters, initial=it, disable=not (master and sys.stdout.isatty()) or cfg.eval_only,
+                    file=sys.stdout, dynamic_ncols=True, unit="it")  # fmt: skip
+    say = progress.write if not progress.disable else print
+    clock, clock_it = time.perf_counter(), it
+    while True:
+        if (it % cfg.eval_interval == 0 or it == cfg.max_iters or cfg.eval_only) and it != evaluated_at:
+            evaluated_at = it
+            by_position = evaluate(compiled, corpus, val_starts, cfg.batch_size, device, rank, world)
+            val_loss = float(by_position.mean())
+            check_finite(val_loss, f"validation loss at iteration {it}", out_dir)
+            improved = val_loss < best_val_loss and it > 0
+            best_val_loss = min(val_loss, best_val_loss)
+            buckets = position_buckets(by_position)
+            if master:
+                say(f"iter {it}: val loss {val_loss:.4f}{' (best)' if improved else ''}; by position "
+                    + "  ".join(f"{name} {value:.3f}" for name, value in buckets.items()))  # fmt: skip
+            if record is not None:
+                x, y = (t.to(device.device) for t in corpus.val_batch(val_starts[:1]))
+                seed = torch.tensor(fold_in(cfg.seed, it))
+                record.log({"iter": it, "val/loss": val_loss, "val/loss_by_position": buckets,
+                            **probe_attention(model, x, y, device, seed)})  # fmt: skip
+                if improved:
+                    save("ckpt_best.pt")
+                if it > 0 and (improved or cfg.always_save_checkpoint or it == cfg.max_iters):
+                    save("ckpt.pt")
+            clock, clock_it = time.perf_counter(), it  # evaluation is no training time
+        if it >= cfg.max_iters or cfg.eval_only:
+            break
+        if stop.agreed(device, world):
+            if record is not None and it > 0:
+                save("ckpt.pt")
+                say(f"stopped by {stop.name} at iteration {it}, saved in {out_dir}: go on with --init_from=resume")
+            break
+
+        lr = learning_rate(cfg, it)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=device.device)
+        for step in range(micro_steps):
+            micro = step * world + rank  # counted over all processes
+            seed = fold_in(cfg.seed, it, micro)
+            torch.manual_seed(seed)  # dropout
+            x, y = (t.to(device.device) for t in corpus.batch(cfg.batch_size, cfg.seed, it, micro))
+            if world > 1:
+                ddp.require_backward_grad_sync = step == micro_steps - 1  # read by the forward
+            with device.autocast():
+                _, micro_loss = ddp(x, y, sus_seed=torch.tensor(seed) if cfg.attn_backward == "sus" else None)
+                micro_loss = micro_loss / micro_steps
+            scaler.scale(micro_loss).backward()
+            total += micro_loss.detach()
+        if world > 1:
+            dist.all_reduce(total)
+            total /= world
+        loss = total.item()
+        check_finite(loss, f"loss of iteration {it}", out_dir)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if not scaler.is_enabled():  # the scaler skips such a step by itself, and lowers its scale
+            check_finite(norm.item(), f"gradient norm of iteration {it}", out_dir)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        it += 1
+
+        if master and (it % cfg.log_interval == 0 or it == cfg.max_iters):
+            device.synchronize()
+            dt = (time.perf_counter() - clock) / (it - clock_it)
+            clock, clock_it = time.perf_counter(), it
+            tok_per_sec = tokens_per_iter / dt
+            mfu = tok_per_sec * model.flops_per_token(cfg.block_size) / (peak * world) if peak else None
+            record.log({"iter": it, "train/loss": loss, "lr": lr, "train/grad_norm": norm.item(), "train/dt": dt,
+                        "train/tok_per_sec": tok_per_sec, "train/mfu": mfu,
+                        **({"sus/c": cfg.sus_c} if cfg.attn_backward == "sus" else {})})  # fmt: skip
+            progress.set_postfix_str(f"loss {loss:.3f}, {tok_per_sec:,.0f} tok/s", refresh=False)
+            if progress.disable:
+                eta = tqdm.format_interval((cfg.max_iters - it) * dt)
+                print(f"iter {it}/{cfg.max_iters}: loss {loss:.4f}, {dt * 1e3:.0f} ms, {tok_per_sec:,.0f} tok/s, "
+                      f"{f'mfu {mfu:.1%}, ' if mfu else ''}ETA {eta}", flush=True)  # fmt: skip
+        progress.update()
+
+    # -- the end -------------------------------------------------------------------------------------
+    progress.close()
+    if record is not None:
+        record.finish()
+        if it >= cfg.max_iters:
+            print_sample(model, corpus, device, cfg.seed)
+            print(f"checkpoint and record are in {out_dir}. To look further:\n"
+                  f"    python sample.py --out_dir={out_dir} --start='def '\n"
+                  f"    python experiments/compare_runs.py {out_dir} [OTHER_OUT_DIR ...]")  # fmt: skip
+    if world > 1:
+        dist.destroy_process_group()
+    if stop.number and it < cfg.max_iters:
+        sys.exit(128 + stop.number)  # as a shell reports a process which that signal ended
+
+
+# -- before the loop --------------------------------------------------------------------------------
+
+
+def load_checkpoint(cfg: TrainConfig, out_dir: Path) -> dict:
+    if not (out_dir / "ckpt.pt").exists():
+        raise UserError(f"there is no {out_dir / 'ckpt.pt'} to resume: give the --out_dir of an earlier run, or leave "
+                        "out --init_from=resume")  # fmt: skip
+    return checkpoint.load(out_dir / "ckpt.pt")
+
+
+def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
+    """Fill cfg from a checkpoint: the architecture is the checkpoint's, a conflict an error; of the other keys, those
+    that neither a file nor the command line gives. What differs from the earlier run is printed."""
+    for name, value in {**saved["config"], **saved["model_args"]}.items():
+        if not hasattr(cfg, name) or name in ("out_dir", "init_from", "eval_only"):
+            continue
+        if name not in cfg.explicit:
+            setattr(cfg, name, value)
+        elif getattr(cfg, name) != value:
+            if name in saved["model_args"]:
+                raise UserError(f"{name}={getattr(cfg, name)} conflicts with the checkpoint, whose model has {value}: "
+                                f"leave {name} out, or train from scratch")  # fmt: skip
+            if master:
+                print(f"resume: {name} was {value!r}, is now {getattr(cfg, name)!r}")
+
+
+def restore(saved: dict, out_dir: Path, model: GPT, optimizer, scaler) -> None:
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if scaler.is_enabled() and saved.get("scaler"):
+            scaler.load_state_dict(saved["scaler"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{out_dir / 'ckpt.pt'} does not fit this model and optimizer: {reason}") from None
+
+
+def keep_earlier_run(out_dir: Path) -> None:
+    """A run from scratch moves what an earlier one left in out_dir into a subfolder, instead of overwriting it."""
+    files = [out_dir / name for name in ("ckpt.pt", "ckpt_best.pt", "metrics.jsonl") if (out_dir / name).exists()]
+    if any(f.suffix == ".pt" for f in files):
+        n = next(n for n in itertools.count(1) if not (out_dir / f"earlier-{n}").exists())
+        (out_dir / f"earlier-{n}").mkdir()
+        for f in files:
+            f.rename(out_dir / f"earlier-{n}" / f.name)
+        print(f"the earlier run in {out_dir} is kept in {out_dir / f'earlier-{n}'} (--init_from=resume goes on with a run)")
+
+
+def make_writable(out_dir: Path) -> None:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(out_dir, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} can't be used: {error.strerror or error}") from None
+
+
+def load_gpt2(cfg: TrainConfig) -> GPT:
+    """GPT-2's weights, for cfg.init_from; cfg takes their architecture, and a conflicting key is an error."""
+    model = load_pretrained(cfg.init_from, **{k: getattr(cfg, k) for k in TRAINING_KEYS})
+    if "block_size" in cfg.explicit and cfg.block_size < model.config.block_size:
+        model.crop_block_size(cfg.block_size)
+    for name, value in model_args(model.config).items():
+        if name in cfg.explicit and getattr(cfg, name) != value and (name, value) != ("n_kv_head", 0):
+            raise UserError(f"{name}={getattr(cfg, name)} conflicts with {cfg.init_from}, which has {value}: leave it out")
+        if hasattr(cfg, name):
+            setattr(cfg, name, value)
+    return model
+
+
+def describe_backward(cfg: TrainConfig) -> str:
+    if cfg.attn_backward != "sus":
+        return cfg.attn_backward
+    return f"sus-c{cfg.sus_c:g}" + ("" if cfg.sus_sampler == "systematic" else f"-{cfg.sus_sampler}")
+
+
+def print_summary(cfg, device, corpus, model, is_compiled, world):
+    rows = {
+        "device": f"{device.reason}; {'compiled' if is_compiled else 'not compiled'}"
+        + (f"; {world} processes" if world > 1 else ""),
+        "data": f"{cfg.dataset}: {corpus.train_tokens:,} training and {corpus.val_tokens:,} validation tokens, "
+        f"{corpus.tokenizer_meta['name']} tokenizer",
+        "model": f"{model.num_params() / 1e6:.2f} M parameters: {cfg.n_layer} layers, {cfg.n_head} heads, width "
+        f"{cfg.n_embd}, context {cfg.block_size}",
+        "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
+        f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens",
+        "attention": "exact backward",
+    }
+    if cfg.attn_backward == "sus":
+        backend, why = resolve_backend(cfg.sus_backend, device.device)
+        rows["attention"] = f"SUS backward, c = {cfg.sus_c:g}, {cfg.sus_sampler} draws, {backend} backend ({why})"
+    rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}"
+    for name, text in rows.items():
+        print(f"{name:<10} {text}")
+
+
+# -- in the loop --------------------------------------------------------------------------------------
+
+
+def learning_rate(cfg: TrainConfig, it: int) -> float:
+    """Linear warm-up, cosine decay to min_lr, then constant."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if it < cfg.warmup_iters:
+        return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    if it >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    progress = (it - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
+
+
+def check_finite(value: float, name: str, out_dir: Path) -> None:
+    if not math.isfinite(value):
+        earlier = f"; {out_dir / 'ckpt.pt'} is from before" if (out_dir / "ckpt.pt").exists() else ""
+        raise UserError(f"the {name} is {value}{earlier}. Try a lower --learning_rate, a longer --warmup_iters, "
+                        "--grad_clip=1.0, or --dtype=float32 or bfloat16 instead of float16")  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(model, corpus, starts, batch_size, device, rank, world) -> torch.Tensor:
+    """The mean validation loss at each position of the context, (T,) float64, over the fixed windows at `starts`."""
+    total = torch.zeros(corpus.block_size, dtype=torch.float64)
+    mine = starts[rank::world]
+    model.eval()
+    for i in range(0, len(mine), batch_size):
+        x, y = (t.to(device.device) for t in corpus.val_batch(mine[i : i + batch_size]))
+        with device.autocast():
+            _, losses = model(x, y, reduction="none")
+        total += losses.float().sum(0).cpu().double()
+    model.train()
+    if world > 1:
+        total = total.to(device.device)
+        dist.all_reduce(total)
+    return total.cpu() / len(starts)
+
+
+def position_buckets(by_position) -> dict[str, float]:
+    """{"0-63": loss, "64-127": loss, "128-255": ...}: does a longer context help?"""
+    T = len(by_position)
+    edges = [0, *(2**i for i in range(6, 64) if 2**i < T), T]
+    return {f"{a}-{b - 1}": float(by_position[a:b].mean()) for a, b in zip(edges, edges[1:])}
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask for an end after the iteration that runs; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, device, world) -> bool:
+        """Whether any process got a signal: all must leave the loop at the same iteration."""
+        if world == 1:
+            return self.number > 0
+        seen = torch.tensor(self.number, device=device.device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        self.number = int(seen)
+        return self.number > 0
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+
+def print_sample(model: GPT, corpus, device, seed: int, prompt_tokens: int = 48, new_tokens: int = 208) -> None:
+    """Continue the first validation text, as a look at what was learnt."""
+    try:
+        tokenizer = tokenizer_from_meta(corpus.tokenizer_meta)
+    except UserError as error:
+        print(f"no sample: {error}")
+        return
+    prompt = corpus.val_batch(np.zeros(1, dtype=np.int64))[0][0, :prompt_tokens].tolist()
+    model.eval()
+    with device.autocast():
+        new = list(model.generate(prompt, new_tokens, temperature=0.8, n_vocab=tokenizer.n_vocab,
+                                  generator=torch.Generator().manual_seed(seed)))  # fmt: skip
+    print(f"--- a sample: {prompt_tokens} tokens of the validation text, and the model's {new_tokens}\n"
+          f"{tokenizer.decode(prompt)}[...]{tokenizer.decode(new)}\n---")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)
