@@ -208,9 +208,13 @@ def test_failure_of_the_last_steps_keeps_the_former_checkpoint(tmp_path, monkeyp
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX only")
 def test_order_of_the_syncs(tmp_path, monkeypatch):
-    """A rename may reach the disk before the contents unless these are synced first; the rename itself needs one too."""
+    """A rename may reach the disk before the contents, unless these are synced first; itself it needs one too."""
     steps, replace = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: steps.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"))
+
+    def fsync(descriptor):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("replace"), replace(*paths)))
     checkpoint.save(tmp_path / "ckpt.pt", make_state())
     assert steps == ["file", "replace", "folder"]
