@@ -27,7 +27,7 @@ from record import read_record
 # What says nothing about how a run trains.
 UNRELATED = {"seed", "out_dir", "init_from", "eval_only", "log_interval", "always_save_checkpoint", "wandb_log",
              "wandb_project", "wandb_run_name"}
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # of Okabe and Ito
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]  # of Okabe and Ito, with a grey for black
 MARKERS = "osD^vPX"
 
 
@@ -238,7 +238,8 @@ def draw_times(ax, styles):
         if exact is not None:
             ax.hlines(exact, x - 0.45 * width, x + 0.45 * width, color="black", linewidth=2)
             height = exact if value < exact < value + 0.08 * top else value  # the number would be on the mark
-        ax.annotate(f"{value:.3g}", (x, height), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+        ax.annotate(f"{value:.3g}", (x, height), (0, 3), textcoords="offset points", ha="center", fontsize=9,
+                    rotation=90 if len(styles) > 6 else 0)
     ax.set_ylim(0, 1.2 * top)
     if any(exact is not None for _, _, exact, _ in times):
         ax.plot([], [], color="black", linewidth=2, label="exact, timed beside it")
