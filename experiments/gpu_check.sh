@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Does everything work on this CUDA machine, and what does it cost? Under ten minutes, no network.
+#
+#     experiments/gpu_check.sh [FOLDER]      # default: experiments/results/<GPU>-<date>
+#
+# The operator's and the model's tests on the GPU, then a short training at 4096 tokens with the exact and with the SUS
+# backward from the same seed, then their comparison. FOLDER gets environment.txt, tests.txt, training.txt,
+# exact.jsonl, sus.jsonl, comparison.txt and comparison.png: commit them. Exit status 0 only if all of it passed.
+# PYTHON=... chooses the interpreter (default: python3; it needs torch with CUDA, pytest, matplotlib).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 WANDB_MODE=disabled
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: $PYTHON sees no CUDA device through torch; set PYTHON=... to one that does" >&2
+    exit 1
+fi
+gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "-"))')
+folder=${1:-experiments/results/$gpu-$(date +%Y-%m-%d)}
+mkdir -p "$folder"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+status=0
+
+{
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+    "$PYTHON" -c 'import platform, torch; print("python", platform.python_version()); print("torch", torch.__version__, "cuda", torch.version.cuda)'
+    "$PYTHON" -c 'import triton; print("triton", triton.__version__)' 2>/dev/null || echo "triton: none"
+    echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+} | tee "$folder/environment.txt"
+
+timeout 240 "$PYTHON" -m pytest -q -m "not slow" tests/test_cuda.py tests/test_reference.py tests/test_sus_attention.py \
+    tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
+
+# Exact first: what a limit cuts off is then the slower one.
+: > "$folder/training.txt"
+for backward in exact sus; do
+    timeout 130 "$PYTHON" train.py config/long_ctx.py --block_size=4096 --batch_size=4 --gradient_accumulation_steps=1 \
+        --n_layer=6 --n_head=6 --n_embd=384 --max_iters=200 --lr_decay_iters=200 --learning_rate=1e-3 --min_lr=1e-4 \
+        --eval_interval=50 --eval_iters=8 --log_interval=10 --wandb_run_name="$backward" --attn_backward="$backward" \
+        --out_dir="$work/$backward" 2>&1 | tee -a "$folder/training.txt" || status=1
+    cp "$work/$backward/metrics.jsonl" "$folder/$backward.jsonl" || status=1
+done
+timeout 60 "$PYTHON" experiments/compare_runs.py "$work/exact" "$work/sus" --out="$folder/comparison.png" 2>&1 |
+    tee "$folder/comparison.txt" || status=1
+if [ $status = 0 ]; then echo "gpu check passed: $folder"; else echo "gpu check FAILED: see $folder" >&2; fi
+exit $status

@@ -1,0 +1,92 @@
+"""The same operator and model on a GPU, held against the CPU. Skipped where there is none."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from sus_attn import sus_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def inputs(device, dtype, B=2, Hq=4, Hkv=2, T=200, D=64):
+    g = torch.Generator().manual_seed(0)
+    randn = lambda H: torch.randn(B, H, T, D, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
+    q, k, v, grad_out = randn(Hq), randn(Hkv), randn(Hkv), randn(Hq)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad_out
+
+
+def grads(q, k, v, grad_out, c, **kwargs):
+    out = sus_attention(q, k, v, c, **kwargs)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("sampler", ["systematic", "poisson"])
+def test_the_same_seed_gives_the_same_gradient_as_on_the_cpu(sampler, is_causal):
+    """In float64 the masks agree but for a stray rounding of an exp."""
+    kwargs = dict(c=8.0, seed=3, sampler=sampler, is_causal=is_causal)
+    for a, b in zip(grads(*inputs("cuda", torch.float64), **kwargs), grads(*inputs("cpu", torch.float64), **kwargs)):
+        assert (a.cpu() - b).norm() / b.norm() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_infinite_c_is_exact(dtype, is_causal):
+    """Root mean square error against float64: at most twice that of SDPA at this dtype."""
+    tensors = inputs("cuda", dtype)
+    *x64, grad_out = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+
+    def sdpa(q, k, v, grad_out):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
+
+    truth, theirs = sdpa(*x64, grad_out), sdpa(*tensors)
+    ours = grads(*tensors, math.inf, seed=1, is_causal=is_causal)
+    for a, b, t in zip(ours, theirs, truth):
+        assert (a - t).square().mean() <= 4 * (b - t).square().mean()
+
+
+def test_unbiased_over_seeds():
+    q, k, v, grad_out = (x[:1, :, :48].detach().expand(256, -1, -1, -1) for x in inputs("cuda", torch.float32))
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    exact = grads(q[:1], k[:1], v[:1], grad_out[:1], math.inf, seed=0)[1:]
+    draws = [grads(q, k, v, grad_out, 3.0, seed=s)[1:] for s in range(8)]
+    for i, x in enumerate(exact):
+        p = torch.randn(16, x.numel(), device="cuda")
+        d = torch.cat([one[i].flatten(1) for one in draws]) @ p.T
+        z = (d.mean(0) - p @ x.flatten()) / (d.std(0) / math.sqrt(len(d)))
+        assert z.abs().max() < 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_training_under_autocast(dtype):
+    """Three compiled steps of a small GPT with SUS, new seeds and no recompilation; the loss equals the eager one."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=256, vocab_size=257, n_layer=2, n_head=4, n_embd=128, pos="rope", norm="rmsnorm",
+                       qk_norm=True, n_kv_head=2, bias=False, attn_backward="sus", sus_c=16.0,
+                       activation_checkpointing=True)  # fmt: skip
+    model = GPT(config).cuda()
+    compiled = torch.compile(model)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda")
+    x = torch.randint(257, (2, 256), device="cuda")
+    for step in range(3):
+        seed = torch.tensor(step)
+        with torch.autocast("cuda", dtype=dtype):
+            eager = model(x, x, sus_seed=seed)[1]
+            loss = compiled(x, x, sus_seed=seed)[1]
+        assert abs(loss.item() - eager.item()) < 0.05
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_memory_does_not_grow_with_t_squared():
+    q, k, v, grad_out = inputs("cuda", torch.bfloat16, B=1, Hq=2, Hkv=2, T=16384)
+    torch.cuda.reset_peak_memory_stats()
+    grads(q, k, v, grad_out, 25.0, seed=1)
+    assert torch.cuda.max_memory_allocated() < 2 * 16384**2 * 4 / 8  # an eighth of the scores in float32
