@@ -32,15 +32,20 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Call main(). A UserError becomes one message on stderr and exit status 1; Ctrl-C exit status 130."""
+    """Call main(). A UserError becomes one message on stderr and exit status 1; Ctrl-C exit status 130; and a reader
+    of the output which leaves early, such as head, ends it quietly."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or else Python complains at its exit
+        sys.exit(141)
 
 
 HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}

@@ -1,0 +1,92 @@
+"""
+A picture of SUS at work: one head's attention weights, and those that its backward keeps.
+
+    python experiments/picture_of_sus.py --out_dir=out-long-ctx --out=sus.png
+
+The head's queries and keys are those of a trained model on a window of its validation text. The left half shows all
+causal weights, the right half the kept ones, coloured by the weight that they get: W/q = max(W, 1/c).
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoint
+from backends.reference import sus_multiplier
+from configurator import UserError, key, load_config, run_main
+from data.loader import load_corpus
+from device import resolve_device
+from model import GPT, GPTConfig
+from probe import capture
+
+
+@dataclass
+class PictureConfig:
+    out_dir: str = key("out", "a run of train.py")
+    dataset: str = key("", "folder under data/; empty: the run's own")
+    layer: int = key(1, "layer, from 0", low=0)
+    head: int = key(0, "head, from 0", low=0)
+    c: float = key(25.0, "the retention parameter", above=0)
+    seed: int = key(0, "seeds the draw", low=0)
+    out: str = key("sus.png", "the picture: .png, .svg or .pdf")
+
+
+def main():
+    cfg = load_config(PictureConfig, sys.argv[1:], usage=__doc__)
+    saved = checkpoint.load(Path(cfg.out_dir) / "ckpt.pt")
+    model = GPT(GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    config = model.config
+    if cfg.layer >= config.n_layer or cfg.head >= config.n_head:
+        raise UserError(f"the model has {config.n_layer} layers of {config.n_head} heads: --layer and --head count from 0")
+    folder = Path(__file__).resolve().parents[1] / "data" / (cfg.dataset or saved["config"]["dataset"])
+    corpus = load_corpus(folder, config.block_size)
+    x, y = corpus.val_batch(corpus.val_windows(3)[1:2])  # from the middle of the validation text
+    q, k, _, _ = capture(model, cfg.layer, x, y, resolve_device("cpu", "float32"), None)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    T, D = q.shape[2:]
+    scores = (q[:, [cfg.head]] @ k[:, [cfg.head]].mT) * D**-0.5
+    w = torch.softmax(scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf), -1)
+    m, _ = sus_multiplier(torch.tensor(cfg.c), cfg.c, "systematic", torch.tensor(cfg.seed), None, T)(w, range(T))
+    kept = (m > 0).sum().item()
+    print(f"layer {cfg.layer}, head {cfg.head}, c = {cfg.c:g}: {kept / T:.1f} of {(T + 1) / 2:.1f} entries a row kept, "
+          f"{kept / (T * (T + 1) / 2):.2%}; they hold {(w * (m > 0)).sum() / T:.1%} of the attention")  # fmt: skip
+    draw(w[0, 0], (w * m)[0, 0], kept / (T * (T + 1) / 2), cfg)
+    print(f"picture: {cfg.out}")
+
+
+def draw(w, w_kept, fraction, cfg):
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    T = len(w)
+    side = min(T, 512)
+    pool = T // side  # a pixel shows the largest of its weights
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained", sharey=True)
+    titles = ("forward: all weights $W$", f"backward: the {fraction:.1%} that SUS keeps, as $W/q$ (c = {cfg.c:g})")
+    for axis, weights, title in zip(axes, (w, w_kept), titles):
+        pixels = torch.nn.functional.max_pool2d(weights[None, None], pool)[0, 0]
+        pixels[pixels <= 1e-6] = torch.nan
+        image = axis.imshow(pixels, norm=LogNorm(1e-4, 1), cmap="viridis_r", interpolation="nearest",
+                            extent=(0, T, T, 0))  # fmt: skip
+        axis.set(title=title, xlabel="key position")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("query position")
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
+    try:
+        figure.savefig(cfg.out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't write --out={cfg.out}: {error}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)
