@@ -6,7 +6,7 @@ dataset = "stdlib"
 
 block_size = 2048
 batch_size = 1
-gradient_accumulation_steps = 2
+gradient_accumulation_steps = 1
 
 n_layer = 4
 n_head = 4
@@ -19,13 +19,13 @@ qk_norm = True
 attn_backward = "sus"
 sus_c = 25.0
 
-learning_rate = 3e-3
-min_lr = 3e-4
-max_iters = 300
-lr_decay_iters = 300
-warmup_iters = 20
+learning_rate = 1.5e-3
+min_lr = 1.5e-4
+max_iters = 600
+lr_decay_iters = 600
+warmup_iters = 30
 beta2 = 0.99  # few tokens a step
 
-eval_interval = 50
+eval_interval = 100
 eval_iters = 24
 log_interval = 5

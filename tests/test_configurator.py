@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -400,6 +401,14 @@ def test_run_main_shows_a_user_error_without_a_traceback():
 def test_run_main_on_ctrl_c():
     done = run("from configurator import *\ndef main(): raise KeyboardInterrupt\nrun_main(main)")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_run_main_ends_quietly_when_its_reader_leaves():
+    code = "from configurator import *\ndef main(): print('x' * 10**6)\nrun_main(main)"
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -c 5"
+    done = subprocess.run(script, shell=True, capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parent.parent)
+    assert done.stdout == "xxxxx" and done.stderr == ""
 
 
 def test_run_main_hides_no_bug():
