@@ -235,7 +235,7 @@ class TrainConfig:
     qk_norm: bool = key(False, "normalise queries and keys")
     activation_checkpointing: bool = key(False, "recompute in the backward: less memory, slower")
 
-    attn_backward: str = key("sus", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
+    attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
     sus_c: float = key(25.0, "entries kept a query row; inf: all (exact gradient)", above=0)
     sus_sampler: str = key("systematic", "how the kept entries are drawn", choices=("systematic", "poisson"))
     sus_backend: str = key("auto", "the kernels", choices=("auto", "reference"))

@@ -76,7 +76,8 @@ def main():
 
     # -- model, optimizer, and what a checkpoint adds ----------------------------------------------
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any, as nanoGPT
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT
     if model is None:
         architecture = saved["model_args"] if saved is not None else {"vocab_size": corpus.vocab_size}
         keys = [k for k in ARCHITECTURE_KEYS + TRAINING_KEYS if k != "vocab_size"]
@@ -123,7 +124,7 @@ def main():
             "wandb_run_id": record.run_id,
         })  # fmt: skip
 
-    stop = StopSignal()
+    stop = StopSignal(world)
     evaluated_at = it if saved is not None and not cfg.eval_only else None  # evaluated before it was saved
     loss = math.nan
     progress = tqdm(total=cfg.max_iters, initial=it, disable=not (master and sys.stdout.isatty()) or cfg.eval_only,
@@ -154,7 +155,7 @@ def main():
             clock, clock_it = time.perf_counter(), it  # evaluation is no training time
         if it >= cfg.max_iters or cfg.eval_only:
             break
-        if stop.agreed(device, world):
+        if stop.agreed(device):
             if record is not None and it > 0:
                 save("ckpt.pt")
                 say(f"stopped by {stop.name} at iteration {it}, saved in {out_dir}: go on with --init_from=resume")
@@ -367,18 +368,20 @@ def position_buckets(by_position) -> dict[str, float]:
 class StopSignal:
     """SIGINT and SIGTERM ask for an end after the iteration that runs; a second Ctrl-C ends at once."""
 
-    def __init__(self):
+    def __init__(self, world: int):
         self.number = 0
+        self.world = world
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
         self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.world == 1:  # torchrun sends on a Ctrl-C that its processes got themselves: the second one is no wish
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self, device, world) -> bool:
+    def agreed(self, device) -> bool:
         """Whether any process got a signal: all must leave the loop at the same iteration."""
-        if world == 1:
+        if self.world == 1:
             return self.number > 0
         seen = torch.tensor(self.number, device=device.device)
         dist.all_reduce(seen, dist.ReduceOp.MAX)

@@ -298,10 +298,10 @@ def test_nanogpt_values(config_file):
 
 
 def test_nanogpt_dropout_meets_sus(config_file):
-    cfg = load(config_file(NANOGPT_STYLE["train_shakespeare_char"]))
+    validate(load(config_file(NANOGPT_STYLE["train_shakespeare_char"])))
     with pytest.raises(UserError, match="attn_backward=sus does not support"):
-        validate(cfg)
-    validate(load("c.py", "--dropout=0.0"))
+        validate(load("c.py", "--attn_backward=sus"))
+    validate(load("c.py", "--attn_backward=sus", "--dropout=0.0"))
 
 
 # ---- what keys demand of each other
@@ -311,7 +311,7 @@ def test_nanogpt_dropout_meets_sus(config_file):
     (["--n_head=12", "--n_kv_head=5"], "n_head=12 must be a multiple of n_kv_head=5 (0: as n_head)"),
     (["--n_head=12", "--n_kv_head=24"], "n_head=12 must be a multiple of n_kv_head=24 (0: as n_head)"),
     (["--n_embd=36", "--pos=rope"], "pos=rope needs an even head dimension, but n_embd / n_head = 36 / 12 = 3"),
-    (["--dropout=0.1"], "dropout=0.1 includes attention dropout, which attn_backward=sus does not support: "
+    (["--dropout=0.1", "--attn_backward=sus"], "dropout=0.1 includes attention dropout, which attn_backward=sus does not support: "
                         "set --dropout=0.0 or --attn_backward=exact"),
     (["--lr_decay_iters=100"], "lr_decay_iters=100 is below warmup_iters=2000: raise the one (usually to max_iters), "
                                "lower the other, or set --decay_lr=False"),

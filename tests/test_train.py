@@ -36,7 +36,7 @@ def corpus(tmp_path_factory):
 TINY = dict(
     n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=2, gradient_accumulation_steps=2, pos="rope",
     max_iters=12, eval_interval=4, eval_iters=3, learning_rate=3e-3, warmup_iters=3, lr_decay_iters=12, min_lr=3e-4,
-    sus_c=4, wandb_log=False, device="cpu", dtype="float32",
+    attn_backward="sus", sus_c=4, wandb_log=False, device="cpu", dtype="float32",
 )  # fmt: skip
 
 
@@ -63,7 +63,19 @@ def start(corpus, out_dir, *prefix, **keys):
     """The same as a process of its own."""
     command = [sys.executable, *prefix, ROOT / "train.py", *arguments(corpus, out_dir, **keys)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)  # fmt: skip
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def wait_for(process, record, text, seconds=60):
+    deadline = time.time() + seconds
+    while not (record.exists() and text in record.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline
+        time.sleep(0.005)
 
 
 def curve(lines):
@@ -146,11 +158,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, keys):
     whole = start(corpus, tmp_path / "whole", **keys)
     assert whole.wait(120) == 0, whole.stderr.read()
     killed = start(corpus, tmp_path / "killed", **keys)
-    record = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.time() + 60
-    while not (record.exists() and '"iter": 15' in record.read_text()):
-        assert killed.poll() is None and time.time() < deadline
-        time.sleep(0.005)
+    wait_for(killed, tmp_path / "killed" / "metrics.jsonl", '"iter": 15')
     killed.kill()
     killed.wait()
     at = torch.load(tmp_path / "killed" / "ckpt.pt", weights_only=True)["iter_num"]
@@ -166,10 +174,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, keys):
 def test_signals_save_and_leave(corpus, tmp_path, number):
     process = start(corpus, tmp_path / "out", max_iters=100_000, eval_interval=100_000)
     record = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.time() + 60
-    while not (record.exists() and '"iter": 2,' in record.read_text()):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
+    wait_for(process, record, '"iter": 2,')
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in err
@@ -244,8 +249,7 @@ def test_two_processes_follow_one(corpus, tmp_path, keys):
     """The same global micro-batches, seeds and draws: the same losses to rounding, wherever they are computed."""
     one = start(corpus, tmp_path / "one", **keys)
     assert one.wait(120) == 0, one.stderr.read()
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    two = start(corpus, tmp_path / "two", *torchrun, **keys)
+    two = start(corpus, tmp_path / "two", *TORCHRUN, **keys)
     out, err = two.communicate(timeout=180)
     assert two.returncode == 0, err
     a, b = (read_record(tmp_path / name / "metrics.jsonl")[1] for name in ("one", "two"))
@@ -255,6 +259,19 @@ def test_two_processes_follow_one(corpus, tmp_path, keys):
         for name in {"train/loss", "val/loss", "train/grad_norm"} & x.keys():
             assert abs(x[name] - y[name]) < 2e-4 * max(1, x[name]), (x["iter"], name)
     assert out.count("iter 12: val loss") == 1  # only one process speaks
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves(corpus, tmp_path):
+    """The terminal sends SIGINT to torchrun and to its processes, and torchrun sends it to them once more."""
+    process = start(corpus, tmp_path / "out", *TORCHRUN, max_iters=100_000, eval_interval=100_000)
+    record = tmp_path / "out" / "metrics.jsonl"
+    wait_for(process, record, '"iter": 2,')
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=90)
+    assert "stopped by SIGINT" in out
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert state["iter_num"] == read_record(record)[1][-1]["iter"] >= 2
 
 
 # -- what SUS costs in loss ------------------------------------------------------------------------
