@@ -183,6 +183,23 @@ def test_signals_save_and_leave(corpus, tmp_path, number):
     assert state["iter_num"] == read_record(record)[1][-1]["iter"] >= 2
 
 
+def test_a_second_ctrl_c_ends_at_once_but_not_under_torchrun():
+    """Under torchrun the second SIGINT is torchrun's own, sent on while the process saves."""
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        stop = train.StopSignal(world=2)
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        train.StopSignal(world=1)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
 def test_resume_in_two_parts_equals_one(run, tmp_path):
     whole = run("whole")
     run("parts", max_iters=4)
