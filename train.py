@@ -385,8 +385,8 @@ class StopSignal:
             return self.number > 0
         seen = torch.tensor(self.number, device=device.device)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
-        self.number = int(seen)
-        return self.number > 0
+        self.number = self.number or int(seen)  # a signal may have come since: it is for the next iteration
+        return int(seen) > 0
 
     @property
     def name(self) -> str:
