@@ -194,7 +194,7 @@ def _attention_backward(
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        multiplier = reference.sus_multiplier(c, c_max, sampler, seed, u, q.shape[2])
+        multiplier = reference.sus_multiplier(c.to(q.device), c_max, sampler, seed.to(q.device), u, q.shape[2])
         return reference.backward(grad_out, q, k, v, out, lse, multiplier, is_causal, scale, with_stats)
 
 

@@ -77,7 +77,7 @@ def slot_bound(c_max: float, T: int) -> int:
 
 def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device) -> Tensor:
     """One uniform a row for the systematic sampler: int64 (B, H, R) in [0, 2^23)."""
-    state = seed_state(seed.to(device), STREAM_SYSTEMATIC)
+    state = seed_state(seed, STREAM_SYSTEMATIC)
     return absorb(_row_state(state, B, H, device), torch.arange(rows.start, rows.stop, device=device)) >> (32 - UNIT_BITS)
 
 
@@ -104,7 +104,7 @@ def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
     """Poisson sampling (the paper's): independent Bernoulli(q). q_units: int32 (B, H, R, N). Returns bool."""
     B, H, _, N = q_units.shape
     device = q_units.device
-    state = _row_state(seed_state(seed.to(device), STREAM_POISSON), B, H, device)
+    state = _row_state(seed_state(seed, STREAM_POISSON), B, H, device)
     state = absorb(state, torch.arange(rows.start, rows.stop, device=device))  # (B, H, R)
     u = absorb(state.unsqueeze(-1), torch.arange(N, device=device)) >> (32 - UNIT_BITS)  # (B, H, R, N)
     return u < q_units
@@ -113,6 +113,7 @@ def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
 def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, T: int) -> Callable:
     """A function (weights (B, H, R, N), rows) -> m of the same shape: 1/q where an entry is kept, else 0.
 
+    c: 0-d float tensor, seed: 0-d int64 tensor, both on the weights' device.
     It also returns how many entries were dropped (int64 tensor; 0 by construction, and always for Poisson).
     u: None, or the systematic sampler's uniforms, int64 (B, H, T) in [0, 2^23).
     """
@@ -121,7 +122,7 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
 
     def multiplier(w: Tensor, rows: range):
         B, H = w.shape[:2]
-        q_units = inclusion_units(w, c.to(w.device))
+        q_units = inclusion_units(w, c)
         if sampler == "poisson":
             keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
         else:
@@ -136,12 +137,15 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
 # Attention.
 # ---------------------------------------------------------------------------------------------
 
-BLOCK_ENTRIES = 1 << 19  # scores of one block over all batches and heads: its few buffers should stay in cache
+# Scores of one block, over all batches and heads. A CPU's caches should hold a block's few buffers; elsewhere a block
+# must be large enough to be worth its launches (64 MiB a buffer in float32).
+CPU_BLOCK_ENTRIES, BLOCK_ENTRIES = 1 << 19, 1 << 24
 
 
-def _blocks(B: int, H: int, T: int, is_causal: bool):
-    """Yields (rows, N): ranges of query rows, and how many keys they see."""
-    R = max(1, min(T, BLOCK_ENTRIES // (B * H * T)))
+def _blocks(q: Tensor, is_causal: bool):
+    """Yields (rows, N) for q (B, H, T, D): ranges of query rows, and how many keys they see."""
+    B, H, T, _ = q.shape
+    R = max(1, min(T, (CPU_BLOCK_ENTRIES if q.device.type == "cpu" else BLOCK_ENTRIES) // (B * H * T)))
     for start in range(0, T, R):
         stop = min(start + R, T)
         yield range(start, stop), stop if is_causal else T
@@ -171,7 +175,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> t
     q_, k_, v_ = q.to(acc).reshape(B, K, H // K, T, D), k.to(acc), v.to(acc)
     out = q.new_empty(B, H, T, D)
     lse = q.new_empty(B, H, T, dtype=acc)
-    for rows, N in _blocks(B, H, T, is_causal):
+    for rows, N in _blocks(q, is_causal):
         r = slice(rows.start, rows.stop)
         s = _scores(q_[:, :, :, r], k_[:, :, :N], rows, is_causal, scale)
         lse_r = torch.logsumexp(s, -1, keepdim=True)
@@ -205,7 +209,7 @@ def backward(
     dq, dk, dv = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
     stats = torch.zeros(3, dtype=torch.float64, device=q.device)
 
-    for rows, N in _blocks(B, H, T, is_causal):
+    for rows, N in _blocks(q, is_causal):
         r = slice(rows.start, rows.stop)
         q_r, g_r, k_n, v_n = q_[:, :, :, r], g_[:, :, :, r], k_[:, :, :N], v_[:, :, :N]
         w = torch.exp(_scores(q_r, k_n, rows, is_causal, scale) - lse_[:, :, :, r])  # (B, K, G, R, N)

@@ -86,7 +86,7 @@ def test_compiled_training_under_autocast(dtype):
 
 
 def test_memory_does_not_grow_with_t_squared():
-    q, k, v, grad_out = inputs("cuda", torch.bfloat16, B=1, Hq=2, Hkv=2, T=16384)
+    q, k, v, grad_out = inputs("cuda", torch.bfloat16, B=1, Hq=2, Hkv=2, T=32768)
     torch.cuda.reset_peak_memory_stats()
     grads(q, k, v, grad_out, 25.0, seed=1)
-    assert torch.cuda.max_memory_allocated() < 2 * 16384**2 * 4 / 8  # an eighth of the scores in float32
+    assert torch.cuda.max_memory_allocated() < 2 * 32768**2 * 4 / 8  # an eighth of the scores in float32
