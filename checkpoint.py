@@ -66,8 +66,8 @@ def load(path: Path, map_location="cpu") -> dict:
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file can fail at any point of the unpickler
-        raise UserError(f"{path} is not a checkpoint, or a truncated or damaged one: use another, such as "
-                        "ckpt_best.pt of the same run") from error
+        raise UserError(f"{path} is not a checkpoint, or a truncated or damaged one: copy another over it, such "
+                        "as ckpt_best.pt of the same run") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     wrong = [name for name, kind in REQUIRED.items() if not isinstance(state.get(name), kind)]

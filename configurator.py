@@ -34,6 +34,7 @@ class UserError(Exception):
 def run_main(main):
     """Call main(). A UserError becomes one message on stderr and exit status 1; Ctrl-C exit status 130; and a reader
     of the output which leaves early, such as head, ends it quietly."""
+    sys.stdout.reconfigure(errors="replace")  # whatever a model writes, a terminal of any encoding can show
     try:
         main()
         sys.stdout.flush()
@@ -113,7 +114,7 @@ def _read_file(arg, fields):
     try:
         tree = ast.parse(path.read_bytes(), arg)
         names = runpy.run_path(arg)
-    except Exception as error:  # the file is a program: it can raise anything
+    except (Exception, SystemExit) as error:  # the file is a program: it can raise anything
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == arg]
         line = frames[-1] if frames else getattr(error, "lineno", None)
         message = f"{error.msg} (its lines are Python: key = value)" if isinstance(error, SyntaxError) else error

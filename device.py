@@ -1,6 +1,7 @@
 """Where to compute and in which precision: `auto` resolved once, with the reason, for train.py and sample.py."""
 
 import contextlib
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from configurator import UserError
 
 # Dense bfloat16/float16 tensor-core peaks with float32 accumulation, TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
-    "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+    "B200": 2250, "H200 NVL": 836, "H200": 989, "H100 NVL": 836, "H100 PCIe": 756, "H100": 989, "A100": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ class Device:
             return peak_tflops * 1e12
         if self.type == "cuda" and self.dtype != torch.float32:
             name = torch.cuda.get_device_name(self.device)
-            return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+            return next((t * 1e12 for part, t in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
         return None
 
 
@@ -52,8 +53,12 @@ def resolve_device(device: str, dtype: str, local_rank: int | None = None) -> De
         why = "asked for"
     try:
         resolved = torch.device(device)
+        if resolved.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("it computes nothing")
         if resolved.type == "cuda" and resolved.index is None:
             resolved = torch.device("cuda", local_rank or 0)
+        elif resolved.type == "cuda" and local_rank is not None:
+            raise RuntimeError("under torchrun each process takes its own GPU, so give --device=cuda without a number")
         torch.zeros(1, device=resolved)
         if resolved.type == "cuda":
             torch.cuda.set_device(resolved)

@@ -342,20 +342,20 @@ class GPT(nn.Module):
         tokens = list(tokens)
         block_size = self.config.block_size
         logits, cache = self.prefill(tokens[-block_size:])
-        for _ in range(max_new_tokens):
-            token = sample_token(logits[:n_vocab], temperature, top_k, top_p, generator)
-            yield token
-            tokens.append(token)
-            if cache.length == block_size:
+        for i in range(max_new_tokens):
+            if i > 0 and cache.length == block_size:
                 logits, cache = self.prefill(tokens[-max(1, block_size // 2) :])
-            else:
+            elif i > 0:
                 logits = self(torch.tensor([[token]], device=logits.device), cache=cache)[0][0, -1]
+            token = sample_token(logits[:n_vocab], temperature, top_k, top_p, generator)
+            tokens.append(token)
+            yield token
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> int:
     """Draw one id from logits (V,)."""
     logits = logits.float().cpu()
-    if temperature == 0:
+    if temperature < 1e-6:  # also where a division would overflow
         return int(logits.argmax())
     logits = logits / temperature
     if top_k is not None:
@@ -365,6 +365,20 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         before = probabilities.cumsum(-1) - probabilities  # the likeliest token stays, whatever top_p
         probabilities[before >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def model_from_checkpoint(saved: dict, path, **training_keys) -> GPT:
+    """The model of a checkpoint's dict, ours or nanoGPT's; path is for messages. UserError if they do not fit."""
+    architecture = {k: v for k, v in saved["model_args"].items() if k not in TRAINING_KEYS}
+    if unknown := architecture.keys() - set(ARCHITECTURE_KEYS):
+        raise UserError(f"{path} is of another version: its model has the unknown keys {', '.join(sorted(unknown))}")
+    model = GPT(GPTConfig(**architecture, **training_keys))
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise UserError(f"{path}: its weights do not fit its model_args: {' '.join(reasons)[:300]}") from None
+    return model
 
 
 def load_pretrained(name: str, **training_keys) -> GPT:

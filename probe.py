@@ -67,7 +67,7 @@ def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
     }
     result = {}
     if config.attn_backward == "sus":
-        stats = torch.zeros(3, dtype=torch.float64, device=q.device)
+        stats = torch.zeros(3, device=q.device)
         sus = dict(seed=sus_seed, sampler=config.sus_sampler, backend=config.sus_backend)
         functions["sus"] = lambda q, k, v: sus_attention(q, k, v, config.sus_c, **sus)
         q_ = q.detach().requires_grad_()

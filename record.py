@@ -49,10 +49,10 @@ class Record:
         if resume_iter is not None and self.path.exists():
             lines = [line for line in read_record(self.path)[1] if line["iter"] <= resume_iter]
         self._rewrite([{"config": config, "run_id": self.run_id, "run_name": run_name}, *lines])
-        self.mirror = None
+        self.mirror, self.look = None, ""  # look: where wandb shows the curves
         if wandb_log:
             resume = "allow" if run_id else "never"
-            self.mirror = start_wandb(project=wandb_project, name=run_name, id=self.run_id, group=group,
+            self.mirror, self.look = start_wandb(project=wandb_project, name=run_name, id=self.run_id, group=group,
                                       config=config, resume=resume)
 
     def log(self, metrics: dict) -> None:
@@ -129,47 +129,47 @@ def read_record(path: Path) -> tuple[dict, list[dict]]:
 
 
 def start_wandb(**run):
-    """A started wandb run, or None. Says in one line which, and how to look. Neither raises, asks nor hangs."""
+    """(a started wandb run or None, how to look at it). Says in one line which. Neither raises, asks nor hangs."""
     # Where a network swallows what is sent, wandb's own error reports would hold up the exit by 20 s.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         from wandb import Settings, init, login, setup, teardown
     except Exception as error:  # not installed (then ./wandb may be what is imported), or broken
         say(f"wandb isn't to be had ({reason(error)}); the record is kept without it")
-        return None
+        return None, ""
     try:
         settings = Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT,
                             finish_timeout_raises=True)
         known = setup(settings).settings  # with those of the environment and of wandb's own files
         if known.mode == "disabled":
             say("wandb is disabled by its own settings (WANDB_MODE)")
-            return None
+            return None, ""
         folder = Path(known.wandb_dir)
         why = "WANDB_MODE"
         if known.mode == "online":
-            before = set(folder.glob("run-*"))
             try:
                 if login(prompt=False, verify=False):  # looks for a key, doesn't use it
                     mirror = init(mode="online", settings=settings, **run)
                     use_iter_axis(mirror)
                     say(f"wandb is online: {mirror.url}")
-                    return mirror
+                    return mirror, mirror.url
                 why = "not logged in"
             except Exception as error:
                 why = reason(error)
                 teardown()  # or else the id counts as in use
                 setup(settings)
-                for failed in set(folder.glob("run-*")) - before:
-                    shutil.rmtree(failed, ignore_errors=True)
+                if run["resume"] == "never":  # then this folder is the failed attempt's, and no earlier run's
+                    for failed in folder.glob(f"run-*-{run['id']}"):
+                        shutil.rmtree(failed, ignore_errors=True)
         mirror = init(mode="offline", settings=settings, **run)
         use_iter_axis(mirror)
         command = "wandb" if shutil.which("wandb") else os.path.relpath(Path(sys.executable).with_name("wandb"))
-        say(f"wandb is offline ({why}); to see the curves, also while they grow: "
-            f"{command} leet {os.path.join('.', os.path.relpath(folder))}")
-        return mirror
+        look = f"{command} leet {os.path.join('.', os.path.relpath(folder))}"
+        say(f"wandb is offline ({why}); to see the curves, also while they grow: {look}")
+        return mirror, look
     except Exception as error:
         say(f"wandb doesn't start ({reason(error)}); the record is kept without it")
-        return None
+        return None, ""
 
 
 def use_iter_axis(mirror):

@@ -9,7 +9,6 @@ The text appears as it is drawn. Tokenizer and model come from the checkpoint, w
 """
 
 import codecs
-import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import checkpoint
 from configurator import UserError, key, load_config, run_main
 from data.tokenizer import tokenizer_from_meta
 from device import resolve_device
-from model import GPT, GPTConfig, load_pretrained
+from model import load_pretrained, model_from_checkpoint
 
 
 @dataclass
@@ -94,14 +93,7 @@ def read_start(start: str) -> str:
 def load_model(path: Path):
     """The model and the tokenizer of a checkpoint."""
     saved = checkpoint.load(path)
-    known = {field.name for field in dataclasses.fields(GPTConfig)}
-    if unknown := saved["model_args"].keys() - known:
-        raise UserError(f"{path} is of another version: its model has the unknown keys {', '.join(sorted(unknown))}")
-    model = GPT(GPTConfig(**saved["model_args"]))
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit its model_args: {str(error).splitlines()[-1].strip()}") from None
+    model = model_from_checkpoint(saved, path)
     if "tokenizer" not in saved and model.config.vocab_size not in (50257, 50304):
         raise UserError(f"{path} does not say which tokenizer it was trained with: only nanoGPT checkpoints with GPT-2's "
                         "tokens are read without")  # fmt: skip

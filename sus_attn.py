@@ -58,14 +58,16 @@ def sus_attention(
     q: (B, Hq, T, D); k, v: (B, Hkv, T, D), Hq a multiple of Hkv (grouped-query attention). All of one dtype
     (float64, float32, bfloat16, float16; under autocast they are cast to its dtype) and on one device.
     c: the retention parameter, a float > 0; `math.inf` gives the exact gradient through the same code. Or a
-        0-d float tensor with `c_max`, a float that bounds it: changing its value recompiles nothing.
+        0-d float tensor with `c_max`, a float that bounds it: changing its value recompiles nothing. A tensor's value
+        is checked where that needs no synchronisation (eagerly, on the CPU); elsewhere c_max clamps it, and a value
+        that isn't > 0 gives NaN gradients.
     is_causal: row i attends to keys 0..i; otherwise to all.
     scale: multiplies the scores; 1/sqrt(D) if None.
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
     sampler: "systematic" or "poisson".
     backend: "auto" or "reference"; a request that can't be met raises.
-    stats: None or a float64 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
+    stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
         of dropped entries (0 by construction), and an estimate of the added gradient variance, summed over
         the call (Poisson: unbiased; systematic: a proxy).
     u: for tests: the systematic sampler's uniforms, in [0, 1), a float or a tensor that broadcasts to (B, Hq, T).
@@ -73,22 +75,27 @@ def sus_attention(
     Raises TypeError or ValueError that names the argument. Double backward is not supported and says so.
     The backward is a pure function of (inputs, seed): the same under activation checkpointing and torch.compile.
     """
-    q, k, v = _autocast(q, k, v)
     _check_inputs(q, k, v)
+    q, k, v = _autocast(q, k, v)
     c, c_max = _check_c(c, c_max)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
     backend, _ = resolve_backend(backend, q.device)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:
         if sampler != "systematic":
             raise ValueError(f"u is an argument of the systematic sampler; sampler is {sampler!r}")
-        u = torch.as_tensor(u, device=q.device, dtype=torch.float64)
-        u = (u * UNIT).long().expand(q.shape[:3]).contiguous()
-    if stats is not None and (stats.shape != (3,) or stats.dtype != torch.float64 or stats.device != q.device):
-        raise ValueError(f"stats must be a float64 tensor of shape (3,) on {q.device}, not {_describe(stats)}")
+        u = _check_u(u, q)
+    if stats is not None:
+        _check_tensor("stats", stats)
+        if stats.shape != (3,) or stats.dtype != torch.float32 or stats.device != q.device:
+            raise ValueError(f"stats must be a float32 tensor of shape (3,) on {q.device}, not {_describe(stats)}")
     # scaled_dot_product_attention's own default, also where it is exact: D ** -0.5
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, _ = _attention(q, k, v, c, _seed_tensor(seed), u, stats, c_max, bool(is_causal), scale, sampler, backend)
+    out, _ = _attention(q, k, v, c, _seed_tensor(seed), u, stats, c_max, is_causal, scale, sampler, backend)
     return out
 
 
@@ -110,6 +117,15 @@ def _describe(x) -> str:
     return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{type(x).__name__}"
 
 
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _check_tensor(name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {_describe(x)}")
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does for scaled_dot_product_attention: cast to its dtype (float64 stays)."""
     device_type = tensors[0].device.type
@@ -121,11 +137,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dims (batch, heads, T, D), not {_describe(x)}")
         if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
+        if x.device != q.device or (x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type)):
             raise TypeError(f"q, k and v must share dtype and device; q is {_describe(q)}, {name} is {_describe(x)}")
     B, H, T, D = q.shape
     if min(q.shape) < 1:
@@ -138,19 +155,35 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_c(c: float | Tensor, c_max: float | None) -> tuple[Tensor, float]:
     """c as a 0-d float32 tensor, and the Python float that bounds it."""
+    if c_max is not None and not (_is_number(c_max) and c_max > 0):
+        raise ValueError(f"c_max must be a number > 0, not {c_max!r}")
     if isinstance(c, Tensor):
         if c.dim() != 0 or not c.is_floating_point():
             raise ValueError(f"c must be a float or a 0-d float tensor, not {_describe(c)}")
-        if c_max is None or not c_max > 0:
-            raise ValueError(f"a tensor c needs c_max, a float > 0 that bounds it; c_max is {c_max!r}")
-        if c.device.type == "cpu" and not torch.compiler.is_compiling() and not c > 0:
-            raise ValueError(f"c must be > 0 (math.inf for the exact gradient), not {c.item()}")
+        if c_max is None:
+            raise ValueError("a tensor c needs c_max, a float that bounds it")
+        if c.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 < c <= c_max:
+            raise ValueError(f"c must be > 0 and at most c_max = {c_max}, not {c.item()}")
         return c.detach().float(), float(c_max)
+    if not _is_number(c):
+        raise TypeError(f"c must be a float or a 0-d float tensor, not {_describe(c)}")
     if not c > 0:  # also refuses NaN
         raise ValueError(f"c must be > 0 (math.inf for the exact gradient), not {c!r}")
     if c_max is not None and c > c_max:
         raise ValueError(f"c is {c}, above c_max = {c_max}")
     return torch.tensor(float(c), dtype=torch.float32), float(c if c_max is None else c_max)
+
+
+def _check_u(u: float | Tensor, q: Tensor) -> Tensor:
+    """The test hook's uniforms in units of the sampler, int64 (B, Hq, T)."""
+    u = torch.as_tensor(u, dtype=torch.float64, device="cpu")  # not every device has float64
+    if not ((u >= 0) & (u < 1)).all():
+        raise ValueError("u must be in [0, 1)")
+    try:
+        u = u.expand(q.shape[:3])
+    except RuntimeError:
+        raise ValueError(f"u must broadcast to (B, Hq, T) = {tuple(q.shape[:3])}, not {tuple(u.shape)}") from None
+    return (u * UNIT).long().to(q.device)
 
 
 def _seed_tensor(seed: int | Tensor | None) -> Tensor:
@@ -194,13 +227,15 @@ def _attention_backward(
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        multiplier = reference.sus_multiplier(c.to(q.device), c_max, sampler, seed.to(q.device), u, q.shape[2])
+        c = c.to(q.device)
+        grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # a bad c must not pass unseen
+        multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])
         return reference.backward(grad_out, q, k, v, out, lse, multiplier, is_causal, scale, with_stats)
 
 
 @_attention_backward.register_fake
 def _(grad_out, q, k, v, out, lse, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
-    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(3, dtype=torch.float64)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(3, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

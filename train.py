@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ from configurator import TrainConfig, UserError, load_config, run_main, validate
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
 from device import resolve_device
-from model import ARCHITECTURE_KEYS, TRAINING_KEYS, GPT, GPTConfig, load_pretrained, model_args
+from model import ARCHITECTURE_KEYS, TRAINING_KEYS, GPT, GPTConfig, load_pretrained, model_args, model_from_checkpoint
 from probe import probe_attention
 from record import Record
 from sus_attn import fold_in, resolve_backend
@@ -62,11 +63,18 @@ def main():
             print(f"{out_dir} is finished: its checkpoint is at iteration {saved['iter_num']} of {cfg.max_iters}. "
                   "Raise --max_iters to train on.")  # fmt: skip
         return
-    make_writable(out_dir)
-    model = load_gpt2(cfg) if cfg.init_from.startswith("gpt2") else None
+    if not cfg.eval_only:
+        make_writable(out_dir)
+    torch.manual_seed(cfg.seed)
+    model = None
+    if saved is not None:
+        model = model_from_checkpoint(saved, out_dir / "ckpt.pt", **training_keys(cfg))
+    elif cfg.init_from.startswith("gpt2"):
+        model = gpt2(cfg)
 
+    # -- data --------------------------------------------------------------------------------------
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" and cfg.backend != "gloo" else "gloo")
+        dist.init_process_group(ddp_backend(cfg, device))
     if master and cfg.dataset == "stdlib" and not (DATA / "stdlib" / "meta.json").exists():
         from data.stdlib.prepare import prepare
 
@@ -75,26 +83,27 @@ def main():
     if world > 1:
         dist.barrier()
     corpus = load_corpus(DATA / cfg.dataset, cfg.block_size)
-    if saved is not None and saved.get("tokenizer", corpus.tokenizer_meta) != corpus.tokenizer_meta:
-        raise UserError(f"dataset={cfg.dataset} has another tokenizer than the checkpoint in {out_dir} was trained with")
+    tokenizer = {"name": "gpt2"} if cfg.init_from.startswith("gpt2") else (saved or {}).get("tokenizer")
+    if tokenizer is not None and tokenizer != corpus.tokenizer_meta:
+        raise UserError(f"dataset={cfg.dataset} is in tokens of the {corpus.tokenizer_meta['name']} tokenizer, but the "
+                        f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={tokenizer['name']}")
+    if model is not None and tokenizer is None and corpus.vocab_size > model.config.vocab_size:
+        raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
 
-    # -- model, optimizer, and what a checkpoint adds ----------------------------------------------
-    torch.manual_seed(cfg.seed)
+    # -- model and optimizer -------------------------------------------------------------------------
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT
     if model is None:
-        architecture = saved["model_args"] if saved is not None else {"vocab_size": corpus.vocab_size}
-        keys = [k for k in ARCHITECTURE_KEYS + TRAINING_KEYS if k != "vocab_size"]
-        model = GPT(GPTConfig(**{k: getattr(cfg, k) for k in keys} | architecture))
-    if corpus.vocab_size > model.config.vocab_size and corpus.tokenizer_meta["name"] != "gpt2":
-        raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
+        architecture = {k: getattr(cfg, k) for k in ARCHITECTURE_KEYS if k != "vocab_size"}
+        model = GPT(GPTConfig(vocab_size=corpus.vocab_size, **architecture, **training_keys(cfg)))
     model.to(device.device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     it, best_val_loss = 0, math.inf
     if saved is not None:
-        restore(saved, out_dir, model, optimizer, scaler)
+        restore_optimizer(saved, out_dir, optimizer, scaler)
         it, best_val_loss = saved["iter_num"], saved["best_val_loss"]
+    first_it = it
     compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
     ddp = compiled
     if world > 1:
@@ -130,7 +139,6 @@ def main():
 
     stop = StopSignal(world)
     evaluated_at = it if saved is not None and not cfg.eval_only else None  # evaluated before it was saved
-    loss = math.nan
     progress = tqdm(total=cfg.max_iters, initial=it, disable=not (master and sys.stdout.isatty()) or cfg.eval_only,
                     file=sys.stdout, dynamic_ncols=True, unit="it")  # fmt: skip
     say = progress.write if not progress.disable else print
@@ -162,7 +170,9 @@ def main():
         if stop.agreed(device):
             if record is not None and it > 0:
                 save("ckpt.pt")
-                say(f"stopped by {stop.name} at iteration {it}, saved in {out_dir}: go on with --init_from=resume")
+            if master:
+                say(f"stopped by {stop.name} at iteration {it}, " + (f"saved in {out_dir}: go on with --init_from=resume"
+                                                                    if it > 0 else "with nothing to save yet"))
             break
 
         lr = learning_rate(cfg, it)
@@ -192,10 +202,15 @@ def main():
             check_finite(norm.item(), f"gradient norm of iteration {it}", out_dir)
         scaler.step(optimizer)
         scaler.update()
+        if scaler.is_enabled() and scaler.get_scale() < 1e-3:
+            check_finite(math.nan, f"float16 gradient of iteration {it}, at every loss scale,", out_dir)
         optimizer.zero_grad(set_to_none=True)
         it += 1
+        if it == first_it + 1 and compiled is not model:
+            device.synchronize()
+            clock, clock_it = time.perf_counter(), it  # compilation is no training time
 
-        if master and (it % cfg.log_interval == 0 or it == cfg.max_iters):
+        if master and it > clock_it and (it % cfg.log_interval == 0 or it == cfg.max_iters):
             device.synchronize()
             dt = (time.perf_counter() - clock) / (it - clock_it)
             clock, clock_it = time.perf_counter(), it
@@ -215,11 +230,13 @@ def main():
     progress.close()
     if record is not None:
         record.finish()
-        if it >= cfg.max_iters:
+        if it >= cfg.max_iters > 0:
             print_sample(model, corpus, device, cfg.seed)
-            print(f"checkpoint and record are in {out_dir}. To look further:\n"
-                  f"    python sample.py --out_dir={out_dir} --start='def '\n"
-                  f"    python experiments/compare_runs.py {out_dir} [OTHER_OUT_DIR ...]")  # fmt: skip
+            python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
+            print(f"checkpoint and record are in {out_dir}. To go on:\n"
+                  f"    {python} sample.py --out_dir={out_dir} --start='def '\n"
+                  f"    {python} experiments/compare_runs.py {out_dir} [OTHER_OUT_DIR ...]    # a picture of the curves\n"
+                  + (f"    {record.look}    # the curves in wandb" if record.look else ""))  # fmt: skip
     if world > 1:
         dist.destroy_process_group()
     if stop.number and it < cfg.max_iters:
@@ -239,34 +256,50 @@ def load_checkpoint(cfg: TrainConfig, out_dir: Path) -> dict:
 def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
     """Fill cfg from a checkpoint: the architecture is the checkpoint's, a conflict an error; of the other keys, those
     that neither a file nor the command line gives. What differs from the earlier run is printed."""
-    for name, value in {**saved["config"], **saved["model_args"]}.items():
+    defaults = dataclasses.asdict(GPTConfig())  # for nanoGPT's checkpoints, which lack the keys that it lacks
+    architecture = {name: saved["model_args"].get(name, defaults[name]) for name in ARCHITECTURE_KEYS}
+    for name, value in {**saved["config"], **architecture}.items():
         if not hasattr(cfg, name) or name in ("out_dir", "init_from", "eval_only"):
             continue
         if name not in cfg.explicit:
             setattr(cfg, name, value)
         elif getattr(cfg, name) != value:
-            if name in saved["model_args"]:
+            if name in architecture:
                 raise UserError(f"{name}={getattr(cfg, name)} conflicts with the checkpoint, whose model has {value}: "
                                 f"leave {name} out, or train from scratch")  # fmt: skip
             if master:
                 print(f"resume: {name} was {value!r}, is now {getattr(cfg, name)!r}")
 
 
-def restore(saved: dict, out_dir: Path, model: GPT, optimizer, scaler) -> None:
+def training_keys(cfg: TrainConfig) -> dict:
+    return {name: getattr(cfg, name) for name in TRAINING_KEYS}
+
+
+def restore_optimizer(saved: dict, out_dir: Path, optimizer, scaler) -> None:
+    """The optimizer's and the scaler's state from a checkpoint; weight decay and betas stay those of this run."""
+    hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
     try:
-        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if scaler.is_enabled() and saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{out_dir / 'ckpt.pt'} does not fit this model and optimizer: {reason}") from None
+        raise UserError(f"{out_dir / 'ckpt.pt'}: its optimizer state does not fit this model: {error}") from None
+    for group, mine in zip(optimizer.param_groups, hyperparameters):
+        group.update(mine)
+
+
+def ddp_backend(cfg: TrainConfig, device) -> str:
+    if cfg.backend == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    if cfg.backend == "nccl" and device.type != "cuda":
+        raise UserError(f"backend=nccl needs CUDA devices, not {device.type}: leave it out, or --backend=gloo")
+    return cfg.backend
 
 
 def keep_earlier_run(out_dir: Path) -> None:
     """A run from scratch moves what an earlier one left in out_dir into a subfolder, instead of overwriting it."""
     files = [out_dir / name for name in ("ckpt.pt", "ckpt_best.pt", "metrics.jsonl") if (out_dir / name).exists()]
-    if any(f.suffix == ".pt" for f in files):
+    if files:
         n = next(n for n in itertools.count(1) if not (out_dir / f"earlier-{n}").exists())
         (out_dir / f"earlier-{n}").mkdir()
         for f in files:
@@ -283,13 +316,15 @@ def make_writable(out_dir: Path) -> None:
         raise UserError(f"out_dir={out_dir} can't be used: {error.strerror or error}") from None
 
 
-def load_gpt2(cfg: TrainConfig) -> GPT:
+def gpt2(cfg: TrainConfig) -> GPT:
     """GPT-2's weights, for cfg.init_from; cfg takes their architecture, and a conflicting key is an error."""
-    model = load_pretrained(cfg.init_from, **{k: getattr(cfg, k) for k in TRAINING_KEYS})
+    model = load_pretrained(cfg.init_from, **training_keys(cfg))
     if "block_size" in cfg.explicit and cfg.block_size < model.config.block_size:
         model.crop_block_size(cfg.block_size)
     for name, value in model_args(model.config).items():
-        if name in cfg.explicit and getattr(cfg, name) != value and (name, value) != ("n_kv_head", 0):
+        if name in cfg.explicit and getattr(cfg, name) != value and not (
+            name == "n_kv_head" and cfg.n_kv_head == model.config.n_head
+        ):
             raise UserError(f"{name}={getattr(cfg, name)} conflicts with {cfg.init_from}, which has {value}: leave it out")
         if hasattr(cfg, name):
             setattr(cfg, name, value)
@@ -379,6 +414,8 @@ class StopSignal:
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
+        if not self.number:  # os.write, since a handler may have interrupted a print
+            os.write(2, b"\nstopping after what runs now, and saving ...\n")
         self.number = number
         if self.world == 1:  # torchrun sends on a Ctrl-C that its processes got themselves: the second one is no wish
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -413,5 +450,16 @@ def print_sample(model: GPT, corpus, device, seed: int, prompt_tokens: int = 48,
           f"{tokenizer.decode(prompt)}[...]{tokenizer.decode(new)}\n---")  # fmt: skip
 
 
+def main_with_memory():
+    """main(), with one clear line where there is too little memory."""
+    try:
+        main()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError("out of memory. Try a smaller --batch_size (with more --gradient_accumulation_steps), "
+                        "--activation_checkpointing=True, a smaller --block_size or model") from error  # fmt: skip
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main_with_memory)

@@ -195,7 +195,7 @@ def backward(
 
     multiplier: (weights (B, H, R, N), rows) -> (m, dropped), see `sus_multiplier`; a test may pass any
     explicit mask in this form; None gives the exact gradient. delta always stays exact.
-    Returns dq, dk, dv and, if with_stats (else zeros), float64 (3,): the kept entries, the dropped entries, and an
+    Returns dq, dk, dv and, if with_stats (else zeros), float32 (3,): the kept entries, the dropped entries, and an
     estimate of the variance that the cut adds to (dQ, dK, dV): sum over kept of (1/q - 1)/q * |contribution|^2.
     """
     B, H, T, D = q.shape
@@ -206,8 +206,10 @@ def backward(
     q_, g_, k_, v_ = grouped(q), grouped(grad_out), k.to(acc), v.to(acc)
     lse_ = lse.reshape(B, K, G, T, 1)
     delta = (g_ * grouped(out)).sum(-1, keepdim=True)
-    dq, dk, dv = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
-    stats = torch.zeros(3, dtype=torch.float64, device=q.device)
+    # contiguous, whatever the inputs' strides: torch.compile is promised that
+    dq = torch.empty(q_.shape, dtype=acc, device=q.device)
+    dk, dv = (torch.zeros(k.shape, dtype=acc, device=q.device) for _ in range(2))
+    stats = torch.zeros(3, device=q.device)
 
     for rows, N in _blocks(q, is_causal):
         r = slice(rows.start, rows.stop)

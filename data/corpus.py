@@ -30,7 +30,7 @@ WORD_START = re.compile(r"(?<=\S) (?=\S)")
 
 
 def files_under(folder, skip=()):
-    """Sorted paths of the files below folder, without hidden ones and without folders whose name is in skip."""
+    """Sorted paths of the regular files below folder, without hidden ones and without folders whose name is in skip."""
     def refuse(error):
         raise UserError(f"can't read the folder {error.filename}: {error.strerror}")
 
@@ -38,7 +38,7 @@ def files_under(folder, skip=()):
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(found)
+    return sorted(path for path in found if path.is_file())  # to read a pipe would wait for ever
 
 
 def read_text(path):

@@ -20,7 +20,7 @@ from backends.reference import sus_multiplier
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
 from device import resolve_device
-from model import GPT, GPTConfig
+from model import model_from_checkpoint
 from probe import capture
 
 
@@ -31,15 +31,15 @@ class PictureConfig:
     layer: int = key(1, "layer, from 0", low=0)
     head: int = key(0, "head, from 0", low=0)
     c: float = key(25.0, "the retention parameter", above=0)
-    seed: int = key(0, "seeds the draw", low=0)
+    seed: int = key(0, "seeds the draw", low=0, high=2**63 - 1)
     out: str = key("sus.png", "the picture: .png, .svg or .pdf")
 
 
 def main():
     cfg = load_config(PictureConfig, sys.argv[1:], usage=__doc__)
-    saved = checkpoint.load(Path(cfg.out_dir) / "ckpt.pt")
-    model = GPT(GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
+    path = Path(cfg.out_dir) / "ckpt.pt"
+    saved = checkpoint.load(path)
+    model = model_from_checkpoint(saved, path)
     config = model.config
     if cfg.layer >= config.n_layer or cfg.head >= config.n_head:
         raise UserError(f"the model has {config.n_layer} layers of {config.n_head} heads: --layer and --head count from 0")

@@ -441,3 +441,10 @@ def test_command(tmp_path, name, argument, code, output):
                           capture_output=True, text=True)
     assert done.returncode == code
     assert output in done.stdout if code == 0 else output == done.stderr
+
+
+def test_files_under_skips_what_is_no_regular_file(tmp_path):
+    """A pipe in the folder would be waited for for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text.txt").write_text("x")
+    assert files_under(tmp_path) == [tmp_path / "text.txt"]

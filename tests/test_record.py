@@ -185,7 +185,8 @@ class FakeWandb(types.ModuleType):
         return self.logged_in
 
     def init(self, mode, **arguments):
-        (Path(self.wandb_dir) / f"{'offline-' * (mode == 'offline')}run-1").mkdir(parents=True)
+        name = f"{'offline-' * (mode == 'offline')}run-20260101_120000-{arguments['id']}"
+        (Path(self.wandb_dir) / name).mkdir(parents=True)
         self._call(f"init {mode}")
         self.started = arguments
         return self
@@ -248,13 +249,15 @@ def test_online_with_a_login(tmp_path, use_fake, capsys):
 @pytest.mark.parametrize("broken", ["init online", "login"])
 def test_offline_when_online_fails(tmp_path, use_fake, capsys, broken):
     """Without the teardown wandb refuses the id as in use; its empty folder would show up in leet as a run."""
-    earlier = tmp_path / "wandb" / "run-0"
+    earlier = tmp_path / "wandb" / "run-20260101_120000-another-run"
     earlier.mkdir(parents=True)
     fake = use_fake(logged_in=True, fail=[broken])
     rec = make_record(tmp_path, wandb_log=True)
     rec.log({"iter": 1})
     assert fake.calls.index("teardown") < fake.calls.index("init offline") and fake.logged == [{"iter": 1}]
-    assert sorted(path.name for path in earlier.parent.iterdir()) == ["offline-run-1", "run-0"]
+    assert sorted(path.name for path in earlier.parent.iterdir()) == [
+        "offline-run-20260101_120000-sus-c25-ab12", earlier.name,
+    ]  # fmt: skip
     assert f"offline ({broken} is broken);" in capsys.readouterr().out
 
 

@@ -113,7 +113,7 @@ def test_sparse_backward_equals_the_formulas_under_the_exported_mask(B, Hq, Hkv,
 def test_same_seed_nearly_the_same_mask_at_any_dtype(dtype):
     """The mask is a function of float32 weights; those of float64 round differently in a few places only."""
     q, k, v, grad_out = inputs(1, 2, 2, 200, 8, dtype)
-    stats, exact_stats = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    stats, exact_stats = torch.zeros(3), torch.zeros(3)
     low = grads(q, k, v, grad_out, 8.0, seed=2, stats=stats)[3].double()
     x64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
     high = grads(*x64, grad_out.double(), 8.0, seed=2, stats=exact_stats)[3]
@@ -186,7 +186,7 @@ def test_u_is_taken_by_row():
 @pytest.mark.parametrize("sampler", ["systematic", "poisson"])
 def test_stats_count_the_mask(sampler):
     q, k, v, grad_out = inputs(2, 4, 2, 90, 8)
-    stats = torch.full((3,), math.nan, dtype=torch.float64)
+    stats = torch.full((3,), math.nan)
     grads(q, k, v, grad_out, 4.0, seed=6, sampler=sampler, stats=stats)
     m = exported_mask(naive(q, k, v, grad_out)[-1], 4.0, sampler, 6)
     assert stats[0] == (m > 0).sum() and stats[1] == 0 and stats[2] > 0
@@ -198,7 +198,7 @@ def test_added_variance_is_the_variance_of_poisson_draws():
     """The estimate's mean over seeds against the variance seen over the same seeds: within 4 standard errors."""
     q, k, v, grad_out = inputs(1, 2, 2, 20, 4)
     exact = torch.cat([x.flatten() for x in naive(q, k, v, grad_out)[1:4]])
-    stats = torch.zeros(3, dtype=torch.float64)
+    stats = torch.zeros(3)
     estimates, truths = [], []
     for s in range(800):
         one = grads(q, k, v, grad_out, 2.0, seed=s, sampler="poisson", stats=stats)[1:]
@@ -267,8 +267,13 @@ def test_autocast(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sampler", ["systematic", "poisson"])
-def test_opcheck(dtype, sampler):
+@pytest.mark.parametrize("strided", [False, True])
+def test_opcheck(dtype, sampler, strided):
+    """strided: heads split off one (B, T, H, D) projection, as a model makes them."""
     q, k, v, grad_out = inputs(2, 4, 2, 9, 8, dtype)
+    if strided:
+        q, k, v, grad_out = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad_out))
+        q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
     c, seed = torch.tensor(2.0), torch.tensor(1)
     op = torch.ops.nanosus.attention.default
     torch.library.opcheck(op, (q, k, v, c, seed, None, None, 2.0, True, 0.3, sampler, "reference"))
@@ -285,7 +290,7 @@ def test_opcheck(dtype, sampler):
 
 def test_compiles_without_a_break_and_a_changing_c_recompiles_nothing():
     torch._dynamo.reset()
-    stats = torch.zeros(3, dtype=torch.float64)
+    stats = torch.zeros(3)
 
     def f(q, k, v, c, seed):
         return 2 * sus_attention(torch.sin(q), k, v, c, c_max=100.0, seed=fold_in(seed, 3), stats=stats)
@@ -301,6 +306,15 @@ def test_compiles_without_a_break_and_a_changing_c_recompiles_nothing():
             for a, b in zip((out, *got_grads), (want, *torch.autograd.grad(want, (q, k, v), grad_out))):
                 torch.testing.assert_close(a, b)
             assert torch.equal(got_stats, stats) and stats[0] > 0
+
+
+def test_a_bad_c_inside_a_compiled_function_gives_nan_gradients():
+    """Its value can't be looked at there: it must not pass for a gradient of zero."""
+    f = torch.compile(lambda q, c: sus_attention(q, q, q, c, c_max=9.0, seed=1), backend="aot_eager", fullgraph=True)
+    q = inputs(1, 2, 2, 10, 4)[0]
+    for c in (-1.0, 0.0, math.nan):
+        assert torch.autograd.grad(f(q, torch.tensor(c)).sum(), q)[0].isnan().all()
+    assert torch.autograd.grad(f(q, torch.tensor(2.0)).sum(), q)[0].isfinite().all()
 
 
 def test_no_gradients_no_graph():
@@ -367,7 +381,19 @@ BAD_ARGUMENTS = [
     (dict(sampler="bernoulli"), ValueError, "sampler must be one of"),
     (dict(backend="cuda"), ValueError, "backend must be one of"),
     (dict(u=0.5, sampler="poisson"), ValueError, "u is an argument of the systematic"),
-    (dict(stats=torch.zeros(3)), ValueError, "stats must be a float64 tensor"),
+    (dict(u=7), ValueError, "u must be in"),
+    (dict(u=-0.1), ValueError, "u must be in"),
+    (dict(u=torch.zeros(3, 1, 1)), ValueError, "u must broadcast"),
+    (dict(stats=torch.zeros(4)), ValueError, "stats must be a float32 tensor"),
+    (dict(stats=[0, 0, 0]), TypeError, "stats must be a tensor"),
+    (dict(q=[1.0]), TypeError, "q must be a tensor"),
+    (dict(c="x"), TypeError, "c must be a float"),
+    (dict(c=None), TypeError, "c must be a float"),
+    (dict(c=T(9.0), c_max=5.0), ValueError, "at most c_max"),
+    (dict(c_max=math.nan), ValueError, "c_max must be"),
+    (dict(scale="x"), ValueError, "scale must be"),
+    (dict(scale=math.nan), ValueError, "scale must be"),
+    (dict(is_causal="no"), TypeError, "is_causal must be"),
     (dict(dropout_p=0.1), TypeError, "dropout_p"),
     (dict(attn_mask=torch.ones(8, 8)), TypeError, "attn_mask"),
 ]

@@ -17,6 +17,7 @@ import train
 from configurator import TrainConfig, UserError
 from data.corpus import write_corpus
 from data.tokenizer import tokenizer_from_meta
+from model import GPT
 from record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,6 +230,31 @@ def test_resume_takes_keys_from_the_checkpoint_and_prints_changes(run, tmp_path,
     assert state["iter_num"] == 6 and state["config"]["batch_size"] == 2 and state["config"]["sus_c"] == 5
 
 
+def test_resume_applies_changed_hyperparameters(run, tmp_path):
+    run(max_iters=4)
+    run(init_from="resume", max_iters=6, weight_decay=0.5, beta2=0.9)
+    groups = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.5, 0.0] and {g["betas"] for g in groups} == {(0.9, 0.9)}
+
+
+def test_a_checkpoint_in_nanogpt_s_form_resumes(run, tmp_path):
+    """Its model_args lack the keys that nanoGPT lacks, hold dropout, and its compiled weights have a prefix."""
+    gpt2_like = dict(pos="learned", norm="layernorm", attn_backward="exact", bias=True)
+    run(max_iters=4, **gpt2_like)
+    path = tmp_path / "out" / "ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    state["model_args"] = {**{k: state["model_args"][k] for k in names}, "dropout": 0.1}
+    state["model"] = {f"_orig_mod.{k}": v for k, v in state["model"].items()}
+    state["config"] = {k: v for k, v in state["config"].items() if k not in ("norm", "pos", "n_kv_head")}
+    for name in ("tokenizer", "scaler", "wandb_run_id"):
+        del state[name]
+    torch.save(state, path)
+    with pytest.raises(UserError, match="norm=rmsnorm conflicts with the checkpoint"):
+        run(init_from="resume", **{**gpt2_like, "norm": "rmsnorm"})
+    assert run(init_from="resume", max_iters=6, dropout=0.2, **gpt2_like)[-1]["iter"] == 6
+
+
 def test_a_new_run_keeps_the_earlier_one_aside(run, tmp_path, capsys):
     run(max_iters=4)
     first = (tmp_path / "out" / "ckpt.pt").read_bytes()
@@ -316,12 +342,20 @@ def test_init_from_gpt2(run, corpus, tmp_path, monkeypatch):
         transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=128, vocab_size=257)
     )
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", lambda name: small)
-    run(init_from="gpt2", pos="learned", bias=True, block_size=64, max_iters=2, learning_rate=1e-12, min_lr=0)
+    with pytest.raises(UserError, match="is in tokens of the byte tokenizer"):
+        run(init_from="gpt2", pos="learned", bias=True, block_size=64)
+    bpe = tmp_path / "bpe"  # the bytes, declared to be GPT-2's tokens
+    bpe.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (bpe / name).write_bytes((corpus / name).read_bytes())
+    run(init_from="gpt2", pos="learned", bias=True, block_size=64, max_iters=2, learning_rate=1e-12, min_lr=0, dataset=bpe)
     state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     torch.testing.assert_close(state["model"]["transformer.wte.weight"], small.transformer.wte.weight.detach())
     assert state["model_args"]["block_size"] == 64 and state["model"]["transformer.wpe.weight"].shape == (64, 32)
     with pytest.raises(UserError, match="n_layer=3 conflicts with gpt2"):
         run("other", init_from="gpt2", pos="learned", bias=True, n_layer=3)
+    with pytest.raises(UserError, match="n_kv_head=1 conflicts with gpt2"):
+        run("other", init_from="gpt2", pos="learned", bias=True, n_layer=2, n_kv_head=1, block_size=64)
 
 
 # -- mistakes: one clear error, no traceback, nothing lost -------------------------------------------
@@ -384,6 +418,26 @@ def test_nan_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
 
+def test_float16_whose_gradients_are_never_finite_stops(run, monkeypatch):
+    real = torch.amp.GradScaler.unscale_
+
+    def unscale(self, optimizer):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.fill_(math.nan)
+        real(self, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
+    with pytest.raises(UserError, match="float16 gradient"):
+        run(dtype="float16", max_iters=100, eval_interval=100)
+
+
+def test_too_little_memory_is_one_line(corpus, tmp_path):
+    process = start(corpus, tmp_path / "out", n_embd=2_000_000, n_head=2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith("error: out of memory") and err.count("\n") == 1
+
+
 def test_a_full_disk_loses_no_checkpoint(run, tmp_path, monkeypatch):
     run(max_iters=4)
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
@@ -444,7 +498,7 @@ def test_sample_is_utf8_whatever_bytes_are_drawn(draw):
 
 
 def test_sample_stops_at_end_of_text(draw, monkeypatch):
-    monkeypatch.setattr(sample.GPT, "generate", lambda self, *a, **k: iter([65, 256, 66]))
+    monkeypatch.setattr(GPT, "generate", lambda self, *a, **k: iter([65, 256, 66]))
     assert draw("--start=x", "--num_samples=1").out == "xA\n---------------\n"
 
 
