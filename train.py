@@ -235,8 +235,8 @@ def main():
             python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
             print(f"checkpoint and record are in {out_dir}. To go on:\n"
                   f"    {python} sample.py --out_dir={out_dir} --start='def '\n"
-                  f"    {python} experiments/compare_runs.py {out_dir} [OTHER_OUT_DIR ...]    # a picture of the curves\n"
-                  + (f"    {record.look}    # the curves in wandb" if record.look else ""))  # fmt: skip
+                  f"    {python} experiments/compare_runs.py {out_dir} [OTHER_OUT_DIR ...]    # a picture of the curves"
+                  + (f"\n    {record.look}    # the curves in wandb" if record.look else ""))  # fmt: skip
     if world > 1:
         dist.destroy_process_group()
     if stop.number and it < cfg.max_iters:
@@ -444,8 +444,9 @@ def print_sample(model: GPT, corpus, device, seed: int, prompt_tokens: int = 48,
     prompt = corpus.val_batch(np.zeros(1, dtype=np.int64))[0][0, :prompt_tokens].tolist()
     model.eval()
     with device.autocast():
-        new = list(model.generate(prompt, new_tokens, temperature=0.8, n_vocab=tokenizer.n_vocab,
-                                  generator=torch.Generator().manual_seed(seed)))  # fmt: skip
+        drawn = model.generate(prompt, new_tokens, temperature=0.8, n_vocab=tokenizer.n_vocab,
+                               generator=torch.Generator().manual_seed(seed))  # fmt: skip
+        new = list(itertools.takewhile(lambda token: token != tokenizer.eot, drawn))
     print(f"--- a sample: {prompt_tokens} tokens of the validation text, and the model's {new_tokens}\n"
           f"{tokenizer.decode(prompt)}[...]{tokenizer.decode(new)}\n---")  # fmt: skip
 
