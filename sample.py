@@ -9,12 +9,9 @@ The text appears as it is drawn. Tokenizer and model come from the checkpoint, w
 """
 
 import codecs
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
 import torch
 

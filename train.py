@@ -20,10 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch loads OpenMP: its threads wait asleep, not in a busy loop. On an idle machine that costs nothing that we
-# could measure; beside another busy program the busy loop made a step twenty times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import numpy as np
 import torch
 import torch.distributed as dist
