@@ -11,6 +11,7 @@ machine dies, the name holds either the former checkpoint or the new one. What i
 next save overwrites.
 """
 
+import itertools
 import os
 import re
 import zipfile
@@ -84,6 +85,30 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
         model = inner
     return model
+
+
+def restore_optimizer(saved: dict, path: Path, optimizer, scaler) -> None:
+    """The optimizer's and the scaler's state from a checkpoint; weight decay and betas stay those of this run."""
+    hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        if scaler.is_enabled() and saved.get("scaler"):
+            scaler.load_state_dict(saved["scaler"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: its optimizer state does not fit this model: {error}") from None
+    for group, mine in zip(optimizer.param_groups, hyperparameters):
+        group.update(mine)
+
+
+def keep_earlier_run(out_dir: Path) -> None:
+    """A run from scratch moves what an earlier one left in out_dir into a subfolder, instead of overwriting it."""
+    files = [out_dir / name for name in ("ckpt.pt", "ckpt_best.pt", "metrics.jsonl") if (out_dir / name).exists()]
+    if files:
+        n = next(n for n in itertools.count(1) if not (out_dir / f"earlier-{n}").exists())
+        (out_dir / f"earlier-{n}").mkdir()
+        for f in files:
+            f.rename(out_dir / f"earlier-{n}" / f.name)
+        print(f"the earlier run in {out_dir} is kept in {out_dir / f'earlier-{n}'} (--init_from=resume goes on with a run)")
 
 
 def _check_plain(value, where):

@@ -45,7 +45,7 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     master = rank == 0
     out_dir = Path(cfg.out_dir)
-    saved = load_checkpoint(cfg, out_dir) if cfg.init_from == "resume" else None
+    saved = checkpoint.load(out_dir / "ckpt.pt") if cfg.init_from == "resume" else None
     if saved is not None:
         adopt(cfg, saved, master)
     validate(cfg)
@@ -97,7 +97,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     it, best_val_loss = 0, math.inf
     if saved is not None:
-        restore_optimizer(saved, out_dir, optimizer, scaler)
+        checkpoint.restore_optimizer(saved, out_dir / "ckpt.pt", optimizer, scaler)
         it, best_val_loss = saved["iter_num"], saved["best_val_loss"]
     first_it = it
     compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
@@ -107,7 +107,7 @@ def main():
 
     if master:
         if saved is None and not cfg.eval_only:
-            keep_earlier_run(out_dir)
+            checkpoint.keep_earlier_run(out_dir)
         cfg.wandb_run_name = cfg.wandb_run_name or f"{describe_backward(cfg)}-{os.urandom(2).hex()}"
         print_summary(cfg, device, corpus, model, compiled is not model, world)
     record = None
@@ -242,13 +242,6 @@ def main():
 # -- before the loop --------------------------------------------------------------------------------
 
 
-def load_checkpoint(cfg: TrainConfig, out_dir: Path) -> dict:
-    if not (out_dir / "ckpt.pt").exists():
-        raise UserError(f"there is no {out_dir / 'ckpt.pt'} to resume: give the --out_dir of an earlier run, or leave "
-                        "out --init_from=resume")  # fmt: skip
-    return checkpoint.load(out_dir / "ckpt.pt")
-
-
 def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
     """Fill cfg from a checkpoint: the architecture is the checkpoint's, a conflict an error; of the other keys, those
     that neither a file nor the command line gives. What differs from the earlier run is printed."""
@@ -271,36 +264,12 @@ def training_keys(cfg: TrainConfig) -> dict:
     return {name: getattr(cfg, name) for name in TRAINING_KEYS}
 
 
-def restore_optimizer(saved: dict, out_dir: Path, optimizer, scaler) -> None:
-    """The optimizer's and the scaler's state from a checkpoint; weight decay and betas stay those of this run."""
-    hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler.is_enabled() and saved.get("scaler"):
-            scaler.load_state_dict(saved["scaler"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{out_dir / 'ckpt.pt'}: its optimizer state does not fit this model: {error}") from None
-    for group, mine in zip(optimizer.param_groups, hyperparameters):
-        group.update(mine)
-
-
 def ddp_backend(cfg: TrainConfig, device) -> str:
     if cfg.backend == "auto":
         return "nccl" if device.type == "cuda" else "gloo"
     if cfg.backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend=nccl needs CUDA devices, not {device.type}: leave it out, or --backend=gloo")
     return cfg.backend
-
-
-def keep_earlier_run(out_dir: Path) -> None:
-    """A run from scratch moves what an earlier one left in out_dir into a subfolder, instead of overwriting it."""
-    files = [out_dir / name for name in ("ckpt.pt", "ckpt_best.pt", "metrics.jsonl") if (out_dir / name).exists()]
-    if files:
-        n = next(n for n in itertools.count(1) if not (out_dir / f"earlier-{n}").exists())
-        (out_dir / f"earlier-{n}").mkdir()
-        for f in files:
-            f.rename(out_dir / f"earlier-{n}" / f.name)
-        print(f"the earlier run in {out_dir} is kept in {out_dir / f'earlier-{n}'} (--init_from=resume goes on with a run)")
 
 
 def make_writable(out_dir: Path) -> None:

@@ -366,7 +366,7 @@ MISTAKES = [
     (dict(sus_cc=3), "unknown key 'sus_cc'; did you mean sus_c"),
     (dict(learning_rate="fast"), "learning_rate must be a number"),
     (dict(dropout=0.1), "attention dropout"),
-    (dict(init_from="resume"), "there is no .*ckpt.pt to resume"),
+    (dict(init_from="resume"), "no checkpoint at .*ckpt.pt"),
     (dict(dataset="no_such_corpus"), "no train.bin and no val.bin"),
     (dict(block_size=10**6), "too few for block_size"),
     (dict(device="cuda:7"), "device 'cuda:7' can't be used"),
@@ -385,7 +385,7 @@ def test_mistakes(run, keys, message):
 def test_a_mistake_is_one_line_and_exit_status_1(corpus, tmp_path):
     process = start(corpus, tmp_path / "out", init_from="resume")
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err.startswith("error: there is no ") and err.count("\n") == 1
+    assert process.returncode == 1 and err.startswith("error: no checkpoint at ") and err.count("\n") == 1
 
 
 def test_out_dir_that_is_a_file(run, tmp_path):
