@@ -115,7 +115,7 @@ def main():
         record = Record(
             out_dir, dataclasses.asdict(cfg), run_name=cfg.wandb_run_name,
             run_id=saved.get("wandb_run_id") if saved else None,
-            group=f"{cfg.dataset}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}", wandb_log=cfg.wandb_log,
+            group=f"{corpus.folder.name}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}", wandb_log=cfg.wandb_log,
             wandb_project=cfg.wandb_project, resume_iter=it if saved else None,
         )  # fmt: skip
 

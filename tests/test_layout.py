@@ -1,0 +1,56 @@
+"""Imports point downward only, and what is optional or slow to load is imported where it is used."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "configurator": set(),
+    "backends.reference": set(),
+    "sus_attn": {"backends", "backends.reference"},
+    "data.tokenizer": {"configurator"},
+    "data.corpus": {"configurator"},
+    "data.loader": {"configurator", "data.tokenizer"},
+    "checkpoint": {"configurator"},
+    "record": {"configurator"},
+    "device": {"configurator"},
+    "model": {"configurator", "sus_attn"},
+    "probe": {"device", "model", "sus_attn"},
+}
+LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "triton"}
+OURS = {"train", "sample", "experiments"} | {name.partition(".")[0] for name in MAY_IMPORT}
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_point_downward(module):
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    ours = {name for name in imports(tree) if name.partition(".")[0] in OURS}
+    assert ours <= MAY_IMPORT[module]
+
+
+def files():
+    return [p for p in ROOT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    assert len(files()) > 15
+    for path in files():
+        body = ast.Module(body=[n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)],
+                          type_ignores=[])  # fmt: skip
+        assert not {name.partition(".")[0] for name in imports(body)} & LAZY, path
+
+
+def test_no_file_shadows_a_module_of_the_standard_library():
+    names = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in ROOT.iterdir() if p.is_dir()}
+    assert not names & sys.stdlib_module_names
