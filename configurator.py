@@ -105,6 +105,8 @@ def load_config(cls, argv, *, usage):
 def _read_file(arg, fields):
     """{name: (value, where)} of the keys which the config file assigns; where is 'FILE, line N' for messages."""
     path = Path(arg)
+    if os.path.isfile(arg) and path.suffix != ".py":
+        raise UserError(f"{arg!r} is no config file, whose name ends in .py; a key is written --key=value")
     if not os.path.isfile(arg):
         if arg.startswith("-") or "=" in arg:
             raise UserError(f"{arg}: a key is written --key=value, with two dashes")

@@ -60,7 +60,7 @@ def main():
                   "Raise --max_iters to train on.")  # fmt: skip
         return
     if not cfg.eval_only:
-        make_writable(out_dir)
+        check_writable(out_dir)
     torch.manual_seed(cfg.seed)
     model = None
     if saved is not None:
@@ -109,7 +109,7 @@ def main():
         if saved is None and not cfg.eval_only:
             checkpoint.keep_earlier_run(out_dir)
         cfg.wandb_run_name = cfg.wandb_run_name or f"{describe_backward(cfg)}-{os.urandom(2).hex()}"
-        print_summary(cfg, device, corpus, model, compiled is not model, world)
+        print_summary(cfg, device, corpus, model, compiled is not model, world, it)
     record = None
     if master and not cfg.eval_only:
         record = Record(
@@ -134,6 +134,7 @@ def main():
         })  # fmt: skip
 
     stop = StopSignal(world)
+    python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"  # for commands to copy
     evaluated_at = it if saved is not None and not cfg.eval_only else None  # evaluated before it was saved
     progress = tqdm(total=cfg.max_iters, initial=it, disable=not (master and sys.stdout.isatty()) or cfg.eval_only,
                     file=sys.stdout, dynamic_ncols=True, unit="it")  # fmt: skip
@@ -142,6 +143,7 @@ def main():
     while True:
         if (it % cfg.eval_interval == 0 or it == cfg.max_iters or cfg.eval_only) and it != evaluated_at:
             evaluated_at = it
+            progress.set_postfix_str("evaluating")
             by_position = evaluate(compiled, corpus, val_starts, cfg.batch_size, device, rank, world)
             val_loss = float(by_position.mean())
             check_finite(val_loss, f"validation loss at iteration {it}", out_dir)
@@ -150,7 +152,7 @@ def main():
             buckets = position_buckets(by_position)
             if master:
                 say(f"iter {it}: val loss {val_loss:.4f}{' (best)' if improved else ''}; by position "
-                    + "  ".join(f"{name} {value:.3f}" for name, value in buckets.items()))  # fmt: skip
+                    + " ".join(f"<{int(name.split('-')[1]) + 1} {value:.2f}" for name, value in buckets.items()))
             if record is not None:
                 x, y = (t.to(device.device) for t in corpus.val_batch(val_starts[:1]))
                 seed = torch.tensor(fold_in(cfg.seed, it))
@@ -167,8 +169,8 @@ def main():
             if record is not None and it > 0:
                 save("ckpt.pt")
             if master:
-                say(f"stopped by {stop.name} at iteration {it}, " + (f"saved in {out_dir}: go on with --init_from=resume"
-                                                                    if it > 0 else "with nothing to save yet"))
+                saved_in = f"saved in {out_dir}. To go on:\n    {python} train.py --init_from=resume --out_dir={out_dir}"
+                say(f"stopped by {stop.name} at iteration {it}, {saved_in if it > 0 else 'with nothing to save yet'}")
             break
 
         lr = learning_rate(cfg, it)
@@ -228,10 +230,9 @@ def main():
         record.finish()
         if it >= cfg.max_iters > 0:
             print_sample(model, corpus, device, cfg.seed)
-            python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
             print(f"checkpoint and record are in {out_dir}. To go on:\n"
-                  f"    {python} sample.py --out_dir={out_dir} --start='def '\n"
-                  f"    {python} experiments/compare_runs.py {out_dir} [OTHER_OUT_DIR ...]    # a picture of the curves"
+                  f"    {python} sample.py --out_dir={out_dir}\n"
+                  f"    {python} experiments/compare_runs.py {out_dir}    # a picture; needs requirements-dev.txt"
                   + (f"\n    {record.look}    # the curves in wandb" if record.look else ""))  # fmt: skip
     if world > 1:
         dist.destroy_process_group()
@@ -272,13 +273,13 @@ def ddp_backend(cfg: TrainConfig, device) -> str:
     return cfg.backend
 
 
-def make_writable(out_dir: Path) -> None:
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(out_dir, os.W_OK):
-            raise PermissionError("no permission to write there")
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} can't be used: {error.strerror or error}") from None
+def check_writable(out_dir: Path) -> None:
+    """UserError if out_dir can't be written to, or can't be made; it isn't made yet."""
+    there = next(folder for folder in (out_dir, *out_dir.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise UserError(f"out_dir={out_dir} can't be used: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"out_dir={out_dir} can't be used: no permission to write in {there}")
 
 
 def gpt2(cfg: TrainConfig) -> GPT:
@@ -302,7 +303,7 @@ def describe_backward(cfg: TrainConfig) -> str:
     return f"sus-c{cfg.sus_c:g}" + ("" if cfg.sus_sampler == "systematic" else f"-{cfg.sus_sampler}")
 
 
-def print_summary(cfg, device, corpus, model, is_compiled, world):
+def print_summary(cfg, device, corpus, model, is_compiled, world, it):
     rows = {
         "device": f"{device.reason}; {'compiled' if is_compiled else 'not compiled'}"
         + (f"; {world} processes" if world > 1 else ""),
@@ -317,7 +318,7 @@ def print_summary(cfg, device, corpus, model, is_compiled, world):
     if cfg.attn_backward == "sus":
         backend, why = resolve_backend(cfg.sus_backend, device.device)
         rows["attention"] = f"SUS backward, c = {cfg.sus_c:g}, {cfg.sus_sampler} draws, {backend} backend ({why})"
-    rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}"
+    rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}" + (f", resumed at iteration {it}" if it else "")
     for name, text in rows.items():
         print(f"{name:<10} {text}")
 
@@ -412,7 +413,7 @@ def print_sample(model: GPT, corpus, device, seed: int, prompt_tokens: int = 48,
         drawn = model.generate(prompt, new_tokens, temperature=0.8, n_vocab=tokenizer.n_vocab,
                                generator=torch.Generator().manual_seed(seed))  # fmt: skip
         new = list(itertools.takewhile(lambda token: token != tokenizer.eot, drawn))
-    print(f"--- a sample: {prompt_tokens} tokens of the validation text, and the model's {new_tokens}\n"
+    print(f"--- a sample: the first {prompt_tokens} tokens of the validation text [...] and how the model goes on\n"
           f"{tokenizer.decode(prompt)}[...]{tokenizer.decode(new)}\n---")  # fmt: skip
 
 

@@ -386,6 +386,12 @@ def test_key_bounds():
             load(f"--x={bad}", cls=cls)
 
 
+def test_a_file_of_another_kind_is_not_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("n_layer = 3")
+    with pytest.raises(UserError, match=r"notes.txt' is no config file, whose name ends in .py"):
+        load(str(tmp_path / "notes.txt"))
+
+
 # ---- run_main
 
 def run(code):

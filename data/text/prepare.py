@@ -30,6 +30,8 @@ class Config:
 def prepare(input, out, tokenizer="byte", val_fraction=0.05, data=Path(__file__).parents[1]):
     """Write data/out/ from the file or folder input. UserError: no such input, a file that isn't text, a bad name."""
     folder = data / out
+    if not input:
+        raise UserError("--input is missing: give a text file, or a folder of text files")
     if not re.fullmatch(r"[^\W_][\w.-]{0,99}", out) or folder.is_file():
         raise UserError(f"--out={out}: give a name of letters, digits, '_', '-' and '.', for a folder under {data}")
     if (folder / "prepare.py").exists():
@@ -50,7 +52,7 @@ def prepare(input, out, tokenizer="byte", val_fraction=0.05, data=Path(__file__)
 def _text_files(input):
     """Paths of the files, each checked to be text, so that a stray picture stops an hour's work before it begins."""
     where = Path(os.path.expanduser(input))
-    if not input or not (os.path.isdir(where) or os.path.isfile(where)):
+    if not (os.path.isdir(where) or os.path.isfile(where)):
         raise UserError(f"--input={input}: no such file or folder; give a text file, or a folder of text files")
     paths = files_under(where) if os.path.isdir(where) else [where]
     if not paths:
@@ -69,8 +71,10 @@ def _text_files(input):
 
 def main():
     config = load_config(Config, sys.argv[1:], usage=__doc__)
-    prepare(config.input, config.out, config.tokenizer, config.val_fraction)
-    print(f"now: python train.py config/long_ctx.py --dataset={config.out}")
+    meta = prepare(config.input, config.out, config.tokenizer, config.val_fraction)
+    shortest = min(meta["train_tokens"], meta["val_tokens"])
+    block_size = f" --block_size={shortest // 2}" if shortest <= 2048 else ""
+    print(f"now: python train.py config/long_ctx.py --dataset={config.out} --out_dir=out-{config.out}{block_size}")
 
 
 if __name__ == "__main__":
