@@ -189,7 +189,7 @@ def draw_loss(ax, styles):
     ax.set(title="validation loss (faint: training loss)", xlabel="iteration")
     for run, style in styles:
         x, y = run.series("train/loss")
-        ax.plot(x, y, color=style["color"], alpha=0.12, linewidth=1)
+        ax.plot(x, y, color=style["color"], alpha=0.06, linewidth=1)
         ax.plot(x, smooth(y), color=style["color"], alpha=0.4, linewidth=1)
     for run, style in styles:
         x, y = run.series("val/loss")
