@@ -414,7 +414,7 @@ def test_text_too_little(tmp_path, files, message):
 
 @pytest.mark.parametrize("input", ["", "nowhere", "x" * 5000])
 def test_text_missing(tmp_path, input):
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder|--input is missing"):
         script["text"].prepare(input and str(tmp_path / input), "mine", data=tmp_path)
 
 
