@@ -162,6 +162,7 @@ def main():
                     save("ckpt_best.pt")
                 if it > 0 and (improved or cfg.always_save_checkpoint or it == cfg.max_iters):
                     save("ckpt.pt")
+            progress.set_postfix_str("")
             clock, clock_it = time.perf_counter(), it  # evaluation is no training time
         if it >= cfg.max_iters or cfg.eval_only:
             break
