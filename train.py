@@ -245,21 +245,30 @@ def main():
 
 
 def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
-    """Fill cfg from a checkpoint: the architecture is the checkpoint's, a conflict an error; of the other keys, those
-    that neither a file nor the command line gives. What differs from the earlier run is printed."""
+    """Fill cfg from a checkpoint: its architecture, and of the other keys those that neither a file nor the command line
+    gives. What differs from the earlier run is printed."""
     defaults = dataclasses.asdict(GPTConfig())  # for nanoGPT's checkpoints, which lack the keys that it lacks
-    architecture = {name: saved["model_args"].get(name, defaults[name]) for name in ARCHITECTURE_KEYS}
-    for name, value in {**saved["config"], **architecture}.items():
-        if not hasattr(cfg, name) or name in ("out_dir", "init_from", "eval_only"):
+    take_architecture(cfg, {k: saved["model_args"].get(k, defaults[k]) for k in ARCHITECTURE_KEYS}, "the checkpoint")
+    for name, value in saved["config"].items():
+        if not hasattr(cfg, name) or name in ("out_dir", "init_from", "eval_only", *ARCHITECTURE_KEYS):
             continue
         if name not in cfg.explicit:
             setattr(cfg, name, value)
-        elif getattr(cfg, name) != value:
-            if name in architecture:
-                raise UserError(f"{name}={getattr(cfg, name)} conflicts with the checkpoint, whose model has {value}: "
-                                f"leave {name} out, or train from scratch")  # fmt: skip
-            if master:
-                print(f"resume: {name} was {value!r}, is now {getattr(cfg, name)!r}")
+        elif getattr(cfg, name) != value and master:
+            print(f"resume: {name} was {value!r}, is now {getattr(cfg, name)!r}")
+
+
+def take_architecture(cfg: TrainConfig, architecture: dict, owner: str) -> None:
+    """Set cfg's keys of the architecture to those of a model that exists; UserError if cfg was given others."""
+    n_head = architecture["n_head"]
+    for name, value in architecture.items():
+        given = getattr(cfg, name, None)  # vocab_size is no key
+        same = given == value or (name == "n_kv_head" and (given or n_head) == (value or n_head))
+        if name in cfg.explicit and not same:
+            raise UserError(f"{name}={given} conflicts with {owner}, whose model has {value}: leave {name} out, or train "
+                            "from scratch")  # fmt: skip
+        if hasattr(cfg, name):
+            setattr(cfg, name, value)
 
 
 def training_keys(cfg: TrainConfig) -> dict:
@@ -288,13 +297,7 @@ def gpt2(cfg: TrainConfig) -> GPT:
     model = load_pretrained(cfg.init_from, **training_keys(cfg))
     if "block_size" in cfg.explicit and cfg.block_size < model.config.block_size:
         model.crop_block_size(cfg.block_size)
-    for name, value in model_args(model.config).items():
-        if name in cfg.explicit and getattr(cfg, name) != value and not (
-            name == "n_kv_head" and cfg.n_kv_head == model.config.n_head
-        ):
-            raise UserError(f"{name}={getattr(cfg, name)} conflicts with {cfg.init_from}, which has {value}: leave it out")
-        if hasattr(cfg, name):
-            setattr(cfg, name, value)
+    take_architecture(cfg, model_args(model.config), cfg.init_from)
     return model
 
 

@@ -187,14 +187,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> t
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    multiplier: Callable | None, is_causal: bool, scale: float, with_stats: bool = False,
+    multiplier: Callable, is_causal: bool, scale: float, with_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `forward`, with the weights W replaced by W * m wherever they stand (arXiv 2505.15080).
 
         dV = W^T G      M = W (G V^T - delta)      dQ = scale M K      dK = scale M^T Q      delta_i = G_i . O_i
 
     multiplier: (weights (B, H, R, N), rows) -> (m, dropped), see `sus_multiplier`; a test may pass any
-    explicit mask in this form; None gives the exact gradient. delta always stays exact.
+    explicit mask in this form. delta always stays exact.
     Returns dq, dk, dv and, if with_stats (else zeros), float32 (3,): the kept entries, the dropped entries, and an
     estimate of the variance that the cut adds to (dQ, dK, dV): sum over kept of (1/q - 1)/q * |contribution|^2.
     """
@@ -216,19 +216,18 @@ def backward(
         q_r, g_r, k_n, v_n = q_[:, :, :, r], g_[:, :, :, r], k_[:, :, :N], v_[:, :, :N]
         w = torch.exp(_scores(q_r, k_n, rows, is_causal, scale) - lse_[:, :, :, r])  # (B, K, G, R, N)
         score_grad = torch.einsum("bkgrd,bknd->bkgrn", g_r, v_n) - delta[:, :, :, r]
-        if multiplier is not None:
-            m, dropped = multiplier(w.reshape(B, H, -1, N), rows)
-            m = m.reshape(w.shape)
-            if with_stats:
-                contribution = w**2 * (
-                    g_r.square().sum(-1, keepdim=True)
-                    + (scale * score_grad) ** 2
-                    * (k_n.square().sum(-1)[:, :, None, None] + q_r.square().sum(-1, keepdim=True))
-                )
-                stats[0] += (m > 0).sum()
-                stats[1] += dropped
-                stats[2] += ((m - 1) * m * contribution).sum()
-            w = w * m  # a product, not a selection: NaN weights stay NaN, as in the exact gradient
+        m, dropped = multiplier(w.reshape(B, H, -1, N), rows)
+        m = m.reshape(w.shape)
+        if with_stats:
+            contribution = w**2 * (
+                g_r.square().sum(-1, keepdim=True)
+                + (scale * score_grad) ** 2
+                * (k_n.square().sum(-1)[:, :, None, None] + q_r.square().sum(-1, keepdim=True))
+            )
+            stats[0] += (m > 0).sum()
+            stats[1] += dropped
+            stats[2] += ((m - 1) * m * contribution).sum()
+        w = w * m  # a product, not a selection: NaN weights stay NaN, as in the exact gradient
         dv[:, :, :N] += torch.einsum("bkgrn,bkgrd->bknd", w, g_r)
         w = w * score_grad
         dq[:, :, :, r] = torch.einsum("bkgrn,bknd->bkgrd", w, k_n) * scale
