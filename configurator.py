@@ -241,7 +241,7 @@ class TrainConfig:
     attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
     sus_c: float = key(25.0, "entries kept a query row; inf: all (exact gradient)", above=0)
     sus_sampler: str = key("systematic", "how the kept entries are drawn", choices=("systematic", "poisson"))
-    sus_backend: str = key("auto", "the kernels", choices=("auto", "reference"))
+    sus_backend: str = key("auto", "the kernels", choices=("auto", "reference", "cpu"))
 
     learning_rate: float = key(6e-4, "peak learning rate", low=0, section="Optimizer")
     max_iters: int = key(600000, "training steps", low=0)

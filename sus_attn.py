@@ -27,15 +27,16 @@ Each is refused by name.
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
-from backends import reference
+from backends import cpu, reference
 from backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
 
 SAMPLERS = ("systematic", "poisson")
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "cpu")
 
 
 def sus_attention(
@@ -66,7 +67,9 @@ def sus_attention(
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
     sampler: "systematic" or "poisson".
-    backend: "auto" or "reference"; a request that can't be met raises.
+    backend: "reference" (plain PyTorch, any device), "cpu" (compiled kernels: float32 and bfloat16, causal, systematic
+        sampler, D <= 128), or "auto", the faster that can do it. A request that can't be met raises; where auto falls
+        back to the slow reference on a CPU, it warns once of the reason.
     stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
         of dropped entries (0 by construction), and an estimate of the added gradient variance, summed over
         the call (Poisson: unbiased; systematic: a proxy).
@@ -80,9 +83,9 @@ def sus_attention(
     c, c_max = _check_c(c, c_max)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
-    backend, _ = resolve_backend(backend, q.device)
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
+    backend = _resolve_backend(backend, q.device.type, q.dtype, q.shape[3], is_causal, sampler, c_max)
     if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:
@@ -95,17 +98,45 @@ def sus_attention(
             raise ValueError(f"stats must be a float32 tensor of shape (3,) on {q.device}, not {_describe(stats)}")
     # scaled_dot_product_attention's own default, also where it is exact: D ** -0.5
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, _ = _attention(q, k, v, c, _seed_tensor(seed), u, stats, c_max, is_causal, scale, sampler, backend)
+    draws = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out, *_ = _attention(q, k, v, c, _seed_tensor(seed), u, stats, c_max, is_causal, scale, sampler, backend, draws)
     return out
 
 
-def resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """The backend that `backend` means on `device`, and the reason, for a line to print."""
+def resolve_backend(
+    backend: str, device_type: str, dtype: torch.dtype, D: int, *,
+    is_causal: bool = True, sampler: str = "systematic", c_max: float = 25.0,
+) -> tuple[str, str]:  # fmt: skip
+    """The backend that `backend` means for such a call, and the reason, for a line to print.
+
+    Raises ValueError where what is asked for can't be had.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
-    if backend == "auto":
-        return "reference", f"the only SUS backend for {device.type} so far"
-    return backend, "asked for"
+    if backend == "reference":
+        return backend, "asked for"
+    if device_type != "cpu":
+        if backend == "cpu":
+            raise ValueError(f"backend='cpu' is for tensors on the CPU, not on {device_type}")
+        return "reference", f"the only SUS backend for {device_type} so far"
+    obstacle = cpu.missing() or cpu.unsupported(dtype, D, is_causal, sampler)
+    if backend == "cpu":
+        if obstacle:
+            raise ValueError(f"backend='cpu' can't be had: {obstacle}")
+        return backend, "asked for"
+    if not obstacle and c_max == math.inf:
+        obstacle = "with c = inf it would store all T^2 entries"
+    if obstacle:
+        return "reference", f"not the faster cpu: {obstacle}"
+    return "cpu", "the fastest here"
+
+
+@torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
+def _resolve_backend(backend, device_type, dtype, D, is_causal, sampler, c_max) -> str:
+    name, reason = resolve_backend(backend, device_type, dtype, D, is_causal=is_causal, sampler=sampler, c_max=c_max)
+    if backend == "auto" and device_type == "cpu" and name == "reference" and c_max < math.inf:
+        warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=3)
+    return name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,53 +239,69 @@ def _seed_tensor(seed: int | Tensor | None) -> Tensor:
 @torch.library.custom_op("nanosus::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, c: Tensor, seed: Tensor, u: Tensor | None, stats: Tensor | None,
-    c_max: float, is_causal: bool, scale: float, sampler: str, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, draws: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, the log-sum-exp, and what a backend that draws in the forward keeps for the backward, else three empty tensors."""
+    if backend == "cpu":
+        return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u)
     with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
-        return reference.forward(q, k, v, is_causal, scale)
+        nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int64))
+        return *reference.forward(q, k, v, is_causal, scale), *nothing
 
 
 @_attention.register_fake
-def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend):
+def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend, draws):
     lse_dtype = reference.accumulate_dtype(q.dtype)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    entries, dropped = (0,), 0
+    if backend == "cpu":
+        T = q.shape[2]
+        entries, dropped = (*q.shape[:3], reference.slot_bound(c_max, T) if draws else 0), int(draws)
+    return (out, lse, q.new_empty(entries, dtype=torch.int32), q.new_empty(entries, dtype=torch.float32),
+            q.new_empty(dropped, dtype=torch.int64))  # fmt: skip
 
 
 @torch.library.custom_op("nanosus::attention_backward", mutates_args=())
 def _attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    c: Tensor, seed: Tensor, u: Tensor | None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entry_key: Tensor, entry_weight: Tensor,
+    dropped: Tensor, c: Tensor, seed: Tensor, u: Tensor | None,
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         c = c.to(q.device)
-        grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # a bad c must not pass unseen
+        if q.device.type != "cpu" or not c > 0:  # a bad c must not pass unseen; and no synchronisation to look for one
+            grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)
+        if backend == "cpu":
+            return cpu.backward(grad_out, q, k, v, out, lse, entry_key, entry_weight, dropped, scale, _bounded(c, c_max), seed,
+                                with_stats)  # fmt: skip
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])
         return reference.backward(grad_out, q, k, v, out, lse, multiplier, is_causal, scale, with_stats)
 
 
+def _bounded(c: Tensor, c_max: float) -> float:
+    return torch.clamp(c, max=c_max).item()
+
+
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
+def _(grad_out, q, k, v, out, lse, entry_key, entry_weight, dropped, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
     return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(3, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, c, seed, u, ctx.stats, ctx.c_max, ctx.is_causal, ctx.scale, ctx.sampler, ctx.backend = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
+    q, k, v, c, seed, u, ctx.stats, ctx.c_max, ctx.is_causal, ctx.scale, ctx.sampler, ctx.backend, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
     # c and seed are cloned: a training loop overwrites them in place, perhaps before this backward runs.
-    ctx.save_for_backward(q, k, v, out, lse, c.clone(), seed.clone(), u)
+    ctx.save_for_backward(q, k, v, *output, c.clone(), seed.clone(), u)
 
 
-def _backward(ctx, grad_out, _grad_lse):
-    q, k, v, out, lse, c, seed, u = ctx.saved_tensors
+def _backward(ctx, grad_out, *_):
     *grads, stats = torch.ops.nanosus.attention_backward(
-        grad_out, q, k, v, out, lse, c, seed, u,
+        grad_out, *ctx.saved_tensors,
         ctx.c_max, ctx.is_causal, ctx.scale, ctx.sampler, ctx.backend, ctx.stats is not None,
     )  # fmt: skip
     if ctx.stats is not None:
         ctx.stats.copy_(stats)
-    return *grads, *(None,) * 9
+    return *grads, *(None,) * 10
 
 
 def _double_backward(ctx, *grads):

@@ -30,7 +30,7 @@ import checkpoint
 from configurator import TrainConfig, UserError, load_config, run_main, validate
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
-from device import resolve_device
+from device import Device, resolve_device
 from model import ARCHITECTURE_KEYS, TRAINING_KEYS, GPT, GPTConfig, load_pretrained, model_args, model_from_checkpoint
 from probe import probe_attention
 from record import Record
@@ -54,6 +54,7 @@ def main():
                         f"{world} processes")
     local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
     device = resolve_device(cfg.device, cfg.dtype, local_rank)
+    attention = describe_attention(cfg, device)
     if saved is not None and saved["iter_num"] >= cfg.max_iters and not cfg.eval_only:
         if master:
             print(f"{out_dir} is finished: its checkpoint is at iteration {saved['iter_num']} of {cfg.max_iters}. "
@@ -109,7 +110,7 @@ def main():
         if saved is None and not cfg.eval_only:
             checkpoint.keep_earlier_run(out_dir)
         cfg.wandb_run_name = cfg.wandb_run_name or f"{describe_backward(cfg)}-{os.urandom(2).hex()}"
-        print_summary(cfg, device, corpus, model, compiled is not model, world, it)
+        print_summary(cfg, device, attention, corpus, model, compiled is not model, world, it)
     record = None
     if master and not cfg.eval_only:
         record = Record(
@@ -307,7 +308,19 @@ def describe_backward(cfg: TrainConfig) -> str:
     return f"sus-c{cfg.sus_c:g}" + ("" if cfg.sus_sampler == "systematic" else f"-{cfg.sus_sampler}")
 
 
-def print_summary(cfg, device, corpus, model, is_compiled, world, it):
+def describe_attention(cfg: TrainConfig, device: Device) -> str:
+    """The summary's line on attention. UserError if the backend that is asked for can't be had here."""
+    if cfg.attn_backward != "sus":
+        return "exact backward"
+    try:
+        backend, why = resolve_backend(cfg.sus_backend, device.type, device.dtype, cfg.n_embd // cfg.n_head,
+                                       sampler=cfg.sus_sampler, c_max=cfg.sus_c)  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"sus_{error}") from None
+    return f"SUS backward, c = {cfg.sus_c:g}, {cfg.sus_sampler} draws, {backend} backend ({why})"
+
+
+def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it):
     rows = {
         "device": f"{device.reason}; {'compiled' if is_compiled else 'not compiled'}"
         + (f"; {world} processes" if world > 1 else ""),
@@ -317,11 +330,8 @@ def print_summary(cfg, device, corpus, model, is_compiled, world, it):
         f"{cfg.n_embd}, context {cfg.block_size}",
         "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
         f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens",
-        "attention": "exact backward",
+        "attention": attention,
     }
-    if cfg.attn_backward == "sus":
-        backend, why = resolve_backend(cfg.sus_backend, device.device)
-        rows["attention"] = f"SUS backward, c = {cfg.sus_c:g}, {cfg.sus_sampler} draws, {backend} backend ({why})"
     rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}" + (f", resumed at iteration {it}" if it else "")
     for name, text in rows.items():
         print(f"{name:<10} {text}")

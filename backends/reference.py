@@ -22,7 +22,7 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------
 
 WORD = 0xFFFFFFFF
-STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD = 0, 1, 2
+STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING = 0, 1, 2, 3
 
 
 def absorb(state, word):

@@ -1,0 +1,236 @@
+"""The CPU backend: numba's kernels (cpu_kernels.py), run on as many threads as PyTorch uses.
+
+The forward draws on the way and stores each row's kept entries, key and weight in 8 bytes; the backward's work is only
+those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1. The backward needs
+16 bytes an entry for a while, for RECORDS entries or one key/value head's at a time.
+
+Plain threads, not numba's parallel loops: its layers either forbid concurrent calls or don't survive a fork, and keep
+a thread count of their own. Here kernels release the GIL and take tasks from a shared counter; what each task
+computes, and where it writes it, does not depend on the thread that runs it.
+
+Deliberately missing: what `unsupported` names. The reference does that.
+"""
+
+import functools
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.reference import STREAM_THINNING, row_uniforms, seed_state, slot_bound
+
+RECORDS = 1 << 22  # entries of one round of the backward
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the kernels can't be had here, or None."""
+    try:
+        import numba  # noqa: F401
+    except Exception as error:  # not installed, or too old for this Python or NumPy, which it says in its own words
+        return f"it needs the package numba, which can't be imported: {error}"
+    return None
+
+
+def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
+    """What of these the kernels don't do, or None."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {dtype}".replace("torch.", "")
+    if D > 128:
+        return f"it takes head dims up to 128, not {D}"
+    if not is_causal:
+        return "it is for causal attention"
+    if sampler != "systematic":
+        return f"it has the systematic sampler, not {sampler}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiling and running.
+# ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def kernels():
+    from backends import cpu_kernels
+
+    for name in ("forward", "count_entries", "row_gradients", "key_gradients"):
+        kernel = getattr(cpu_kernels, name)
+        if not cpu_kernels.INTERPRETED:
+            try:
+                kernel.enable_caching()
+            except RuntimeError:
+                pass  # no folder can be written: compiled anew in each process
+    return cpu_kernels
+
+
+_compiling = threading.Lock()
+
+
+def _compile(kernel, args) -> None:
+    """Compile the kernel for the types of args, or load it from disk; say so if that takes long."""
+    import numba
+
+    types = tuple(numba.typeof(arg) for arg in args)
+    with _compiling:
+        if types in kernel.overloads:
+            return
+        notice = threading.Timer(0.8, _announce)
+        notice.start()
+        try:
+            kernel.compile(types)
+        except OSError:  # compiled, but the disk is full: it stays in memory
+            if types not in kernel.overloads:
+                kernel._cache = numba.core.caching.NullCache()
+                kernel.compile(types)
+        finally:
+            notice.cancel()
+
+
+@functools.cache  # once
+def _announce() -> None:
+    print("compiling the CPU kernels: half a minute at most, and only the first time", file=sys.stderr, flush=True)
+
+
+_pool = None
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads, and perhaps a lock that nobody will open."""
+    global _pool, _compiling
+    _pool, _compiling = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _run(kernel, tasks: int, *args, work=()) -> None:
+    """kernel(*args, counter, *work arrays) on PyTorch's number of threads, or as many as there are tasks.
+
+    work: (elements, dtype) of each work array; every thread has its own.
+    """
+    global _pool
+    counter = np.zeros(1, np.int64)  # the next task
+    interpreted = kernels().INTERPRETED
+    threads = 1 if interpreted else min(torch.get_num_threads(), tasks)
+    calls = [(*args, counter, *(torch.empty(n, dtype=dtype).numpy() for n, dtype in work)) for _ in range(threads)]
+    if not interpreted:
+        _compile(kernel, calls[0])
+    if threads > 1 and _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sus_attention")
+    others = [_pool.submit(kernel, *call) for call in calls[1:]]
+    kernel(*calls[0])  # the caller works too
+    for other in others:
+        other.result()
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    """The elements that x spans in memory, as one NumPy array; bfloat16 as uint16."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.uint16)
+    return x.as_strided((span,), (1,)).numpy() if x.numel() else x.flatten().numpy()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride()[:3]
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """The same, with rows of D elements side by side in memory."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (t.detach() for t in tensors)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention.
+# ---------------------------------------------------------------------------------------------
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: float, c_max: float, seed: Tensor, u: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Exact causal attention, and the kept entries of the backward if `draws`.
+
+    q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. u: None, or the
+    sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T);
+    entry_key int32 and entry_weight float32, both (B, H, T, slots): a row's kept keys in ascending order, ended
+    by -1 where there are fewer than slots, and their weights W; and dropped, int64 (1,). Without draws, the last three
+    are empty.
+    """
+    ck = kernels()
+    q, k, v = _rows(q, k, v)
+    B, H, T, D = q.shape
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T)
+    slots = slot_bound(c_max, T) if draws else 0
+    entry_key, entry_weight = torch.empty(B, H, T, slots, dtype=torch.int32), torch.empty(B, H, T, slots)
+    dropped = torch.zeros(1 if draws else 0, dtype=torch.int64)
+    if not draws:
+        u = torch.empty(0, dtype=torch.int32)
+    elif u is None:
+        u = row_uniforms(seed, B, H, range(T), "cpu")
+    _run(
+        ck.forward, B * H * -(-T // ck.ROWS),
+        _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
+        _flat(out), _flat(lse), draws, np.float32(c), _flat(u.int().contiguous()), slots, _flat(entry_key), _flat(entry_weight), dropped.numpy(),
+        work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
+    )  # fmt: skip
+    return out, lse, entry_key, entry_weight, dropped
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entry_key: Tensor, entry_weight: Tensor,
+    dropped: Tensor, scale: float, c: float, seed: Tensor, with_stats: bool = False, row_c: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` returned.
+
+    row_c: None, or float32 (B, H, T): each row's entries, drawn with c, are thinned to min(row_c, c).
+    """
+    ck = kernels()
+    grad_out, q, k, v, out = _rows(grad_out, q, k, v, out.contiguous())
+    B, H, T, D = q.shape
+    K, slots = k.shape[1], entry_key.shape[3]
+    G, chunks, buckets = H // K, ck.chunks_of(T), ck.buckets_of(T)
+    shape = (B, H, K, T, D)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    kept, variance = np.zeros(1, np.int64), 0.0
+    nothing = np.empty(0, np.float32)
+    row_c = nothing if row_c is None else _flat(row_c.float().contiguous())
+    thin_state = int(seed_state(int(seed), STREAM_THINNING))
+    norms = [nothing] * 2
+    if with_stats:
+        norms = [_flat(x.float().square().sum(-1)) for x in (q, k)]
+    grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
+    entries = _flat(entry_key), _flat(entry_weight)
+
+    round_heads = max(1, RECORDS // (G * T * slots))
+    for first_head in range(0, B * K, round_heads):
+        heads = min(round_heads, B * K - first_head)
+        counts = torch.zeros(heads, G * chunks, buckets, dtype=torch.int64)
+        _run(ck.count_entries, heads * G * chunks, entries[0], shape, slots, first_head, heads, _flat(counts))
+        # regions lie side by side by (head, bucket, chunk), and are looked up by (head, chunk, bucket)
+        by_bucket = counts.transpose(1, 2)
+        ends = by_bucket.flatten().cumsum(0).view(by_bucket.shape)
+        starts = (ends - by_bucket).transpose(1, 2).contiguous()
+        places = starts.clone()
+        records = torch.empty(int(ends[-1, -1, -1]) + ck.AHEAD, 4)
+        records = _flat(records.view(torch.int32)), _flat(records)
+        task_variance = np.zeros(heads * G * chunks)
+        _run(
+            ck.row_gradients, heads * G * chunks,
+            grad_[0], k_[0], v_[0], grad_[1], k_[1], v_[1], shape, float(scale), _flat(out), _flat(lse), np.float32(c),
+            row_c, thin_state, *entries, slots, first_head, heads, _flat(places), *records, _flat(dq), kept, *norms, task_variance,
+            work=[(ck.row_work(D, slots), torch.float32), (slots, torch.int32)],
+        )  # fmt: skip
+        _run(
+            ck.key_gradients, heads * buckets,
+            grad_[0], q_[0], grad_[1], q_[1], shape, first_head, heads, _flat(starts), _flat(places), *records,
+            _flat(dk), _flat(dv), work=[(ck.key_work(D), torch.float32)],
+        )  # fmt: skip
+        variance += float(task_variance.sum())
+    stats = torch.tensor([float(kept[0]), float(dropped.sum()), variance])
+    return dq, dk, dv, stats
