@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
@@ -32,26 +33,37 @@ def capture(model: GPT, layer: int, x, y, device: Device, sus_seed):
     return *seen["qkv"], grad_out
 
 
-def time_attention(functions: dict, q, k, v, grad_out, device: Device, repeats: int = 3) -> dict:
-    """{name: (forward ms, backward ms)}: medians over `repeats` alternating runs of functions(q, k, v), after a warm-up."""
+def take_turns(functions: dict, q, k, v, grad_out, device: Device, rounds: int) -> Iterator[tuple]:
+    """Times each functions(q, k, v) and its backward, all by turns: yields (round, name, forward ms, backward ms).
+
+    Every second round goes through the functions in reverse, so that none is always the first. Round 0 is a warm-up.
+    A function that makes no graph (under no_grad) has no backward: 0 ms.
+    """
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    times = {name: ([], []) for name in functions}
 
     def clock() -> float:
         device.synchronize()
         return time.perf_counter()
 
-    for i in range(repeats + 1):
-        for name, function in functions.items():
+    for i in range(rounds):
+        for name in reversed(functions) if i % 2 else functions:
             start = clock()
-            out = function(q, k, v)
-            middle = clock()
-            torch.autograd.grad(out, (q, k, v), grad_out)
-            end = clock()
-            if i:  # the first is the warm-up
-                times[name][0].append(1e3 * (middle - start))
-                times[name][1].append(1e3 * (end - middle))
-    return {name: tuple(statistics.median(t) for t in pair) for name, pair in times.items()}
+            out = functions[name](q, k, v)
+            middle = end = clock()
+            if out.requires_grad:
+                torch.autograd.grad(out, (q, k, v), grad_out)
+                end = clock()
+            del out  # with its graph, before the next one makes its own
+            yield i, name, 1e3 * (middle - start), 1e3 * (end - middle)
+
+
+def time_attention(functions: dict, q, k, v, grad_out, device: Device, repeats: int = 3) -> dict:
+    """{name: (forward ms, backward ms)}: medians over `repeats` runs of functions(q, k, v), taking turns."""
+    times = {name: [] for name in functions}
+    for i, name, *pair in take_turns(functions, q, k, v, grad_out, device, repeats + 1):
+        if i:
+            times[name].append(pair)
+    return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in times.items()}
 
 
 def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:

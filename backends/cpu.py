@@ -69,26 +69,29 @@ def kernels():
 
 
 _compiling = threading.Lock()
+_compiled = set()
 
 
 def _compile(kernel, args) -> None:
     """Compile the kernel for the types of args, or load it from disk; say so if that takes long."""
+    # what else the types depend on is the same in every call
+    key = kernel, tuple(getattr(arg, "dtype", None) for arg in args)
+    if key in _compiled:
+        return
     import numba
 
     types = tuple(numba.typeof(arg) for arg in args)
     with _compiling:
-        if types in kernel.overloads:
-            return
         notice = threading.Timer(0.8, _announce)
         notice.start()
         try:
             kernel.compile(types)
-        except OSError:  # compiled, but the disk is full: it stays in memory
-            if types not in kernel.overloads:
-                kernel._cache = numba.core.caching.NullCache()
-                kernel.compile(types)
+        except OSError:  # it was compiled, but can't be written to disk
+            kernel._cache = numba.core.caching.NullCache()
+            kernel.compile(types)
         finally:
             notice.cancel()
+        _compiled.add(key)
 
 
 @functools.cache  # once
@@ -118,7 +121,8 @@ def _run(kernel, tasks: int, *args, work=()) -> None:
     counter = np.zeros(1, np.int64)  # the next task
     interpreted = kernels().INTERPRETED
     threads = 1 if interpreted else min(torch.get_num_threads(), tasks)
-    calls = [(*args, counter, *(torch.empty(n, dtype=dtype).numpy() for n, dtype in work)) for _ in range(threads)]
+    buffers = [[torch.empty(n, dtype=dtype, device="cpu").numpy() for n, dtype in work] for _ in range(threads)]
+    calls = [(*args, counter, *mine) for mine in buffers]
     if not interpreted:
         _compile(kernel, calls[0])
     if threads > 1 and _pool is None:
@@ -165,12 +169,12 @@ def forward(
     ck = kernels()
     q, k, v = _rows(q, k, v)
     B, H, T, D = q.shape
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T)
+    out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
     slots = slot_bound(c_max, T) if draws else 0
-    entry_key, entry_weight = torch.empty(B, H, T, slots, dtype=torch.int32), torch.empty(B, H, T, slots)
-    dropped = torch.zeros(1 if draws else 0, dtype=torch.int64)
+    entry_key, entry_weight = (q.new_empty(B, H, T, slots, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    dropped = q.new_zeros(1 if draws else 0, dtype=torch.int64)
     if not draws:
-        u = torch.empty(0, dtype=torch.int32)
+        u = q.new_empty(0, dtype=torch.int32)
     elif u is None:
         u = row_uniforms(seed, B, H, range(T), "cpu")
     _run(
@@ -196,7 +200,7 @@ def backward(
     K, slots = k.shape[1], entry_key.shape[3]
     G, chunks, buckets = H // K, ck.chunks_of(T), ck.buckets_of(T)
     shape = (B, H, K, T, D)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
     nothing = np.empty(0, np.float32)
     row_c = nothing if row_c is None else _flat(row_c.float().contiguous())
@@ -210,14 +214,14 @@ def backward(
     round_heads = max(1, RECORDS // (G * T * slots))
     for first_head in range(0, B * K, round_heads):
         heads = min(round_heads, B * K - first_head)
-        counts = torch.zeros(heads, G * chunks, buckets, dtype=torch.int64)
+        counts = q.new_zeros(heads, G * chunks, buckets, dtype=torch.int64)
         _run(ck.count_entries, heads * G * chunks, entries[0], shape, slots, first_head, heads, _flat(counts))
         # regions lie side by side by (head, bucket, chunk), and are looked up by (head, chunk, bucket)
         by_bucket = counts.transpose(1, 2)
         ends = by_bucket.flatten().cumsum(0).view(by_bucket.shape)
         starts = (ends - by_bucket).transpose(1, 2).contiguous()
         places = starts.clone()
-        records = torch.empty(int(ends[-1, -1, -1]) + ck.AHEAD, 4)
+        records = q.new_empty(int(ends[-1, -1, -1]) + ck.AHEAD, 4, dtype=torch.float32)
         records = _flat(records.view(torch.int32)), _flat(records)
         task_variance = np.zeros(heads * G * chunks)
         _run(
@@ -232,5 +236,5 @@ def backward(
             _flat(dk), _flat(dv), work=[(ck.key_work(D), torch.float32)],
         )  # fmt: skip
         variance += float(task_variance.sum())
-    stats = torch.tensor([float(kept[0]), float(dropped.sum()), variance])
+    stats = torch.tensor([float(kept[0]), float(dropped.sum()), variance], dtype=torch.float32, device="cpu")
     return dq, dk, dv, stats

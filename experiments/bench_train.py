@@ -1,0 +1,303 @@
+"""
+Whole training steps, exact against SUS: tokens a second, attention's share, memory.
+
+    python experiments/bench_train.py config/long_ctx.py                    # T = 2048, 4096, 8192; minutes on a CPU
+    python experiments/bench_train.py config/long_ctx.py --T=8192 --sus_c=10 --json=train.json
+
+Takes train.py's config files and keys, with each T in turn as block_size. One model takes exact and SUS steps by turns,
+each step on the same batch as the other's and as train.py's. Times are medians, ratios those of steps of the same
+round, with their lowest and highest.
+
+Attention's share is measured in further steps, which have clocks around each layer's attention, forward and backward
+(activation checkpointing's repeated forward included). They are not compiled. Memory is the peak in a fresh process (on
+CUDA: as torch counts it) of two steps with what they need: model, gradients, optimizer, activations.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from compare_runs import print_table
+from configurator import TrainConfig, UserError, key, load_config, run_main, validate
+from data.loader import Corpus, load_corpus
+from device import Device, resolve_device
+from measure import (
+    check_writable, describe_machine, environment, idleness, in_child, memory_errors, mib, numbers, peak_of, product_ms,
+    ratio, ratio_text, spread, sus_backend, write_json,
+)  # fmt: skip
+from model import ARCHITECTURE_KEYS, GPT, GPTConfig
+from record import plain
+from sus_attn import fold_in
+from train import DATA, learning_rate, training_keys
+
+KINDS = ("exact", "sus")
+SHARE_ROUNDS = 3
+
+
+@dataclasses.dataclass
+class BenchTrainConfig(TrainConfig):
+    """train.py's keys, and the benchmark's."""
+
+    T: str = key("2048,4096,8192", "context lengths", section="Benchmark")
+    repeats: int = key(5, "timed rounds of steps, after one for warming up", low=1)
+    memory: bool = key(True, "measure the memory too")
+    json: str = key("", "file for every figure")
+
+
+def main():
+    cfg = load_config(BenchTrainConfig, sys.argv[1:], usage=__doc__)
+    Ts = numbers("T", cfg.T, int, 2)
+    check_writable(cfg.json)
+    for name, instead in (("block_size", "give the context lengths by --T"), ("attn_backward", "both are measured")):
+        if any(arg.startswith(f"--{name}=") for arg in sys.argv[1:]):  # a config file may have them, for train.py
+            raise UserError(f"--{name} means nothing here: {instead}")
+    if cfg.init_from != "scratch":
+        raise UserError(f"init_from={cfg.init_from}: only new weights are timed here; leave it out")
+    cfg.attn_backward = "sus"  # validate then also refuses what SUS can't do
+    validate(cfg)
+    with memory_errors():
+        data = plain(measure(cfg, Ts), nonfinite=str)
+    if cfg.json:  # before a reader of the table can leave
+        write_json(Path(cfg.json), data)
+    report(data)
+    if cfg.json:
+        print(f"every figure: {cfg.json}")
+
+
+# -- a step, as in train.py -------------------------------------------------------------------------
+
+
+class Trainer:
+    """A model of context length T and what trains it."""
+
+    def __init__(self, cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus):
+        self.cfg, self.device, self.corpus = dataclasses.replace(cfg, block_size=T), device, corpus
+        torch.manual_seed(cfg.seed)
+        architecture = {k: getattr(self.cfg, k) for k in ARCHITECTURE_KEYS if k != "vocab_size"}
+        self.model = GPT(GPTConfig(vocab_size=corpus.vocab_size, **architecture, **training_keys(cfg))).to(
+            device.device
+        )
+        self.optimizer = self.model.configure_optimizers(
+            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+        self.compiled = self.model
+        if device.type == "cuda" if cfg.compile is None else cfg.compile:
+            torch.compiler.reset()  # or else a second T is compiled for any T
+            self.compiled = torch.compile(self.model)
+
+    def step(self, kind: str, it: int, model=None) -> tuple[float, float]:
+        """train.py's iteration `it` with exact or SUS gradients: returns (loss, norm of the gradient)."""
+        cfg, model = self.cfg, model or self.compiled
+        self.model.config.attn_backward = kind
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, it)
+        total = torch.zeros((), device=self.device.device)
+        for micro in range(cfg.gradient_accumulation_steps):
+            seed = fold_in(cfg.seed, it, micro)
+            torch.manual_seed(seed)
+            x, y = (t.to(self.device.device) for t in self.corpus.batch(cfg.batch_size, cfg.seed, it, micro))
+            with self.device.autocast():
+                _, loss = model(x, y, sus_seed=torch.tensor(seed) if kind == "sus" else None)
+                loss = loss / cfg.gradient_accumulation_steps
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        total = total.item()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf).item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def timed_step(self, kind: str, it: int, model=None) -> float:
+        """Milliseconds."""
+        self.device.synchronize()
+        start = time.perf_counter()
+        loss, norm = self.step(kind, it, model)
+        self.device.synchronize()
+        # float16's scale is found by steps whose gradient overflows
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
+            raise UserError(
+                f"the {kind} step at T = {self.cfg.block_size} is wrong, so there are no figures: its loss is "
+                f"{loss}, its gradient's norm {norm}"
+            )
+        return 1e3 * (time.perf_counter() - start)
+
+    def attention_share(self, kind: str, it: int) -> float:
+        """The fraction of a step's time that is attention's, forward and backward."""
+        spent, handles = [], []
+
+        def clock(*_):
+            self.device.synchronize()
+            spent.append(time.perf_counter())
+
+        for block in self.model.transformer.h:
+            attend = block.attn.attend
+            # the backward's hooks: as the gradient of its output is there, and as those of q, k and v are
+            handles += [
+                attend.register_forward_pre_hook(clock),
+                attend.register_forward_hook(clock),
+                attend.register_full_backward_pre_hook(clock),
+                attend.register_full_backward_hook(clock),
+            ]
+        try:
+            whole = self.timed_step(kind, it, self.model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return 1e3 * sum(end - start for start, end in zip(spent[::2], spent[1::2], strict=True)) / whole
+
+
+# -- measuring --------------------------------------------------------------------------------------
+
+
+def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
+    """Every figure. UserError if a step is wrong."""
+    device = resolve_device(cfg.device, cfg.dtype)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as train.py
+    backend, why = sus_backend(cfg.sus_backend, device, cfg.n_embd // cfg.n_head, cfg.sus_c, cfg.sus_sampler)
+    print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
+    if cfg.dataset == "stdlib" and not (DATA / "stdlib" / "meta.json").exists():
+        from data.stdlib.prepare import prepare
+
+        prepare()
+    corpora = {T: load_corpus(DATA / cfg.dataset, T) for T in Ts}  # too long a T is an error now
+    results, product = [], [product_ms(device)]
+    work = sum(T**2 for T in Ts) * (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS)
+    with tqdm(
+        total=work,
+        disable=None,
+        dynamic_ncols=True,
+        smoothing=0,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+    ) as bar:
+        for T, corpus in corpora.items():
+            bar.set_description(f"T = {T:,}")
+            results += measure_at(cfg, T, device, corpus, bar)
+            product.append(product_ms(device))
+    return {
+        "benchmark": "train",
+        "config": dataclasses.asdict(cfg),
+        "environment": environment(device),
+        "idle": idleness(product),
+        "sus_backend": backend,
+        "dtype": str(device.dtype).removeprefix("torch."),
+        "results": results,
+    }
+
+
+def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar) -> list[dict]:
+    """One context length: a row of results for exact, and one for SUS."""
+    trainer = Trainer(cfg, T, device, corpus)
+    check_forward(trainer)
+    rows = {kind: {"T": T, "kind": kind, "step_ms": [], "attention_share": []} for kind in KINDS}
+    for it in range(cfg.repeats + 1):
+        for kind in reversed(KINDS) if it % 2 else KINDS:
+            step = trainer.timed_step(kind, it)
+            if it:  # the first is the warm-up
+                rows[kind]["step_ms"].append(step)
+            bar.update(T**2)
+    for it in range(cfg.repeats + 1, cfg.repeats + 1 + SHARE_ROUNDS):
+        for kind in KINDS:
+            rows[kind]["attention_share"].append(trainer.attention_share(kind, it))
+            bar.update(T**2)
+    parameters = trainer.model.num_params()
+    del trainer  # CUDA's memory is measured in this process
+    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * T
+    for kind, row in rows.items():
+        if cfg.memory:
+            run = in_child if device.type == "cpu" else lambda function, *arguments: function(*arguments)
+            row["peak_bytes"] = run(memory_of, cfg, kind, T, device, corpus)
+        bar.update(T**2)
+        row["parameters"], row["tok_per_sec"] = parameters, [tokens / (1e-3 * step) for step in row["step_ms"]]
+    return list(rows.values())
+
+
+@torch.no_grad()
+def check_forward(trainer: Trainer) -> None:
+    """UserError unless SUS's loss is exact's, as its forward is. Its gradient is checked by bench_attention.py."""
+    x, y = (t.to(trainer.device.device) for t in trainer.corpus.batch(1, trainer.cfg.seed, 0, 0))
+    losses = {}
+    for kind in KINDS:
+        trainer.model.config.attn_backward = kind
+        with trainer.device.autocast():
+            losses[kind] = trainer.model(x, y, sus_seed=torch.tensor(0))[1].item()
+    if not abs(losses["sus"] - losses["exact"]) <= torch.finfo(trainer.device.dtype).eps * 8 * abs(losses["exact"]):
+        raise UserError(
+            f"SUS is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it is "
+            f"{losses['sus']:.8g}, exact's {losses['exact']:.8g}"
+        )
+
+
+def memory_of(cfg: BenchTrainConfig, kind: str, T: int, device: Device, corpus: Corpus) -> int | None:
+    """The most bytes that two steps take at once, with the model and all."""
+
+    def two_steps(T, corpus):
+        trainer = Trainer(cfg, T, device, corpus)
+        for it in range(2):  # the optimizer's state is made in the first
+            trainer.step(kind, it)
+
+    short = min(T, 128)
+    two_steps(short, dataclasses.replace(corpus, block_size=short))  # loads and compiles what it needs
+    return peak_of(lambda: two_steps(T, corpus), device)
+
+
+# -- the table --------------------------------------------------------------------------------------
+
+
+def report(data: dict) -> None:
+    machine, idle = describe_machine(data)
+    cfg, results = data["config"], data["results"]
+    model = f"{cfg['n_layer']} layers, {cfg['n_head']} heads, width {cfg['n_embd']}; {data['dtype']}"
+    step = f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step"
+    sus = f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend"
+    print(f"{machine}\n{results[0]['parameters'] / 1e6:.2f} M parameters: {model}; {step}; {sus}\n")
+    rows = [
+        [
+            "T",
+            "exact tok/s",
+            "SUS tok/s",
+            "SUS / exact",
+            "exact ms",
+            "SUS ms",
+            "exact attention",
+            "SUS attention",
+            "exact MiB",
+            "SUS MiB",
+        ]
+    ]
+    for exact, sus in zip(results[::2], results[1::2]):
+        median = {
+            kind: {name: spread(row[name])["median"] for name in ("step_ms", "tok_per_sec")}
+            for kind, row in (("exact", exact), ("sus", sus))
+        }
+        rows.append(
+            [
+                f"{exact['T']:,}",
+                *(f"{median[kind]['tok_per_sec']:,.0f}" for kind in KINDS),
+                ratio_text(ratio(sus["tok_per_sec"], exact["tok_per_sec"])),
+                *(f"{median[kind]['step_ms']:,.0f}" for kind in KINDS),
+                *(f"{spread(row['attention_share'])['median']:.0%}" for row in (exact, sus)),
+                *(mib(row.get("peak_bytes")) for row in (exact, sus)),
+            ]
+        )
+    print_table(rows)
+    print(
+        f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
+        "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
+        f"optimizer and step.\n{idle}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

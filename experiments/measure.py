@@ -1,0 +1,230 @@
+"""What the benchmarks share: lists on the command line, the machine, paired ratios, peak memory, files.
+
+A ratio is that of two things measured in the same round, and is told as its median with the lowest and the highest
+round: a machine drifts, and drifts for both. Whether it was idle is looked at by timing one and the same matrix product
+now and then.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+from device import Device
+from sus_attn import resolve_backend
+
+DRIFT = 0.1  # of the matrix product's time: from there on the machine doesn't count as idle
+IN_BACKWARD = {"reference"}  # the SUS backends that draw in the backward
+
+
+def numbers(name: str, text: str, kind: type, low: float) -> list:
+    """The list that `--name=1,2,3` means, ascending and each once. UserError."""
+    try:
+        values = sorted({kind(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or not all(value >= low if kind is int else value > low for value in values):  # NaN fails too
+        what, sign = ("integers", ">=") if kind is int else ("numbers", ">")
+        raise UserError(
+            f"--{name}={text}: write {what} {sign} {low} with commas between them, e.g. --{name}="
+            f"{'2048,8192' if kind is int else '10,25'}"
+        )
+    return values
+
+
+def sus_backend(backend: str, device: Device, D: int, c: float, sampler: str = "systematic") -> tuple[str, str]:
+    """The backend of SUS that runs, and why. UserError if the one asked for can't."""
+    try:
+        return resolve_backend(backend, device.type, device.dtype, D, sampler=sampler, c_max=c)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+# -- the machine ------------------------------------------------------------------------------------
+
+
+def environment(device: Device) -> dict[str, str | int]:
+    """What the figures depend on besides the code."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device.device)
+    else:
+        name = platform.processor() or platform.machine()
+        if Path("/proc/cpuinfo").exists() and (
+            found := re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+        ):
+            name = found[1]
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numba", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(), **versions}
+
+
+def product_ms(device: Device, repeats: int = 9) -> float:
+    """The median time of one matrix product, always the same."""
+    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(n, n, device=device.device).to(dtype)
+    times = []
+    for _ in range(repeats + 1):
+        device.synchronize()
+        start = time.perf_counter()
+        a @ a
+        device.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def idleness(product: list[float]) -> dict:
+    """What the times of the matrix product, in ms, say of the machine."""
+    drift = max(product) / min(product) - 1
+    return {"product_ms": product, "drift": drift, "idle": drift <= DRIFT}
+
+
+def describe_machine(data: dict) -> list[str]:
+    """Lines for the head and the foot of a table: (what it was measured on, whether that was idle)."""
+    idle = data["idle"]
+    line = f"a matrix product took {min(idle['product_ms']):.3g} to {max(idle['product_ms']):.3g} ms meanwhile"
+    if not idle["idle"]:
+        line = f"WARNING: the machine was not idle: {line}, which is more than {DRIFT:.0%} apart"
+    return [
+        ", ".join(f"{value}" if name == "device" else f"{name} {value}" for name, value in data["environment"].items()),
+        line,
+    ]
+
+
+# -- statistics -------------------------------------------------------------------------------------
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ratio(above: Iterable[float], below: Iterable[float]) -> dict[str, float]:
+    """The spread of the quotients of what was measured in the same round."""
+    return spread(a / b for a, b in zip(above, below, strict=True))
+
+
+def ratio_text(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}..{ratio['high']:.2f})"
+
+
+def fit_power(x: list[float], y: list[float]) -> tuple[float, float] | None:
+    """(exponent, factor) of y = factor * x^exponent, by least squares on the logarithms; None of one point."""
+    points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]
+    if len({a for a, _ in points}) < 2:
+        return None
+    exponent, intercept = statistics.linear_regression(*zip(*points))
+    return exponent, math.exp(intercept)
+
+
+# -- memory -----------------------------------------------------------------------------------------
+
+
+def peak_of(run: Callable[[], object], device: Device) -> int | None:
+    """The most bytes of memory that run() takes at once beyond what is taken before; None where that can't be known.
+
+    On the CPU it is the process's resident memory (Linux), so for a fresh process, see `in_child`. Not getrusage's
+    ru_maxrss: a process starts with that of the one which started it, and it never falls.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device.device)
+        before = torch.cuda.memory_allocated(device.device)
+        run()
+        return torch.cuda.max_memory_allocated(device.device) - before
+    clear = Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not os.access(clear, os.W_OK):
+        run()
+        return None
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # or else what is free but not given back could be used without being seen
+    clear.write_text("5")  # the peak (VmHWM) starts anew from what is resident now
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@contextlib.contextmanager
+def memory_errors():
+    """Where memory runs out, one clear line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError("out of memory: give a smaller --T") from error
+
+
+def in_child(function: Callable, *arguments):
+    """function(*arguments) in a fresh process, with as many threads as here. UserError if it is killed."""
+    # spawn: a forked process would hold this one's memory, and threads that do not exist in it
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise UserError(
+                "the process that measures memory was killed, perhaps for want of memory: give a smaller --T "
+                "or leave the memory out by --memory=False"
+            ) from None
+
+
+def mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+def check_writable(*paths: str) -> None:
+    """UserError for a file that can't be written: better before the minutes of measuring than after."""
+    for path in map(Path, filter(None, paths)):
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            why = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
+            raise UserError(f"can't write {path}: {why}")
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Whole or not at all. UserError if it can't be written; a file that was there is then kept."""
+    aside = path.with_name(path.name + ".aside")
+    try:
+        aside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"can't write {path}: {error.strerror}") from error
+
+
+def read_json(path: Path, benchmark: str) -> dict:
+    """What write_json wrote for that benchmark. UserError."""
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or data.get("benchmark") != benchmark:
+        raise UserError(f"{path} is not what bench_{benchmark}.py wrote by --json=FILE")
+    return data
