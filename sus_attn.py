@@ -85,7 +85,9 @@ def sus_attention(
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
-    backend = _resolve_backend(backend, q.device.type, q.dtype, q.shape[3], is_causal, sampler, c_max)
+    D = q.shape[3]
+    D = cpu.MAX_D if D <= cpu.MAX_D else int(D)  # where compiled code has it as a symbol, only this is fixed
+    backend = _resolve_backend(backend, q.device.type, q.dtype, D, is_causal, sampler, c_max)
     if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:

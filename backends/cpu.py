@@ -4,18 +4,20 @@ The forward draws on the way and stores each row's kept entries, key and weight 
 those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1. The backward needs
 16 bytes an entry for a while, for RECORDS entries or one key/value head's at a time.
 
-Plain threads, not numba's parallel loops: its layers either forbid concurrent calls or don't survive a fork, and keep
-a thread count of their own. Here kernels release the GIL and take tasks from a shared counter; what each task
-computes, and where it writes it, does not depend on the thread that runs it.
+The threads are PyTorch's own, not those of numba's parallel loops: its layers either forbid concurrent calls or don't
+survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
+each task computes, and where it writes it, does not depend on the thread that runs it.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
 
+import ctypes
 import functools
 import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from backends.reference import STREAM_THINNING, row_uniforms, seed_state, slot_bound
 
+MAX_D = 128
 RECORDS = 1 << 22  # entries of one round of the backward
 
 
@@ -40,8 +43,8 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}".replace("torch.", "")
-    if D > 128:
-        return f"it takes head dims up to 128, not {D}"
+    if D > MAX_D:
+        return f"it takes head dims up to {MAX_D}, not {D}"
     if not is_causal:
         return "it is for causal attention"
     if sampler != "systematic":
@@ -99,17 +102,60 @@ def _announce() -> None:
     print("compiling the CPU kernels: half a minute at most, and only the first time", file=sys.stderr, flush=True)
 
 
+@functools.cache
+def _openmp():
+    """GOMP_parallel of the OpenMP library that PyTorch computes with, or None where there is none by that name.
+
+    Its threads wait for work by spinning, for milliseconds. Threads of our own would have to share the cores with them
+    (at T = 2048 on two cores the backward took twice as long); so the kernels run on those very threads.
+    """
+    try:
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.restype, parallel.argtypes = None, (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return parallel
+
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool = None
+_forked = False
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads, and perhaps a lock that nobody will open."""
-    global _pool, _compiling
-    _pool, _compiling = None, threading.Lock()
+    """A forked child has none of its parent's threads, OpenMP's would wait for them for ever, and a lock may be held."""
+    global _pool, _forked, _compiling
+    _pool, _forked, _compiling = None, True, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _on_threads(n: int, work) -> None:
+    """Call work() on n threads at once, or on fewer if there are no more to be had; the caller is one of them."""
+    global _pool
+    if n == 1:
+        work()
+    elif _openmp() and not _forked:
+        errors = []
+
+        def body(_):
+            try:
+                work()
+            except BaseException as error:  # C code can't pass it on
+                errors.append(error)
+
+        _openmp()(_BODY(body), None, n, 0)
+        if errors:
+            raise errors[0]
+    else:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sus_attention")
+        others = [_pool.submit(work) for _ in range(n - 1)]
+        work()
+        for other in others:
+            other.result()
 
 
 def _run(kernel, tasks: int, *args, work=()) -> None:
@@ -117,20 +163,13 @@ def _run(kernel, tasks: int, *args, work=()) -> None:
 
     work: (elements, dtype) of each work array; every thread has its own.
     """
-    global _pool
     counter = np.zeros(1, np.int64)  # the next task
     interpreted = kernels().INTERPRETED
     threads = 1 if interpreted else min(torch.get_num_threads(), tasks)
     buffers = [[torch.empty(n, dtype=dtype, device="cpu").numpy() for n, dtype in work] for _ in range(threads)]
-    calls = [(*args, counter, *mine) for mine in buffers]
     if not interpreted:
-        _compile(kernel, calls[0])
-    if threads > 1 and _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sus_attention")
-    others = [_pool.submit(kernel, *call) for call in calls[1:]]
-    kernel(*calls[0])  # the caller works too
-    for other in others:
-        other.result()
+        _compile(kernel, (*args, counter, *buffers[0]))
+    _on_threads(threads, lambda: kernel(*args, counter, *buffers.pop()))
 
 
 def _flat(x: Tensor) -> np.ndarray:
@@ -162,8 +201,8 @@ def forward(
 
     q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. u: None, or the
     sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T);
-    entry_key int32 and entry_weight float32, both (B, H, T, slots): a row's kept keys in ascending order, ended
-    by -1 where there are fewer than slots, and their weights W; and dropped, int64 (1,). Without draws, the last three
+    entry_key int32 and entry_weight float32, both (B, H, T, slots): a row's kept keys in ascending order, then
+    -1, and their weights W, then 0; and dropped, int64 (1,). Without draws, the last three
     are empty.
     """
     ck = kernels()
@@ -198,13 +237,16 @@ def backward(
     grad_out, q, k, v, out = _rows(grad_out, q, k, v, out.contiguous())
     B, H, T, D = q.shape
     K, slots = k.shape[1], entry_key.shape[3]
+    if not slots:
+        raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
     G, chunks, buckets = H // K, ck.chunks_of(T), ck.buckets_of(T)
     shape = (B, H, K, T, D)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
+    stats = q.new_zeros(3, dtype=torch.float32)
     nothing = np.empty(0, np.float32)
     row_c = nothing if row_c is None else _flat(row_c.float().contiguous())
-    thin_state = int(seed_state(int(seed), STREAM_THINNING))
+    thin_state = seed_state(int(seed), STREAM_THINNING)
     norms = [nothing] * 2
     if with_stats:
         norms = [_flat(x.float().square().sum(-1)) for x in (q, k)]
@@ -235,6 +277,7 @@ def backward(
             grad_[0], q_[0], grad_[1], q_[1], shape, first_head, heads, _flat(starts), _flat(places), *records,
             _flat(dk), _flat(dv), work=[(ck.key_work(D), torch.float32)],
         )  # fmt: skip
-        variance += float(task_variance.sum())
-    stats = torch.tensor([float(kept[0]), float(dropped.sum()), variance], dtype=torch.float32, device="cpu")
+        variance += task_variance.sum()
+    if with_stats:
+        stats[0], stats[1], stats[2] = float(kept[0]), float(dropped), variance
     return dq, dk, dv, stats

@@ -563,8 +563,9 @@ def draw(p, base, n, top, norm, tile_top, group, drawn, first, rows, c, u, slots
                     count[lane] += 1
     for lane in range(lanes_used):
         row = first + group * LANES + lane
-        if count[lane] < slots:
-            entry_key[row * slots + count[lane]] = -1
+        for slot in range(row * slots + min(count[lane], slots), (row + 1) * slots):
+            entry_key[slot] = -1
+            entry_weight[slot] = 0
 
 
 @jit
@@ -581,7 +582,7 @@ def forward(
     shape: (B, H, K, T, D). scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T).
     c: float32, inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
     entry_key, entry_weight: int32 and float32 (B, H, T, slots): the kept entries of each row by ascending key, and
-    their weights W; a row with fewer ends with key -1. dropped: int64 (1,), entries beyond the slots.
+    their weights W; behind them -1 and 0. dropped: int64 (1,), entries beyond the slots.
     """
     B, H, K, T, D = shape
     width = padded(D)
@@ -722,7 +723,7 @@ def thin(keys, weights, count, c_units, row_units, state):
     """
     left = 0
     for e in range(count):
-        if hash_absorb(state, keys[e]) * units_of(weights[e], c_units) < units_of(weights[e], row_units) << 32:
+        if hash_absorb(state, int(keys[e])) * units_of(weights[e], c_units) < units_of(weights[e], row_units) << 32:
             keys[left], weights[left] = keys[e], weights[e]
             left += 1
     return left
