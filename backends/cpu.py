@@ -26,7 +26,7 @@ from torch import Tensor
 from backends.reference import STREAM_THINNING, row_uniforms, seed_state, slot_bound
 
 MAX_D = 128
-RECORDS = 1 << 22  # entries of one round of the backward
+RECORDS = 1 << 18  # entries of one round of the backward
 
 
 @functools.cache

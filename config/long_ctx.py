@@ -1,10 +1,10 @@
-# A small GPT at a context of 2048 bytes on the sources of Python's standard library, with SUS backprop.
+# A small GPT at a context of 4096 bytes on the sources of Python's standard library, with SUS backprop.
 # A few minutes on two CPU cores. Its exact twin: --attn_backward=exact --out_dir=out-exact
 
 out_dir = "out-long-ctx"
 dataset = "stdlib"
 
-block_size = 2048
+block_size = 4096
 batch_size = 1
 gradient_accumulation_steps = 1
 
@@ -21,8 +21,8 @@ sus_c = 25.0
 
 learning_rate = 1.5e-3
 min_lr = 1.5e-4
-max_iters = 600
-lr_decay_iters = 600
+max_iters = 400
+lr_decay_iters = 400
 warmup_iters = 30
 beta2 = 0.99  # few tokens a step
 

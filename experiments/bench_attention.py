@@ -77,7 +77,7 @@ class BenchConfig:
     inputs: str = key("", "a run's out_dir: q, k, v of its model's middle layer; empty: normal random numbers")
     seed: int = key(0, "seeds the inputs and the draws", low=0, high=2**62)
 
-    repeats: int = key(5, "timed rounds, after one for warming up", low=1, section="How")
+    repeats: int = key(7, "timed rounds, after one for warming up", low=1, section="How")
     peer_seconds: float = key(10.0, "leave out a peer whose forward and backward would take longer", above=0)
     memory: bool = key(True, "measure the memory too")
 
@@ -733,9 +733,8 @@ def finish(ax, labels: list[tuple[float, str, object]]) -> None:
     ax.margins(y=0.08)
     low, high = ax.get_ylim()
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    ax.yaxis.set_minor_formatter(
-        lambda value, _: f"{value:,.2g}" if high < 20 * low and f"{value:e}"[0] in "235" else ""
-    )
+    short = high < 20 * low  # an axis with so few powers of ten that the steps between want labels
+    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if short and f"{value:e}"[0] in "235" else "")
     low, high = math.log(low), math.log(high)
     heights, gap = [], 0.062  # of the axis
     for value, _, _ in sorted(labels, key=lambda label: label[0]):

@@ -3,9 +3,10 @@
 #
 #     experiments/gpu_check.sh [FOLDER]      # default: experiments/results/<GPU>-<date>
 #
-# The operator's and the model's tests on the GPU, then a short training at 4096 tokens with the exact and with the SUS
-# backward from the same seed, then their comparison. FOLDER gets environment.txt, tests.txt, training.txt,
-# exact.jsonl, sus.jsonl, comparison.txt and comparison.png: commit them. Exit status 0 only if all of it passed.
+# The operator's and the model's tests on the GPU, then the benchmark of attention alone, then a short training at 4096
+# tokens with the exact and with the SUS backward from the same seed, and their comparison. FOLDER gets environment.txt,
+# tests.txt, attention.txt, attention.json, training.txt, exact.jsonl, sus.jsonl and comparison.png: commit them. Exit
+# status 0 only if all of it passed.
 # PYTHON=... chooses the interpreter (default: python3; it needs torch with CUDA, pytest, matplotlib).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -29,19 +30,22 @@ status=0
     echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 } | tee "$folder/environment.txt"
 
-timeout 240 "$PYTHON" -m pytest -q -m "not slow" tests/test_cuda.py tests/test_reference.py tests/test_sus_attention.py \
+timeout 180 "$PYTHON" -m pytest -q -m "not slow" tests/test_cuda.py tests/test_reference.py tests/test_sus_attention.py \
     tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
+
+timeout 120 "$PYTHON" experiments/bench_attention.py --device=cuda --T=4096,8192 --c=10,25 --repeats=5 --peer_seconds=2 \
+    --json="$folder/attention.json" 2>&1 | tee "$folder/attention.txt" || status=1
 
 # Exact first: what a limit cuts off is then the slower one.
 : > "$folder/training.txt"
 for backward in exact sus; do
-    timeout 130 "$PYTHON" train.py config/long_ctx.py --block_size=4096 --batch_size=4 --gradient_accumulation_steps=1 \
+    timeout 110 "$PYTHON" train.py config/long_ctx.py --block_size=4096 --batch_size=4 --gradient_accumulation_steps=1 \
         --n_layer=6 --n_head=6 --n_embd=384 --max_iters=200 --lr_decay_iters=200 --learning_rate=1e-3 --min_lr=1e-4 \
         --eval_interval=50 --eval_iters=8 --log_interval=10 --wandb_run_name="$backward" --attn_backward="$backward" \
         --out_dir="$work/$backward" 2>&1 | tee -a "$folder/training.txt" || status=1
     cp "$work/$backward/metrics.jsonl" "$folder/$backward.jsonl" || status=1
 done
-timeout 60 "$PYTHON" experiments/compare_runs.py "$work/exact" "$work/sus" --out="$folder/comparison.png" 2>&1 |
-    tee "$folder/comparison.txt" || status=1
+timeout 40 "$PYTHON" experiments/compare_runs.py "$work/exact" "$work/sus" --out="$folder/comparison.png" 2>&1 |
+    tee -a "$folder/training.txt" || status=1
 if [ $status = 0 ]; then echo "gpu check passed: $folder"; else echo "gpu check FAILED: see $folder" >&2; fi
 exit $status
