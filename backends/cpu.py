@@ -170,6 +170,8 @@ def _run(kernel, tasks: int, *args, work=()) -> None:
     if not interpreted:
         _compile(kernel, (*args, counter, *buffers[0]))
     _on_threads(threads, lambda: kernel(*args, counter, *buffers.pop()))
+    if counter[0] < tasks:  # an interruption at the very start of a C callback is lost
+        raise KeyboardInterrupt
 
 
 def _flat(x: Tensor) -> np.ndarray:
