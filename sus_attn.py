@@ -126,8 +126,8 @@ def resolve_backend(
         if obstacle:
             raise ValueError(f"backend='cpu' can't be had: {obstacle}")
         return backend, "asked for"
-    if not obstacle and c_max == math.inf:
-        obstacle = "with c = inf it would store all T^2 entries"
+    if not obstacle and c_max > cpu.MAX_C:
+        obstacle = f"with c = {c_max:g} it would store up to as many entries a row"
     if obstacle:
         return "reference", f"not the faster cpu: {obstacle}"
     return "cpu", "the fastest here"
@@ -136,7 +136,7 @@ def resolve_backend(
 @torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
 def _resolve_backend(backend, device_type, dtype, D, is_causal, sampler, c_max) -> str:
     name, reason = resolve_backend(backend, device_type, dtype, D, is_causal=is_causal, sampler=sampler, c_max=c_max)
-    if backend == "auto" and device_type == "cpu" and name == "reference" and c_max < math.inf:
+    if backend == "auto" and device_type == "cpu" and name == "reference":
         warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=3)
     return name
 
@@ -270,12 +270,13 @@ def _attention_backward(
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        c = c.to(q.device)
-        if q.device.type != "cpu" or not c > 0:  # a bad c must not pass unseen; and no synchronisation to look for one
-            grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)
         if backend == "cpu":
+            if not c > 0:  # a bad c must not pass unseen
+                return *(torch.full_like(x, math.nan) for x in (q, k, v)), torch.full((3,), math.nan)
             return cpu.backward(grad_out, q, k, v, out, lse, entry_key, entry_weight, dropped, scale, _bounded(c, c_max), seed,
                                 with_stats)  # fmt: skip
+        c = c.to(q.device)
+        grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])
         return reference.backward(grad_out, q, k, v, out, lse, multiplier, is_causal, scale, with_stats)
 

@@ -1,8 +1,9 @@
 """The CPU backend: numba's kernels (cpu_kernels.py), run on as many threads as PyTorch uses.
 
 The forward draws on the way and stores each row's kept entries, key and weight in 8 bytes; the backward's work is only
-those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1. The backward needs
-16 bytes an entry for a while, for RECORDS entries or one key/value head's at a time.
+those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1. While it runs, the
+backward needs 16 bytes an entry more, for RECORDS entries at a time, or for those of one key/value head if they are
+more; the forward 256 * T bytes a thread.
 
 The threads are PyTorch's own, not those of numba's parallel loops: its layers either forbid concurrent calls or don't
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
@@ -11,8 +12,10 @@ each task computes, and where it writes it, does not depend on the thread that r
 Deliberately missing: what `unsupported` names. The reference does that.
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import sys
 import threading
@@ -23,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backends import reference
 from backends.reference import STREAM_THINNING, row_uniforms, seed_state, slot_bound
 
-MAX_D = 128
+MAX_D, MAX_C = 128, 1024
 RECORDS = 1 << 18  # entries of one round of the backward
 
 
@@ -33,14 +37,14 @@ RECORDS = 1 << 18  # entries of one round of the backward
 def missing() -> str | None:
     """Why the kernels can't be had here, or None."""
     try:
-        import numba  # noqa: F401
-    except Exception as error:  # not installed, or too old for this Python or NumPy, which it says in its own words
-        return f"it needs the package numba, which can't be imported: {error}"
+        from backends import cpu_kernels  # noqa: F401
+    except Exception as error:  # not installed, or of a version that doesn't fit, which it says in its own words
+        return f"it needs the package numba, which can't be used here: {error}"
     return None
 
 
 def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
-    """What of these the kernels don't do, or None."""
+    """What of these the kernels don't do, or None. They do any c, but store c + 1 entries a row: up to MAX_C that is wise."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}".replace("torch.", "")
     if D > MAX_D:
@@ -61,13 +65,17 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
 def kernels():
     from backends import cpu_kernels
 
+    specified = hashlib.sha256(Path(reference.__file__).read_bytes()).hexdigest()
     for name in ("forward", "count_entries", "row_gradients", "key_gradients"):
         kernel = getattr(cpu_kernels, name)
         if not cpu_kernels.INTERPRETED:
             try:
                 kernel.enable_caching()
             except RuntimeError:
-                pass  # no folder can be written: compiled anew in each process
+                continue  # no folder can be written: compiled anew in each process
+            # what kernels have from reference.py is compiled into them: when it changes, so must they
+            file = kernel._cache._cache_file
+            file._source_stamp = file._source_stamp, specified
     return cpu_kernels
 
 
@@ -89,7 +97,9 @@ def _compile(kernel, args) -> None:
         notice.start()
         try:
             kernel.compile(types)
-        except OSError:  # it was compiled, but can't be written to disk
+        except Exception:  # a file of the cache is damaged or, the disk being full, was not written: do without
+            with contextlib.suppress(Exception):
+                os.unlink(kernel._cache._cache_file._index_path)  # or it would stand for older code
             kernel._cache = numba.core.caching.NullCache()
             kernel.compile(types)
         finally:
@@ -100,6 +110,9 @@ def _compile(kernel, args) -> None:
 @functools.cache  # once
 def _announce() -> None:
     print("compiling the CPU kernels: half a minute at most, and only the first time", file=sys.stderr, flush=True)
+
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
@@ -117,7 +130,6 @@ def _openmp():
     return parallel
 
 
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool = None
 _forked = False
 
@@ -138,17 +150,20 @@ def _on_threads(n: int, work) -> None:
     if n == 1:
         work()
     elif _openmp() and not _forked:
-        errors = []
+        finished, errors = [], []
 
         def body(_):
             try:
                 work()
+                finished.append(threading.get_ident())
             except BaseException as error:  # C code can't pass it on
                 errors.append(error)
 
         _openmp()(_BODY(body), None, n, 0)
         if errors:
             raise errors[0]
+        if threading.get_ident() not in finished:  # Ctrl-C at the very start of body is lost in the C code
+            raise KeyboardInterrupt
     else:
         if _pool is None:
             _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sus_attention")
@@ -170,8 +185,6 @@ def _run(kernel, tasks: int, *args, work=()) -> None:
     if not interpreted:
         _compile(kernel, (*args, counter, *buffers[0]))
     _on_threads(threads, lambda: kernel(*args, counter, *buffers.pop()))
-    if counter[0] < tasks:  # an interruption at the very start of a C callback is lost
-        raise KeyboardInterrupt
 
 
 def _flat(x: Tensor) -> np.ndarray:
@@ -217,7 +230,7 @@ def forward(
     if not draws:
         u = q.new_empty(0, dtype=torch.int32)
     elif u is None:
-        u = row_uniforms(seed, B, H, range(T), "cpu")
+        u = row_uniforms(seed.cpu(), B, H, range(T), "cpu")
     _run(
         ck.forward, B * H * -(-T // ck.ROWS),
         _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
@@ -236,7 +249,8 @@ def backward(
     row_c: None, or float32 (B, H, T): each row's entries, drawn with c, are thinned to min(row_c, c).
     """
     ck = kernels()
-    grad_out, q, k, v, out = _rows(grad_out, q, k, v, out.contiguous())
+    grad_out, q, k, v = _rows(grad_out, q, k, v)
+    out, lse, entry_key, entry_weight = (x.detach().contiguous() for x in (out, lse, entry_key, entry_weight))
     B, H, T, D = q.shape
     K, slots = k.shape[1], entry_key.shape[3]
     if not slots:

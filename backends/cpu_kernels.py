@@ -8,7 +8,8 @@ The layout that the forward rests on: **a lane is a query row**. 16 rows stand s
 keys or over the head dim. So maxima, sums and the draw's running total need nothing across lanes, and both matrix
 products take the scalars of K and V as they lie in memory.
 
-One file, because numba's cache of compiled code watches the time stamp of a function's own file only.
+One file, because numba's cache of compiled code looks at changes of a function's own file only (and, see backends/cpu.py,
+of reference.py).
 
 Dims: B batch, H query heads, K key/value heads, G = H / K, T positions, D head dim. Arrays are flat; where they are
 views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as uint16.
@@ -26,7 +27,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import lower_builtin, models, register_model
+from numba.extending import lower_builtin, models, register_jitable, register_model
 
 from backends.reference import UNIT, absorb
 
@@ -479,16 +480,15 @@ def exp2(x):
     return where(x < splat(np.float32(-126.0)), splat(np.float32(0.0)), p * power)
 
 
-@jit
+@register_jitable
 def padded(D):
     return (D + LANES - 1) // LANES * LANES
 
 
-@jit
 def forward_work(D, keys):
     """float32 elements of work space for one thread of `forward` whose buffer of weights holds `keys` keys."""
     tiles = (keys + KEYS - 1) // KEYS
-    return ROWS * (D + padded(D) + keys + TILE + 4 + tiles) + (2 * KEYS + TILE) * padded(D) + LANES
+    return ROWS * (D + padded(D) + keys + TILE + 3 + tiles) + 2 * KEYS * padded(D)
 
 
 @jit
@@ -600,7 +600,7 @@ def forward(
     drawn, end = work[end : end + ROWS], end + ROWS  # the draw's scratch
     tiles = (keys + KEYS - 1) // KEYS
     tile_top, end = work[end : end + ROWS * tiles], end + ROWS * tiles  # (tiles, ROWS): the maximum that a tile knew
-    k_tile, end = work[end : end + (KEYS + TILE) * width], end + (KEYS + TILE) * width
+    k_tile, end = work[end : end + KEYS * width], end + KEYS * width
     v_tile = work[end : end + KEYS * width]
 
     while True:
@@ -676,14 +676,15 @@ def forward(
 BUCKET = 64  # keys
 CHUNK = 256  # query rows of one task
 AHEAD = 8  # records between a prefetch and its use
+TERMS = 256  # of a key's sum, before it is added to the whole: a key that all rows attend to has very many
 
 
-@jit
+@register_jitable
 def chunks_of(T):
     return (T + CHUNK - 1) // CHUNK
 
 
-@jit
+@register_jitable
 def buckets_of(T):
     return (T + BUCKET - 1) // BUCKET
 
@@ -729,7 +730,6 @@ def thin(keys, weights, count, c_units, row_units, state):
     return left
 
 
-@jit
 def row_work(D, slots):
     """float32 elements of work space for one thread of `row_gradients`."""
     return padded(D) + 3 * padded(slots)
@@ -839,10 +839,17 @@ def row_gradients(
             variance[task] = task_variance
 
 
-@jit
 def key_work(D):
     """float32 elements of work space for one thread of `key_gradients`."""
-    return 2 * BUCKET * padded(D)
+    return 4 * BUCKET * padded(D)
+
+
+@jit
+def move_sums(terms, whole, start, D):
+    """Add the D sums at `start` of terms to those of whole, and begin them anew."""
+    for i in range(start, start + D, LANES):
+        store(whole, i, load(whole, i) + load(terms, i))
+        store(terms, i, splat(np.float32(0)))
 
 
 @jit
@@ -850,11 +857,17 @@ def key_gradients(
     grad_out, q, grad_strides, q_strides, shape, first_head, heads, starts, ends, record_ints, record_floats, dk, dv,
     counter, work,
 ):  # fmt: skip
-    """dK_j = sum of M Q_i and dV_j = sum of w G_i over the records of key j, for the keys of some heads. dk, dv: contiguous."""
+    """dK_j = sum of M Q_i and dV_j = sum of w G_i over the records of key j, for the keys of some heads. dk, dv: contiguous.
+
+    A row whose log-sum-exp isn't finite has no entries, and adds nothing.
+    """
     B, H, K, T, D = shape
     G, chunks, buckets = H // K, chunks_of(T), buckets_of(T)
     width = padded(D)
-    dk_bucket, dv_bucket = work[: BUCKET * width], work[BUCKET * width : 2 * BUCKET * width]
+    size = BUCKET * width
+    dk_terms, dv_terms = work[:size], work[size : 2 * size]
+    dk_bucket, dv_bucket = work[2 * size : 3 * size], work[3 * size : 4 * size]
+    count = np.zeros(BUCKET, np.int64)
     while True:
         task = fetch_add(counter, 1)
         if task >= heads * buckets:
@@ -862,8 +875,8 @@ def key_gradients(
         head, bucket = task // buckets, task % buckets
         b, kv = (first_head + head) // K, (first_head + head) % K
         first = bucket * BUCKET
-        dk_bucket[:] = 0
-        dv_bucket[:] = 0
+        work[: 4 * size] = 0
+        count[:] = 0
         for chunk in range(G * chunks):
             h = kv * G + chunk // chunks
             g_head = b * grad_strides[0] + h * grad_strides[1]
@@ -877,14 +890,22 @@ def key_gradients(
                 i = record_ints[4 * place + 1]
                 w, m = splat(record_floats[4 * place + 2]), splat(record_floats[4 * place + 3])
                 g_row, q_row = g_head + i * grad_strides[2], q_head + i * q_strides[2]
-                sums = (record_ints[4 * place] - first) * width
+                key = record_ints[4 * place] - first
+                sums = key * width
+                count[key] += 1
+                if count[key] > TERMS:
+                    count[key] = 1
+                    move_sums(dk_terms, dk_bucket, sums, D)
+                    move_sums(dv_terms, dv_bucket, sums, D)
                 for d in range(0, D, LANES):
                     n = D - d
                     g_i = load(grad_out, g_row + d) if n >= LANES else load_first(grad_out, g_row + d, n)
                     q_i = load(q, q_row + d) if n >= LANES else load_first(q, q_row + d, n)
-                    store(dk_bucket, sums + d, fma(m, q_i, load(dk_bucket, sums + d)))
-                    store(dv_bucket, sums + d, fma(w, g_i, load(dv_bucket, sums + d)))
+                    store(dk_terms, sums + d, fma(m, q_i, load(dk_terms, sums + d)))
+                    store(dv_terms, sums + d, fma(w, g_i, load(dv_terms, sums + d)))
         for j in range(min(BUCKET, T - first)):
+            move_sums(dk_terms, dk_bucket, j * width, D)
+            move_sums(dv_terms, dv_bucket, j * width, D)
             row = ((b * K + kv) * T + first + j) * D
             for d in range(0, D, LANES):
                 store_first(dk, row + d, load(dk_bucket, j * width + d), min(LANES, D - d))
