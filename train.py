@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +333,7 @@ def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it)
         f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens",
         "attention": attention,
     }
+    warnings.filterwarnings("ignore", "sus_attention uses the slow reference")  # the line above has said so
     rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}" + (f", resumed at iteration {it}" if it else "")
     for name, text in rows.items():
         print(f"{name:<10} {text}")

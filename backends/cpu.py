@@ -39,7 +39,7 @@ def missing() -> str | None:
     try:
         from backends import cpu_kernels  # noqa: F401
     except Exception as error:  # not installed, or of a version that doesn't fit, which it says in its own words
-        return f"it needs the package numba, which can't be used here: {error}"
+        return f"it needs the package numba (pip install numba), which can't be used here: {error}"
     return None
 
 
@@ -109,7 +109,11 @@ def _compile(kernel, args) -> None:
 
 @functools.cache  # once
 def _announce() -> None:
-    print("compiling the CPU kernels: half a minute at most, and only the first time", file=sys.stderr, flush=True)
+    text = "compiling the CPU kernels: some ten seconds, the first time only"
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)  # clear of any progress bar
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
