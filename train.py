@@ -237,10 +237,14 @@ def main():
                   f"    {python} sample.py --out_dir={out_dir}\n"
                   f"    {python} experiments/compare_runs.py {out_dir}    # a picture; needs requirements-dev.txt"
                   + (f"\n    {record.look}    # the curves in wandb" if record.look else ""))  # fmt: skip
+    status = 128 + stop.number if stop.number and it < cfg.max_iters else 0  # as a shell reports a signal's victim
     if world > 1:
         dist.destroy_process_group()
-    if stop.number and it < cfg.max_iters:
-        sys.exit(128 + stop.number)  # as a shell reports a process which that signal ended
+        # Freeing DDP, torch waits for gloo's threads with Python's lock in hand, for which they may be waiting: no freeing.
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 # -- before the loop --------------------------------------------------------------------------------
