@@ -44,6 +44,17 @@ class Device:
         return None
 
 
+@contextlib.contextmanager
+def memory_errors(advice: str):
+    """Where memory runs out, one clear line, a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(f"out of memory. {advice}") from error
+
+
 def resolve_device(device: str, dtype: str, local_rank: int | None = None) -> Device:
     """The Device that the keys `device` and `dtype` mean here. local_rank: of this process under torchrun, else None."""
     if device == "auto":

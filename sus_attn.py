@@ -133,6 +133,11 @@ def resolve_backend(
     return "cpu", "the fastest here"
 
 
+def draws_in_forward(backend: str) -> bool:
+    """Whether a backend, by its name, draws on its way through the forward, or else in the backward."""
+    return backend == "cpu"
+
+
 @torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
 def _resolve_backend(backend, device_type, dtype, D, is_causal, sampler, c_max) -> str:
     name, reason = resolve_backend(backend, device_type, dtype, D, is_causal=is_causal, sampler=sampler, c_max=c_max)
@@ -244,7 +249,7 @@ def _attention(
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, draws: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, the log-sum-exp, and what a backend that draws in the forward keeps for the backward, else three empty tensors."""
-    if backend == "cpu":
+    if draws_in_forward(backend):
         return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u)
     with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
         nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int64))
@@ -256,7 +261,7 @@ def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend, dra
     lse_dtype = reference.accumulate_dtype(q.dtype)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
     entries, dropped = (0,), 0
-    if backend == "cpu":
+    if draws_in_forward(backend):
         T = q.shape[2]
         entries, dropped = (*q.shape[:3], reference.slot_bound(c_max, T) if draws else 0), int(draws)
     return (out, lse, q.new_empty(entries, dtype=torch.int32), q.new_empty(entries, dtype=torch.float32),

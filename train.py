@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -31,7 +30,7 @@ import checkpoint
 from configurator import TrainConfig, UserError, load_config, run_main, validate
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
-from device import Device, resolve_device
+from device import Device, memory_errors, resolve_device
 from model import ARCHITECTURE_KEYS, TRAINING_KEYS, GPT, GPTConfig, load_pretrained, model_args, model_from_checkpoint
 from probe import probe_attention
 from record import Record
@@ -73,11 +72,8 @@ def main():
     # -- data --------------------------------------------------------------------------------------
     if world > 1:
         dist.init_process_group(ddp_backend(cfg, device))
-    if master and cfg.dataset == "stdlib" and not (DATA / "stdlib" / "meta.json").exists():
-        from data.stdlib.prepare import prepare
-
-        print("preparing data/stdlib, the sources of Python's standard library (once)")
-        prepare()
+    if master:
+        prepare_stdlib(cfg)
     if world > 1:
         dist.barrier()
     corpus = load_corpus(DATA / cfg.dataset, cfg.block_size)
@@ -91,12 +87,8 @@ def main():
     # -- model and optimizer -------------------------------------------------------------------------
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT
-    if model is None:
-        architecture = {k: getattr(cfg, k) for k in ARCHITECTURE_KEYS if k != "vocab_size"}
-        model = GPT(GPTConfig(vocab_size=corpus.vocab_size, **architecture, **training_keys(cfg)))
-    model.to(device.device)
-    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+    model = (model or new_model(cfg, corpus.vocab_size)).to(device.device)
+    optimizer, scaler = new_optimizer(cfg, model, device)
     it, best_val_loss = 0, math.inf
     if saved is not None:
         checkpoint.restore_optimizer(saved, out_dir / "ckpt.pt", optimizer, scaler)
@@ -122,7 +114,6 @@ def main():
         )  # fmt: skip
 
     # -- the loop ------------------------------------------------------------------------------------
-    micro_steps = cfg.gradient_accumulation_steps // world
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     peak = device.peak_flops(cfg.peak_tflops)
     val_starts = corpus.val_windows(cfg.eval_iters * cfg.batch_size)
@@ -176,36 +167,12 @@ def main():
                 say(f"stopped by {stop.name} at iteration {it}, {saved_in if it > 0 else 'with nothing to save yet'}")
             break
 
-        lr = learning_rate(cfg, it)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros((), device=device.device)
-        for step in range(micro_steps):
-            micro = step * world + rank  # counted over all processes
-            seed = fold_in(cfg.seed, it, micro)
-            torch.manual_seed(seed)  # dropout
-            x, y = (t.to(device.device) for t in corpus.batch(cfg.batch_size, cfg.seed, it, micro))
-            if world > 1:
-                ddp.require_backward_grad_sync = step == micro_steps - 1  # read by the forward
-            with device.autocast():
-                _, micro_loss = ddp(x, y, sus_seed=torch.tensor(seed) if cfg.attn_backward == "sus" else None)
-                micro_loss = micro_loss / micro_steps
-            scaler.scale(micro_loss).backward()
-            total += micro_loss.detach()
-        if world > 1:
-            dist.all_reduce(total)
-            total /= world
-        loss = total.item()
+        loss, norm = train_step(cfg, ddp, optimizer, scaler, corpus, device, it, rank, world)
         check_finite(loss, f"loss of iteration {it}", out_dir)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         if not scaler.is_enabled():  # the scaler skips such a step by itself, and lowers its scale
-            check_finite(norm.item(), f"gradient norm of iteration {it}", out_dir)
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.is_enabled() and scaler.get_scale() < 1e-3:
+            check_finite(norm, f"gradient norm of iteration {it}", out_dir)
+        elif scaler.get_scale() < 1e-3:
             check_finite(math.nan, f"float16 gradient of iteration {it}, at every loss scale,", out_dir)
-        optimizer.zero_grad(set_to_none=True)
         it += 1
         if it == first_it + 1 and compiled is not model:
             device.synchronize()
@@ -217,8 +184,8 @@ def main():
             clock, clock_it = time.perf_counter(), it
             tok_per_sec = tokens_per_iter / dt
             mfu = tok_per_sec * model.flops_per_token(cfg.block_size) / (peak * world) if peak else None
-            record.log({"iter": it, "train/loss": loss, "lr": lr, "train/grad_norm": norm.item(), "train/dt": dt,
-                        "train/tok_per_sec": tok_per_sec, "train/mfu": mfu,
+            record.log({"iter": it, "train/loss": loss, "lr": optimizer.param_groups[0]["lr"], "train/grad_norm": norm,
+                        "train/dt": dt, "train/tok_per_sec": tok_per_sec, "train/mfu": mfu,
                         **({"sus/c": cfg.sus_c} if cfg.attn_backward == "sus" else {})})  # fmt: skip
             progress.set_postfix_str(f"loss {loss:.3f}, {tok_per_sec:,.0f} tok/s", refresh=False)
             if progress.disable:
@@ -277,8 +244,28 @@ def take_architecture(cfg: TrainConfig, architecture: dict, owner: str) -> None:
             setattr(cfg, name, value)
 
 
+def prepare_stdlib(cfg: TrainConfig) -> None:
+    """Make the default corpus if it is wanted and not there."""
+    if cfg.dataset == "stdlib" and not (DATA / "stdlib" / "meta.json").exists():
+        from data.stdlib.prepare import prepare
+
+        print("preparing data/stdlib, the sources of Python's standard library (once)")
+        prepare()
+
+
 def training_keys(cfg: TrainConfig) -> dict:
     return {name: getattr(cfg, name) for name in TRAINING_KEYS}
+
+
+def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
+    architecture = {k: getattr(cfg, k) for k in ARCHITECTURE_KEYS if k != "vocab_size"}
+    return GPT(GPTConfig(vocab_size=vocab_size, **architecture, **training_keys(cfg)))
+
+
+def new_optimizer(cfg: TrainConfig, model: GPT, device: Device):
+    """AdamW, and the scaler of float16's loss (disabled for other dtypes)."""
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type)
+    return optimizer, torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
 
 
 def ddp_backend(cfg: TrainConfig, device) -> str:
@@ -344,6 +331,38 @@ def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it)
 
 
 # -- in the loop --------------------------------------------------------------------------------------
+
+
+def train_step(cfg: TrainConfig, model, optimizer, scaler, corpus, device: Device, it: int, rank=0, world=1):
+    """One iteration: the gradient over all micro-batches, clipped, and a step. Returns (loss, norm of the gradient).
+
+    model: a GPT, compiled or not, in DDP if world > 1.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, it)
+    micro_steps = cfg.gradient_accumulation_steps // world
+    total = torch.zeros((), device=device.device)
+    for step in range(micro_steps):
+        micro = step * world + rank  # counted over all processes
+        seed = fold_in(cfg.seed, it, micro)
+        torch.manual_seed(seed)  # dropout
+        x, y = (t.to(device.device) for t in corpus.batch(cfg.batch_size, cfg.seed, it, micro))
+        if world > 1:
+            model.require_backward_grad_sync = step == micro_steps - 1  # read by the forward
+        with device.autocast():
+            _, loss = model(x, y, sus_seed=torch.tensor(seed) if cfg.attn_backward == "sus" else None)
+            loss = loss / micro_steps
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    if world > 1:
+        dist.all_reduce(total)
+        total /= world
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total.item(), norm.item()
 
 
 def learning_rate(cfg: TrainConfig, it: int) -> float:
@@ -437,16 +456,7 @@ def print_sample(model: GPT, corpus, device, seed: int, prompt_tokens: int = 48,
           f"{tokenizer.decode(prompt)}[...]{tokenizer.decode(new)}\n---")  # fmt: skip
 
 
-def main_with_memory():
-    """main(), with one clear line where there is too little memory."""
-    try:
-        main()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise UserError("out of memory. Try a smaller --batch_size (with more --gradient_accumulation_steps), "
-                        "--activation_checkpointing=True, a smaller --block_size or model") from error  # fmt: skip
-
-
 if __name__ == "__main__":
-    run_main(main_with_memory)
+    with_memory = memory_errors("Try a smaller --batch_size (with more --gradient_accumulation_steps), "
+                                "--activation_checkpointing=True, a smaller --block_size or model")  # fmt: skip
+    run_main(with_memory(main))

@@ -2,8 +2,8 @@
 
 The forward draws on the way and stores each row's kept entries, key and weight in 8 bytes; the backward's work is only
 those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1. While it runs, the
-backward needs 16 bytes an entry more, for RECORDS entries at a time, or for those of one key/value head if they are
-more; the forward 256 * T bytes a thread.
+forward needs 256 * T bytes a thread more; the backward 16 bytes an entry, of `round_entries` entries at a time, and
+where it does not take a bfloat16 key/value head at once, that head's dK and dV in float32.
 
 The threads are PyTorch's own, not those of numba's parallel loops: its layers either forbid concurrent calls or don't
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import sys
 import threading
@@ -30,7 +31,6 @@ from backends import reference
 from backends.reference import STREAM_THINNING, row_uniforms, seed_state, slot_bound
 
 MAX_D, MAX_C = 128, 1024
-RECORDS = 1 << 18  # entries of one round of the backward
 
 
 @functools.cache
@@ -244,6 +244,11 @@ def forward(
     return out, lse, entry_key, entry_weight, dropped
 
 
+def round_entries(T: int) -> int:
+    """The most entries of one round of the backward: few enough for a cache, and worth going through all dK and dV."""
+    return max(1 << 18, 8 * T)
+
+
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entry_key: Tensor, entry_weight: Tensor,
     dropped: Tensor, scale: float, c: float, seed: Tensor, with_stats: bool = False, row_c: Tensor | None = None,
@@ -259,7 +264,7 @@ def backward(
     K, slots = k.shape[1], entry_key.shape[3]
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
-    G, chunks, buckets = H // K, ck.chunks_of(T), ck.buckets_of(T)
+    chunks, buckets = H // K * ck.chunks_of(T), ck.buckets_of(T)  # chunks of the rows that attend to one key/value head
     shape = (B, H, K, T, D)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
@@ -273,11 +278,14 @@ def backward(
     grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
     entries = _flat(entry_key), _flat(entry_weight)
 
-    round_heads = max(1, RECORDS // (G * T * slots))
-    for first_head in range(0, B * K, round_heads):
-        heads = min(round_heads, B * K - first_head)
-        counts = q.new_zeros(heads, G * chunks, buckets, dtype=torch.int64)
-        _run(ck.count_entries, heads * G * chunks, entries[0], shape, slots, first_head, heads, _flat(counts))
+    round_chunks = max(1, round_entries(T) // (ck.CHUNK * slots))
+    round_heads = max(1, round_chunks // chunks)
+    for head, chunk in itertools.product(range(0, B * K, round_heads), range(0, chunks, round_chunks)):
+        heads = min(round_heads, B * K - head)
+        round_ = head, heads, chunk, min(round_chunks, chunks - chunk)
+        tasks = heads * round_[3]
+        counts = q.new_zeros(heads, round_[3], buckets, dtype=torch.int64)
+        _run(ck.count_entries, tasks, entries[0], shape, slots, round_, _flat(counts))
         # regions lie side by side by (head, bucket, chunk), and are looked up by (head, chunk, bucket)
         by_bucket = counts.transpose(1, 2)
         ends = by_bucket.flatten().cumsum(0).view(by_bucket.shape)
@@ -285,18 +293,26 @@ def backward(
         places = starts.clone()
         records = q.new_empty(int(ends[-1, -1, -1]) + ck.AHEAD, 4, dtype=torch.float32)
         records = _flat(records.view(torch.int32)), _flat(records)
-        task_variance = np.zeros(heads * G * chunks)
+        task_variance = np.zeros(tasks)
         _run(
-            ck.row_gradients, heads * G * chunks,
+            ck.row_gradients, tasks,
             grad_[0], k_[0], v_[0], grad_[1], k_[1], v_[1], shape, float(scale), _flat(out), _flat(lse), np.float32(c),
-            row_c, thin_state, *entries, slots, first_head, heads, _flat(places), *records, _flat(dq), kept, *norms, task_variance,
+            row_c, thin_state, *entries, slots, round_, _flat(places), *records, _flat(dq), kept, *norms, task_variance,
             work=[(ck.row_work(D, slots), torch.float32), (slots, torch.int32)],
         )  # fmt: skip
+        of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
+        if round_chunks >= chunks:
+            sums = of_round
+        elif chunk == 0:  # several rounds make one head's sums
+            sums = [torch.empty_like(x, dtype=torch.float32) for x in of_round]
         _run(
             ck.key_gradients, heads * buckets,
-            grad_[0], q_[0], grad_[1], q_[1], shape, first_head, heads, _flat(starts), _flat(places), *records,
-            _flat(dk), _flat(dv), work=[(ck.key_work(D), torch.float32)],
+            grad_[0], q_[0], grad_[1], q_[1], shape, round_, _flat(starts), _flat(places), *records, chunk > 0,
+            *map(_flat, sums), work=[(ck.key_work(D), torch.float32)],
         )  # fmt: skip
+        if chunk + round_[3] == chunks:
+            for x, total in zip(of_round, sums):
+                x.copy_(total)
         variance += task_variance.sum()
     if with_stats:
         stats[0], stats[1], stats[2] = float(kept[0]), float(dropped), variance

@@ -485,6 +485,12 @@ def padded(D):
     return (D + LANES - 1) // LANES * LANES
 
 
+@jit
+def load_row(a, start, d, D):
+    """Elements d, d + 1, ... of the D at `start`; zeros beyond."""
+    return load(a, start + d) if d + LANES <= D else load_first(a, start + d, D - d)
+
+
 def forward_work(D, keys):
     """float32 elements of work space for one thread of `forward` whose buffer of weights holds `keys` keys."""
     tiles = (keys + KEYS - 1) // KEYS
@@ -496,8 +502,7 @@ def pack(source, start, stride, n, D, target, width):
     """n rows of D elements, float32 or bfloat16, `stride` apart, into contiguous rows of `width` >= D, zeros behind."""
     for i in range(n):
         for d in range(0, D, LANES):
-            a, b = start + i * stride + d, i * width + d
-            store(target, b, load(source, a) if d + LANES <= D else load_first(source, a, D - d))
+            store(target, i * width + d, load_row(source, start + i * stride, d, D))
 
 
 @jit
@@ -672,6 +677,10 @@ def forward(
 # BUCKET keys, where dK and dV lie in the first-level cache and rows of Q and G come in ascending order. Between the
 # two stands a counting sort by bucket. Its regions, one for each (bucket, chunk of rows), depend on the shape only,
 # and have one owner each: the result is the same for any number of threads.
+#
+# A call of these kernels does one round, a rectangle of the work: `round_` is (first_head, heads, first_chunk, chunks),
+# key/value heads of the B * K, and of each the same chunks of CHUNK query rows of the G * chunks_of(T) that attend to
+# it. What stands between the two passes is as large as a round, not as the whole.
 
 BUCKET = 64  # keys
 CHUNK = 256  # query rows of one task
@@ -689,21 +698,28 @@ def buckets_of(T):
     return (T + BUCKET - 1) // BUCKET
 
 
-@jit
-def count_entries(entry_key, shape, slots, first_head, heads, counts, counter):
-    """How many entries each region holds. Heads here are key/value heads, first_head ... first_head + heads - 1 of B * K.
-
-    counts: int64 (heads, G * chunks, buckets), zero before.
-    """
+@register_jitable
+def chunk_of(task, shape, round_):
+    """(batch, key/value head, query head, first row, row after the last) of a round's task, a chunk of query rows."""
     B, H, K, T, D = shape
-    G, chunks, buckets = H // K, chunks_of(T), buckets_of(T)
+    head, chunk = round_[0] + task // round_[3], round_[2] + task % round_[3]
+    b, kv = head // K, head % K
+    first = chunk % chunks_of(T) * CHUNK
+    return b, kv, kv * (H // K) + chunk // chunks_of(T), first, min(first + CHUNK, T)
+
+
+@jit
+def count_entries(entry_key, shape, slots, round_, counts, counter):
+    """How many entries each region holds. counts: int64 (heads, chunks, buckets) of the round, zero before."""
+    B, H, K, T, D = shape
+    buckets = buckets_of(T)
     while True:
         task = fetch_add(counter, 1)
-        if task >= heads * G * chunks:
+        if task >= round_[1] * round_[3]:
             return
-        chunk = task % chunks
-        head_rows = (first_head * G + task // chunks) * T  # the query heads of a key/value head are neighbours
-        for row in range(head_rows + chunk * CHUNK, head_rows + min((chunk + 1) * CHUNK, T)):
+        b, kv, h, first, stop = chunk_of(task, shape, round_)
+        for i in range(first, stop):
+            row = (b * H + h) * T + i
             for slot in range(row * slots, (row + 1) * slots):
                 if entry_key[slot] < 0:
                     break
@@ -738,22 +754,22 @@ def row_work(D, slots):
 @jit
 def row_gradients(
     grad_out, k, v, grad_strides, k_strides, v_strides, shape, scale, out, lse, c, row_c, thin_state, entry_key,
-    entry_weight, slots, first_head, heads, places, record_ints, record_floats, dq, kept, q_norms, k_norms, variance,
+    entry_weight, slots, round_, places, record_ints, record_floats, dq, kept, q_norms, k_norms, variance,
     counter, work, work_ints,
 ):  # fmt: skip
-    """dQ of the rows of some heads, and a record of every entry for dK and dV, put into its region.
+    """dQ of the round's rows, and a record of every entry for dK and dV, put into its region.
 
     For a kept entry, with w = W / q: dQ_i += M K_j, M = scale * w * (G_i . V_j - delta_i), delta_i = G_i . O_i.
 
     c: what the entries were drawn with. row_c: float32 (B, H, T), or empty: each row's c_i <= c to thin them to;
     thin_state: the hash state of seed and stream.
-    places: int64 (heads, G * chunks, buckets), where the regions begin before, and where they end after.
+    places: int64 (heads, chunks, buckets) of the round, where the regions begin before, and where they end after.
     record_ints, record_floats: one buffer, (entries, 4): key, row, w, M. dq: contiguous.
     kept: int64 (1,), grows by the entries left after thinning. q_norms (B, H, T), k_norms (B, K, T): squared norms, or
-    empty; then variance, float64 (heads * G * chunks), isn't written: the estimate of reference.backward, by task.
+    empty; then variance, float64 (heads * chunks), isn't written: the estimate of reference.backward, by task.
     """
     B, H, K, T, D = shape
-    G, chunks, buckets = H // K, chunks_of(T), buckets_of(T)
+    buckets = buckets_of(T)
     width, row_slots = padded(D), padded(slots)
     g_i = work[:width]
     weights = work[width : width + row_slots]  # W
@@ -764,21 +780,19 @@ def row_gradients(
     thins, estimates = row_c.size > 0, q_norms.size > 0
     while True:
         task = fetch_add(counter, 1)
-        if task >= heads * G * chunks:
+        if task >= round_[1] * round_[3]:
             return
-        head, g, chunk = task // (G * chunks), task // chunks % G, task % chunks
-        b, kv = (first_head + head) // K, (first_head + head) % K
-        h = kv * G + g
+        b, kv, h, first, stop = chunk_of(task, shape, round_)
         k_head, v_head = b * k_strides[0] + kv * k_strides[1], b * v_strides[0] + kv * v_strides[1]
         task_kept, task_variance = 0, 0.0
-        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, T)):
+        for i in range(first, stop):
             row = (b * H + h) * T + i
             g_row = b * grad_strides[0] + h * grad_strides[1] + i * grad_strides[2]
             products, squares = splat(np.float32(0)), splat(np.float32(0))
             for d in range(0, D, LANES):
-                g_d = load_first(grad_out, g_row + d, min(LANES, D - d))
+                g_d = load_row(grad_out, g_row, d, D)
                 store(g_i, d, g_d)
-                products = fma(g_d, load_first(out, row * D + d, min(LANES, D - d)), products)
+                products = fma(g_d, load_row(out, row * D, d, D), products)
                 squares = fma(g_d, g_d, squares)
             delta = total(products)
 
@@ -806,16 +820,13 @@ def row_gradients(
                 at = v_head + keys[e] * v_strides[2]
                 products = splat(np.float32(0))
                 for d in range(0, D, LANES):
-                    v_j = load(v, at + d) if d + LANES <= D else load_first(v, at + d, D - d)
-                    products = fma(load(g_i, d), v_j, products)
+                    products = fma(load(g_i, d), load_row(v, at, d, D), products)
                 m[e] = np.float32(scale) * w[e] * (total(products) - delta)
             defined = math.isfinite(delta) and math.isfinite(lse[row])
             for d in range(0, D, LANES):
                 dq_d = splat(np.float32(0 if defined else np.nan))
                 for e in range(count):
-                    at = k_head + keys[e] * k_strides[2] + d
-                    k_j = load(k, at) if d + LANES <= D else load_first(k, at, D - d)
-                    dq_d = fma(splat(m[e]), k_j, dq_d)
+                    dq_d = fma(splat(m[e]), load_row(k, k_head + keys[e] * k_strides[2], d, D), dq_d)
                 store_first(dq, row * D + d, dq_d, min(LANES, D - d))
 
             for e in range(count):
@@ -854,15 +865,16 @@ def move_sums(terms, whole, start, D):
 
 @jit
 def key_gradients(
-    grad_out, q, grad_strides, q_strides, shape, first_head, heads, starts, ends, record_ints, record_floats, dk, dv,
+    grad_out, q, grad_strides, q_strides, shape, round_, starts, ends, record_ints, record_floats, adds, dk, dv,
     counter, work,
 ):  # fmt: skip
-    """dK_j = sum of M Q_i and dV_j = sum of w G_i over the records of key j, for the keys of some heads. dk, dv: contiguous.
+    """dK_j = sum of M Q_i and dV_j = sum of w G_i over the round's records of key j.
 
-    A row whose log-sum-exp isn't finite has no entries, and adds nothing.
+    dk, dv: contiguous (heads of the round, T, D). adds: to what is in them. A row whose log-sum-exp isn't finite has no
+    entries, and adds nothing.
     """
     B, H, K, T, D = shape
-    G, chunks, buckets = H // K, chunks_of(T), buckets_of(T)
+    chunks, buckets = round_[3], buckets_of(T)
     width = padded(D)
     size = BUCKET * width
     dk_terms, dv_terms = work[:size], work[size : 2 * size]
@@ -870,18 +882,17 @@ def key_gradients(
     count = np.zeros(BUCKET, np.int64)
     while True:
         task = fetch_add(counter, 1)
-        if task >= heads * buckets:
+        if task >= round_[1] * buckets:
             return
         head, bucket = task // buckets, task % buckets
-        b, kv = (first_head + head) // K, (first_head + head) % K
         first = bucket * BUCKET
         work[: 4 * size] = 0
         count[:] = 0
-        for chunk in range(G * chunks):
-            h = kv * G + chunk // chunks
+        for chunk in range(chunks):
+            b, kv, h, _, _ = chunk_of(head * chunks + chunk, shape, round_)
             g_head = b * grad_strides[0] + h * grad_strides[1]
             q_head = b * q_strides[0] + h * q_strides[1]
-            region = (head * G * chunks + chunk) * buckets + bucket
+            region = (head * chunks + chunk) * buckets + bucket
             for place in range(starts[region], ends[region]):
                 later = record_ints[4 * (place + AHEAD) + 1]
                 for d in range(0, D, LANES):
@@ -898,15 +909,15 @@ def key_gradients(
                     move_sums(dk_terms, dk_bucket, sums, D)
                     move_sums(dv_terms, dv_bucket, sums, D)
                 for d in range(0, D, LANES):
-                    n = D - d
-                    g_i = load(grad_out, g_row + d) if n >= LANES else load_first(grad_out, g_row + d, n)
-                    q_i = load(q, q_row + d) if n >= LANES else load_first(q, q_row + d, n)
-                    store(dk_terms, sums + d, fma(m, q_i, load(dk_terms, sums + d)))
-                    store(dv_terms, sums + d, fma(w, g_i, load(dv_terms, sums + d)))
+                    store(dk_terms, sums + d, fma(m, load_row(q, q_row, d, D), load(dk_terms, sums + d)))
+                    store(dv_terms, sums + d, fma(w, load_row(grad_out, g_row, d, D), load(dv_terms, sums + d)))
         for j in range(min(BUCKET, T - first)):
             move_sums(dk_terms, dk_bucket, j * width, D)
             move_sums(dv_terms, dv_bucket, j * width, D)
-            row = ((b * K + kv) * T + first + j) * D
+            row = (head * T + first + j) * D
             for d in range(0, D, LANES):
-                store_first(dk, row + d, load(dk_bucket, j * width + d), min(LANES, D - d))
-                store_first(dv, row + d, load(dv_bucket, j * width + d), min(LANES, D - d))
+                n, dk_j, dv_j = min(LANES, D - d), load(dk_bucket, j * width + d), load(dv_bucket, j * width + d)
+                if adds:
+                    dk_j, dv_j = dk_j + load_row(dk, row, d, D), dv_j + load_row(dv, row, d, D)
+                store_first(dk, row + d, dk_j, n)
+                store_first(dv, row + d, dv_j, n)

@@ -31,24 +31,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import checkpoint
-from compare_runs import COLORS, print_table, save_picture
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from device import Device, resolve_device
+from device import Device, memory_errors, resolve_device
 from measure import (
-    IN_BACKWARD, check_writable, describe_machine, environment, fit_power, idleness, in_child, memory_errors, mib,
-    numbers, peak_of, product_ms, ratio, ratio_text, read_json, spread, sus_backend, write_json,
+    describe_machine, environment, fit_power, idleness, in_child, mib, numbers, peak_of, product_ms, ratio, ratio_text,
+    read_json, spread, sus_backend, write_json,
 )  # fmt: skip
 from model import model_from_checkpoint
+from output import COLORS, check_picture, check_writable, import_pyplot, print_table, progress_bar, save_picture
 from probe import capture, take_turns
 from record import plain, reason, start_wandb
-from sus_attn import BACKENDS, sus_attention
+from sus_attn import BACKENDS, draws_in_forward, sus_attention
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SDPA = {
@@ -67,11 +66,8 @@ class BenchConfig:
     c: str = key("10,25,50", "SUS's retention parameters")
     H: int = key(0, "heads; 0: 4, on CUDA 12", low=0)
     D: int = key(64, "head dimension", low=1)
-    dtype: str = key(
-        "auto",
-        "auto: bfloat16 where the GPU has it, float32 on a CPU",
-        choices=("auto", "float64", "float32", "bfloat16", "float16"),
-    )
+    dtype: str = key("auto", "auto: bfloat16 where the GPU has it, float32 on a CPU",
+                     choices=("auto", "float64", "float32", "bfloat16", "float16"))  # fmt: skip
     backend: str = key("auto", "SUS's kernels", choices=BACKENDS)
     device: str = key("auto", "auto, cpu, cuda, cuda:1")
     inputs: str = key("", "a run's out_dir: q, k, v of its model's middle layer; empty: normal random numbers")
@@ -90,12 +86,10 @@ class BenchConfig:
 def main():
     argv = ["--wandb=True" if arg == "--wandb" else arg for arg in sys.argv[1:]]
     cfg = load_config(BenchConfig, argv, usage=__doc__)
-    check_writable(cfg.json, cfg.out)
+    check_writable(cfg.json)
     if cfg.out:
-        import_pyplot()
-        if Path(cfg.out).suffix not in (".png", ".svg", ".pdf"):
-            raise UserError(f"--out={cfg.out}: the picture's name must end in .png, .svg or .pdf")
-    with memory_errors():
+        check_picture(cfg.out)
+    with memory_errors("Give a smaller --T"):
         data = read_json(Path(cfg.from_json), "attention") if cfg.from_json else plain(measure(cfg), nonfinite=str)
     if cfg.json:  # first of all: a reader that leaves early, such as head, must not cost the minutes of measuring
         write_json(Path(cfg.json), data)
@@ -242,46 +236,33 @@ class Check:
         for contender in sus:
             with poisoned():
                 draws = [gradients(contender, *inputs, seed=seed) for seed in range(DRAWS)]
-            self.compare(
-                f"the relative error of the forward at c = {contender.c:g}",
-                relative_error(draws[0][0], truth[0]),
-                2 * own[0] + tiny,
-            )
+            self.compare(f"the relative error of the forward at c = {contender.c:g}",
+                         relative_error(draws[0][0], truth[0]), 2 * own[0] + tiny)  # fmt: skip
             # How much of the truth is in a draw, block by block: 1 on average. An error that is small beside the whole
             # gradient may be large in a block where that is small.
             off = torch.stack([products(grads, truth[1:]) for _, *grads in draws]) / size - 1  # (draws, n)
             error = off.std(0) / DRAWS**0.5 + room
-            self.compare(
-                f"the distance of the gradient's mean over {DRAWS} draws at c = {contender.c:g}, in standard errors,",
-                (off.mean(0) / error).abs().nan_to_num(math.inf).max().item(),
-                SIGMAS,
-            )
+            self.compare(f"the distance of the gradient's mean over {DRAWS} draws at c = {contender.c:g}, in standard errors,",
+                         (off.mean(0) / error).abs().nan_to_num(math.inf).max().item(), SIGMAS)  # fmt: skip
             self.deviation[contender.c] = whole_shares([grads for _, *grads in draws], truth[1:]).std(0)
 
     def at(self, exact: tuple[Tensor, ...], results: tuple[Tensor, ...], c: float, q, k, v) -> None:
         """At full length: some rows of the forward in float64's light, and whether one draw is off by too much."""
-        T = q.shape[2]
+        T, G = q.shape[2], q.shape[1] // k.shape[1]
         rows = torch.linspace(0, T - 1, min(T, 64), device=q.device).long()
-        scores = (
-            q[:, :, rows].double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[3] ** -0.5
-        )
+        k, v = (x.double().repeat_interleave(G, 1) for x in (k, v))
+        scores = q[:, :, rows].double() @ k.mT * q.shape[3] ** -0.5
         scores.masked_fill_(torch.arange(T, device=q.device) > rows[:, None], -math.inf)
-        truth = scores.softmax(-1) @ v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
+        truth = scores.softmax(-1) @ v
         own = relative_error(exact[0][:, :, rows], truth)
-        self.compare(
-            f"the relative error of the forward at T = {T}, c = {c:g}",
-            relative_error(results[0][:, :, rows], truth),
-            2 * own + torch.finfo(q.dtype).eps,
-        )
+        self.compare(f"the relative error of the forward at T = {T}, c = {c:g}",
+                     relative_error(results[0][:, :, rows], truth), 2 * own + torch.finfo(q.dtype).eps)  # fmt: skip
         off = whole_shares([results[1:]], [x.double() for x in exact[1:]])[0] - 1
         # That of the slice, where a large c may have kept all; with even weights it would be 1 / sqrt(c * H * D).
         even = (c * exact[0].shape[1] * exact[0].shape[3]) ** -0.5
         allowed = self.deviation[c].clamp(min=even) + 2 * self.rounding / SIGMAS
-        self.compare(
-            f"the distance of one draw's gradient at T = {T}, c = {c:g}, in standard deviations,",
-            (off.abs() / allowed).nan_to_num(math.inf).max().item(),
-            SIGMAS,
-        )
+        self.compare(f"the distance of one draw's gradient at T = {T}, c = {c:g}, in standard deviations,",
+                     (off.abs() / allowed).nan_to_num(math.inf).max().item(), SIGMAS)  # fmt: skip
 
 
 def whole_shares(draws: list, truth) -> Tensor:
@@ -302,9 +283,7 @@ def measure(cfg: BenchConfig) -> dict:
     H, saved, path = cfg.H or default_H, None, Path(cfg.inputs) / "ckpt.pt"
     if cfg.inputs:
         if taken := {"H", "D"} & cfg.explicit:
-            raise UserError(
-                f"--{min(taken)} and --inputs exclude each other: the model in {cfg.inputs} has its own heads"
-            )
+            raise UserError(f"--{min(taken)} and --inputs exclude each other: the model in {cfg.inputs} has its own heads")
         saved = checkpoint.load(path)
         default_T = str(saved["model_args"]["block_size"])
     Ts = numbers("T", default_T if cfg.T == "auto" else cfg.T, int, 16)
@@ -312,22 +291,12 @@ def measure(cfg: BenchConfig) -> dict:
     D = saved["model_args"]["n_embd"] // saved["model_args"]["n_head"] if saved else cfg.D
     backends = {c: sus_backend(cfg.backend, device, D, c) for c in cs}
     members = contenders(device, {c: backend for c, (backend, _) in backends.items()})
-    print(
-        device.reason,
-        *(f"SUS c = {c:g} by the {backend} backend ({why})" for c, (backend, why) in backends.items()),
-        sep="\n",
-        flush=True,
-    )
+    print(device.reason, *(f"SUS c = {c:g} by the {backend} backend ({why})" for c, (backend, why) in backends.items()),
+          sep="\n", flush=True)  # fmt: skip
 
     check, results, left_out, product = Check(), [], [], [product_ms(device)]
     work = sum(T**2 for T in Ts) * (cfg.repeats + 2) * len(members)
-    with tqdm(
-        total=work,
-        disable=None,
-        dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-        smoothing=0,
-    ) as bar:
+    with progress_bar(work) as bar:
         for T in Ts:
             bar.set_description(f"T = {T:,}")
             inputs = captured_inputs(saved, path, T, device) if saved else random_inputs(H, T, cfg.D, cfg.seed, device)
@@ -378,9 +347,8 @@ def choose(members: list[Contender], inputs, limit: float, device: Device) -> tu
         seconds[member] = sum(runs[1][2:]) / 1e3 * (T / probe_T) ** 2
     exact = [member for member in seconds if member.kind == "exact"]
     if not exact:
-        raise UserError(
-            f"none of SDPA's backends can be had here: {'; '.join(f'{m.name}: {r}' for m, r in reasons.items())}"
-        )
+        reasons = "; ".join(f"{m.name}: {why}" for m, why in reasons.items())
+        raise UserError(f"none of SDPA's backends can be had here: {reasons}")
     fastest = min(exact, key=seconds.get)
     for member, expected in seconds.items():
         if member is not fastest and expected > limit:
@@ -408,18 +376,8 @@ def measure_at(
     sus = [member for member in members if member.kind == "sus"]
     if not check.deviation:
         check.start(members[0], sus, *inputs)
-    rows = {
-        m.name: {
-            "T": T,
-            "name": m.name,
-            "kind": m.kind,
-            "backend": m.how,
-            "c": m.c,
-            "forward_ms": [],
-            "backward_ms": [],
-        }
-        for m in members
-    }
+    rows = {m.name: {"T": T, "name": m.name, "kind": m.kind, "backend": m.how, "c": m.c, "forward_ms": [], "backward_ms": []}
+            for m in members}  # fmt: skip
     exact = gradients(members[0], *inputs)
     for member in sus:
         stats = torch.zeros(3, device=q.device)
@@ -442,8 +400,9 @@ def measure_at(
     undrawn = rows["SUS undrawn"]["forward_ms"]
     for member in sus:
         row = rows[member.name]
-        drawn = member.how not in IN_BACKWARD
-        row["draw_ms"] = [a - b for a, b in zip(row["forward_ms"], undrawn)] if drawn else None
+        row["draw_ms"] = None
+        if draws_in_forward(member.how):
+            row["draw_ms"] = [a - b for a, b in zip(row["forward_ms"], undrawn)]
     return list(rows.values())
 
 
@@ -452,9 +411,7 @@ def memory_of(member: Contender, shapes: list[tuple], device: Device) -> dict:
     keeps in between, beyond q, k and v."""
 
     def inputs(T=None):
-        return [
-            torch.randn(*shape[:2], T or shape[2], shape[3], device=device.device).to(device.dtype) for shape in shapes
-        ]
+        return [torch.randn(B, H, T or shape_T, D, device=device.device).to(device.dtype) for B, H, shape_T, D in shapes]
 
     gradients(member, *inputs(128))  # loads and compiles what it needs
     q, k, v, grad_out = inputs()
@@ -467,9 +424,8 @@ def memory_of(member: Contender, shapes: list[tuple], device: Device) -> dict:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = member(*(x.requires_grad_() for x in (q, k, v)))
-    saved = sum(
-        size for pointer, size in storages.items() if pointer not in {x.untyped_storage().data_ptr() for x in (q, k, v)}
-    )
+    inputs_ = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    saved = sum(size for pointer, size in storages.items() if pointer not in inputs_)
     del out
     return {"peak_bytes": peak, "saved_bytes": saved}
 
@@ -495,16 +451,8 @@ def compare(results: list[dict], Ts: list[int]) -> list[dict]:
     for T in Ts:
         exact = fastest_exact(results, T)
         for row in at(results, T, "sus"):
-            lines.append(
-                {
-                    "T": T,
-                    "c": row["c"],
-                    "exact": exact["name"],
-                    "forward": ratio(exact["forward_ms"], row["forward_ms"]),
-                    "backward": ratio(exact["backward_ms"], row["backward_ms"]),
-                    "both": ratio(both(exact), both(row)),
-                }
-            )
+            ratios = {part: ratio(exact[f"{part}_ms"], row[f"{part}_ms"]) for part in ("forward", "backward")}
+            lines.append({"T": T, "c": row["c"], "exact": exact["name"], **ratios, "both": ratio(both(exact), both(row))})
     return lines
 
 
@@ -526,98 +474,58 @@ def fits(results: list[dict]) -> list[dict]:
 # -- the tables -------------------------------------------------------------------------------------
 
 
+TITLES = ["T", "c", "exact fwd", "exact bwd", "SUS fwd", "of it draw", "SUS bwd", "of it sparse", "fwd ratio", "bwd ratio",
+          "fwd+bwd ratio", "kept/row", "exact MiB", "SUS MiB"]  # fmt: skip
+ALL_TITLES = ["name", "backend", "T", "forward ms", "backward ms", "fwd+bwd / exact's", "peak MiB", "saved MiB"]
+
+
 def report(data: dict) -> None:
-    results = data["results"]
+    results, inputs = data["results"], data["inputs"]
     machine, idle = describe_machine(data)
-    inputs = data["inputs"]
     shape = ", ".join(map(str, inputs["shape"]))
     heads = f", {inputs['key_heads']} key heads" if inputs["key_heads"] != inputs["shape"][1] else ""
-    print(
-        f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}\nchecked: "
-        f"{len(data['checks'])} comparisons, all within their limits\n"
-    )
-    rows = [
-        [
-            "T",
-            "c",
-            "exact fwd",
-            "exact bwd",
-            "SUS fwd",
-            "of it draw",
-            "SUS bwd",
-            "of it sparse",
-            "fwd ratio",
-            "bwd ratio",
-            "fwd+bwd ratio",
-            "kept/row",
-            "exact MiB",
-            "SUS MiB",
-        ]
-    ]
-    for line in data["comparisons"]:
-        T = line["T"]
-        exact = fastest_exact(results, T)
-        row = next(row for row in at(results, T, "sus") if row["c"] == line["c"])
-        backward, in_backward = ms(row["backward_ms"]), row["draw_ms"] is None
-        rows.append(
-            [
-                f"{T:,}",
-                f"{float(line['c']):g}",
-                ms(exact["forward_ms"]),
-                ms(exact["backward_ms"]),
-                ms(row["forward_ms"]),
-                "in bwd" if in_backward else ms(row["draw_ms"]),
-                backward,
-                "with draw" if in_backward else backward,
-                *(ratio_text(line[p]) for p in ("forward", "backward", "both")),
-                f"{row['kept_per_row']:.1f}",
-                mib(exact.get("peak_bytes")),
-                mib(row.get("peak_bytes")),
-            ]
-        )
-    print_table(rows)
-    print(
-        "\nTimes in ms, medians. Ratios are exact / SUS: median (lowest..highest) of the rounds. MiB: the peak beyond "
-        "the inputs.\nAll that was measured:\n"
-    )
-    rows = [["name", "backend", "T", "forward ms", "backward ms", "fwd+bwd / exact's", "peak MiB", "saved MiB"]]
-    for row in results:
-        exact = fastest_exact(results, row["T"])
-        undrawn = row["kind"] == "undrawn"
-        rows.append(
-            [
-                row["name"] + (" *" if row is exact else ""),
-                label(row["backend"]),
-                f"{row['T']:,}",
-                ms(row["forward_ms"]),
-                "-" if undrawn else ms(row["backward_ms"]),
-                "-" if undrawn else ratio_text(ratio(both(row), both(exact))),
-                mib(row.get("peak_bytes")),
-                mib(row.get("saved_bytes")),
-            ]
-        )
-    print_table(rows)
-    print(
-        "\n* the fastest exact one at this T: exact in all ratios. Saved: by autograd between forward and backward, "
-        "beyond q, k, v."
-    )
-    if data["fits"]:
-        powers = {}
-        for fit in data["fits"]:
-            name, _, part = fit["name"].rpartition(" ")
-            powers.setdefault(name, []).append(f"{part} {fit['exponent']:.2f}")
-        print(
-            "Time grows as T to the power of: "
-            + "; ".join(f"{name} {', '.join(parts)}" for name, parts in powers.items())
-        )
-    left_out = {}
+    print(f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}\n"
+          f"checked: {len(data['checks'])} comparisons, all within their limits\n")  # fmt: skip
+    print_table([TITLES, *(comparison_row(results, line) for line in data["comparisons"])])
+    print("\nTimes in ms, medians. Ratios are exact / SUS: median (lowest..highest) of the rounds. MiB: the peak beyond "
+          "the inputs.\nAll that was measured:\n")  # fmt: skip
+    print_table([ALL_TITLES, *(result_row(results, row) for row in results)])
+    print("\n* the fastest exact one at this T: exact in all ratios. Saved: by autograd between forward and backward, "
+          "beyond q, k, v.")  # fmt: skip
+    powers, left_out = {}, {}
+    for fit in data["fits"]:
+        name, _, part = fit["name"].rpartition(" ")
+        powers.setdefault(name, []).append(f"{part} {fit['exponent']:.2f}")
+    if powers:
+        print("Time grows as T to the power of:", "; ".join(f"{name} {', '.join(parts)}" for name, parts in powers.items()))
     for line in data["left_out"]:
-        left_out.setdefault((line["name"], line["why"]), []).append(line["T"])
-    print(
-        *(f"left out: {name} at T = {', '.join(f'{T:,}' for T in Ts)}: {why}" for (name, why), Ts in left_out.items()),
-        idle,
-        sep="\n",
-    )
+        left_out.setdefault((line["name"], line["why"]), []).append(f"{line['T']:,}")
+    for (name, why), Ts in left_out.items():
+        print(f"left out: {name} at T = {', '.join(Ts)}: {why}")
+    print(idle)
+
+
+def comparison_row(results: list[dict], line: dict) -> list[str]:
+    exact = fastest_exact(results, line["T"])
+    row = next(row for row in at(results, line["T"], "sus") if row["c"] == line["c"])
+    backward = ms(row["backward_ms"])
+    drawn, sparse = ("in bwd", "with draw") if row["draw_ms"] is None else (ms(row["draw_ms"]), backward)
+    return [
+        f"{line['T']:,}", f"{float(line['c']):g}", ms(exact["forward_ms"]), ms(exact["backward_ms"]), ms(row["forward_ms"]),
+        drawn, backward, sparse, *(ratio_text(line[part]) for part in ("forward", "backward", "both")),
+        f"{row['kept_per_row']:.1f}", mib(exact.get("peak_bytes")), mib(row.get("peak_bytes")),
+    ]  # fmt: skip
+
+
+def result_row(results: list[dict], row: dict) -> list[str]:
+    exact = fastest_exact(results, row["T"])
+    backward, relative = ms(row["backward_ms"]), ratio_text(ratio(both(row), both(exact)))
+    if row["kind"] == "undrawn":
+        backward = relative = "-"
+    return [
+        row["name"] + (" *" if row is exact else ""), label(row["backend"]), f"{row['T']:,}", ms(row["forward_ms"]), backward,
+        relative, mib(row.get("peak_bytes")), mib(row.get("saved_bytes")),
+    ]  # fmt: skip
 
 
 def ms(times: list[float]) -> str:
@@ -628,39 +536,14 @@ def ms(times: list[float]) -> str:
 # -- the picture ------------------------------------------------------------------------------------
 
 
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw(data: dict):
     """The figure: backward time over c and over T. Exact is black, SUS blue, what its draw costs orange."""
-    plt = import_pyplot()
-    plt.rcParams.update(
-        {
-            "font.size": 10.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 11,
-            "axes.titlelocation": "left",
-        }
-    )
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     draw_over_c(left, data["results"])
     draw_over_T(right, data["results"], {fit["name"]: fit for fit in data["fits"]})
-    figure.suptitle(
-        f"{data['environment']['device']}, threads: {data['environment']['threads']}, {data['inputs']['dtype']}",
-        fontsize=9,
-        color="dimgrey",
-        x=0.01,
-        ha="left",
-    )
+    machine = data["environment"]
+    figure.suptitle(f"{machine['device']}, threads: {machine['threads']}, {data['inputs']['dtype']}",
+                    fontsize=9, color="dimgrey", x=0.01, ha="left")  # fmt: skip
     return figure
 
 
@@ -672,9 +555,7 @@ def medians(row: dict, part: str = "backward") -> float | None:
 
 
 def draw_over_c(ax, results) -> None:
-    ax.set(
-        title="backward over c: exact dashed, SUS blue", xlabel="c, the retention parameter", ylabel="ms", yscale="log"
-    )
+    ax.set(title="backward over c: exact dashed, SUS blue", xlabel="c, the retention parameter", ylabel="ms", yscale="log")
     labels, ticks = [], set()
     for T in sorted({row["T"] for row in results}):
         points = [(float(row["c"]), medians(row)) for row in at(results, T, "sus") if math.isfinite(float(row["c"]))]
@@ -694,12 +575,7 @@ def draw_over_c(ax, results) -> None:
 
 
 def draw_over_T(ax, results, fitted) -> None:
-    ax.set(
-        title="backward over T, and the power that it grows as",
-        xlabel="T, context in tokens",
-        ylabel="ms",
-        yscale="log",
-    )
+    ax.set(title="backward over T, and the power that it grows as", xlabel="T, context in tokens", ylabel="ms", yscale="log")
     Ts = sorted({row["T"] for row in results})
     names = list(dict.fromkeys(row["name"] for row in results if row["kind"] == "sus"))
     curves = [("exact backward", "exact", [medians(fastest_exact(results, T)) for T in Ts], EXACT, "-")]
@@ -744,16 +620,8 @@ def finish(ax, labels: list[tuple[float, str, object]]) -> None:
     for i in reversed(range(len(heights) - 1)):  # those that were pushed beyond the top push back
         heights[i] = min(heights[i], heights[i + 1] - gap)
     for height, (_, text, color) in zip(heights, sorted(labels, key=lambda label: label[0])):
-        ax.annotate(
-            text,
-            (1, height),
-            (6, 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="center",
-            fontsize=9.5,
-            color=color,
-        )
+        ax.annotate(text, (1, height), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center",
+                    fontsize=9.5, color=color)  # fmt: skip
 
 
 # -- wandb ------------------------------------------------------------------------------------------
@@ -762,14 +630,8 @@ def finish(ax, labels: list[tuple[float, str, object]]) -> None:
 def log_to_wandb(data: dict) -> None:
     """The curves over c, of each T: exact's are flat."""
     name = f"bench-attention-{os.urandom(2).hex()}"
-    mirror, _ = start_wandb(
-        project="nanosus",
-        name=name,
-        id=name,
-        group="bench-attention",
-        resume="never",
-        config=data["config"] | {"environment": data["environment"]},
-    )
+    mirror, _ = start_wandb(project="nanosus", name=name, id=name, group="bench-attention", resume="never",
+                            config=data["config"] | {"environment": data["environment"]})  # fmt: skip
     if mirror is None:
         return
     results = data["results"]
@@ -779,20 +641,16 @@ def log_to_wandb(data: dict) -> None:
         for c in sorted({float(line["c"]) for line in data["comparisons"]} - {math.inf}):
             metrics = {"c": c}
             for line in data["comparisons"]:
-                if float(line["c"]) == c:
-                    T = line["T"]
-                    row, exact = (
-                        next(row for row in at(results, T, "sus") if row["c"] == line["c"]),
-                        fastest_exact(results, T),
-                    )
-                    metrics[f"T={T}/kept_per_row"] = row["kept_per_row"]
-                    for part in ("forward", "backward"):
-                        metrics[f"T={T}/sus_{part}_ms"], metrics[f"T={T}/exact_{part}_ms"] = (
-                            medians(row, part),
-                            medians(exact, part),
-                        )
-                    for part in ("forward", "backward", "both"):
-                        metrics[f"T={T}/{part}_ratio"] = line[part]["median"]
+                if float(line["c"]) != c:
+                    continue
+                T = f"T={line['T']}"
+                exact = fastest_exact(results, line["T"])
+                row = next(row for row in at(results, line["T"], "sus") if row["c"] == line["c"])
+                metrics[f"{T}/kept_per_row"] = row["kept_per_row"]
+                for part in ("forward", "backward"):
+                    metrics[f"{T}/sus_{part}_ms"], metrics[f"{T}/exact_{part}_ms"] = medians(row, part), medians(exact, part)
+                for part in ("forward", "backward", "both"):
+                    metrics[f"{T}/{part}_ratio"] = line[part]["median"]
             mirror.log(metrics)
         mirror.finish()
     except Exception as error:  # the figures are printed and written already

@@ -20,23 +20,20 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from compare_runs import print_table
 from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from data.loader import Corpus, load_corpus
-from device import Device, resolve_device
+from device import Device, memory_errors, resolve_device
 from measure import (
-    check_writable, describe_machine, environment, idleness, in_child, memory_errors, mib, numbers, peak_of, product_ms,
-    ratio, ratio_text, spread, sus_backend, write_json,
+    describe_machine, environment, idleness, in_child, mib, numbers, peak_of, product_ms, ratio, ratio_text, spread,
+    sus_backend, write_json,
 )  # fmt: skip
-from model import ARCHITECTURE_KEYS, GPT, GPTConfig
+from output import check_writable, print_table, progress_bar
 from record import plain
-from sus_attn import fold_in
-from train import DATA, learning_rate, training_keys
+from train import DATA, new_model, new_optimizer, prepare_stdlib, train_step
 
 KINDS = ("exact", "sus")
 SHARE_ROUNDS = 3
@@ -63,7 +60,7 @@ def main():
         raise UserError(f"init_from={cfg.init_from}: only new weights are timed here; leave it out")
     cfg.attn_backward = "sus"  # validate then also refuses what SUS can't do
     validate(cfg)
-    with memory_errors():
+    with memory_errors("Give a smaller --T"):
         data = plain(measure(cfg, Ts), nonfinite=str)
     if cfg.json:  # before a reader of the table can leave
         write_json(Path(cfg.json), data)
@@ -81,14 +78,8 @@ class Trainer:
     def __init__(self, cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus):
         self.cfg, self.device, self.corpus = dataclasses.replace(cfg, block_size=T), device, corpus
         torch.manual_seed(cfg.seed)
-        architecture = {k: getattr(self.cfg, k) for k in ARCHITECTURE_KEYS if k != "vocab_size"}
-        self.model = GPT(GPTConfig(vocab_size=corpus.vocab_size, **architecture, **training_keys(cfg))).to(
-            device.device
-        )
-        self.optimizer = self.model.configure_optimizers(
-            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device.type
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+        self.model = new_model(self.cfg, corpus.vocab_size).to(device.device)
+        self.optimizer, self.scaler = new_optimizer(cfg, self.model, device)
         self.compiled = self.model
         if device.type == "cuda" if cfg.compile is None else cfg.compile:
             torch.compiler.reset()  # or else a second T is compiled for any T
@@ -96,27 +87,8 @@ class Trainer:
 
     def step(self, kind: str, it: int, model=None) -> tuple[float, float]:
         """train.py's iteration `it` with exact or SUS gradients: returns (loss, norm of the gradient)."""
-        cfg, model = self.cfg, model or self.compiled
-        self.model.config.attn_backward = kind
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, it)
-        total = torch.zeros((), device=self.device.device)
-        for micro in range(cfg.gradient_accumulation_steps):
-            seed = fold_in(cfg.seed, it, micro)
-            torch.manual_seed(seed)
-            x, y = (t.to(self.device.device) for t in self.corpus.batch(cfg.batch_size, cfg.seed, it, micro))
-            with self.device.autocast():
-                _, loss = model(x, y, sus_seed=torch.tensor(seed) if kind == "sus" else None)
-                loss = loss / cfg.gradient_accumulation_steps
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        total = total.item()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf).item()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        self.cfg.attn_backward = self.model.config.attn_backward = kind
+        return train_step(self.cfg, model or self.compiled, self.optimizer, self.scaler, self.corpus, self.device, it)
 
     def timed_step(self, kind: str, it: int, model=None) -> float:
         """Milliseconds."""
@@ -126,10 +98,8 @@ class Trainer:
         self.device.synchronize()
         # float16's scale is found by steps whose gradient overflows
         if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
-            raise UserError(
-                f"the {kind} step at T = {self.cfg.block_size} is wrong, so there are no figures: its loss is "
-                f"{loss}, its gradient's norm {norm}"
-            )
+            raise UserError(f"the {kind} step at T = {self.cfg.block_size} is wrong, so there are no figures: its loss is "
+                            f"{loss}, its gradient's norm {norm}")  # fmt: skip
         return 1e3 * (time.perf_counter() - start)
 
     def attention_share(self, kind: str, it: int) -> float:
@@ -143,12 +113,8 @@ class Trainer:
         for block in self.model.transformer.h:
             attend = block.attn.attend
             # the backward's hooks: as the gradient of its output is there, and as those of q, k and v are
-            handles += [
-                attend.register_forward_pre_hook(clock),
-                attend.register_forward_hook(clock),
-                attend.register_full_backward_pre_hook(clock),
-                attend.register_full_backward_hook(clock),
-            ]
+            handles += [attend.register_forward_pre_hook(clock), attend.register_forward_hook(clock),
+                        attend.register_full_backward_pre_hook(clock), attend.register_full_backward_hook(clock)]  # fmt: skip
         try:
             whole = self.timed_step(kind, it, self.model)
         finally:
@@ -167,20 +133,11 @@ def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
         torch.set_float32_matmul_precision("high")  # as train.py
     backend, why = sus_backend(cfg.sus_backend, device, cfg.n_embd // cfg.n_head, cfg.sus_c, cfg.sus_sampler)
     print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
-    if cfg.dataset == "stdlib" and not (DATA / "stdlib" / "meta.json").exists():
-        from data.stdlib.prepare import prepare
-
-        prepare()
+    prepare_stdlib(cfg)
     corpora = {T: load_corpus(DATA / cfg.dataset, T) for T in Ts}  # too long a T is an error now
     results, product = [], [product_ms(device)]
     work = sum(T**2 for T in Ts) * (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS)
-    with tqdm(
-        total=work,
-        disable=None,
-        dynamic_ncols=True,
-        smoothing=0,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-    ) as bar:
+    with progress_bar(work) as bar:
         for T, corpus in corpora.items():
             bar.set_description(f"T = {T:,}")
             results += measure_at(cfg, T, device, corpus, bar)
@@ -233,10 +190,8 @@ def check_forward(trainer: Trainer) -> None:
         with trainer.device.autocast():
             losses[kind] = trainer.model(x, y, sus_seed=torch.tensor(0))[1].item()
     if not abs(losses["sus"] - losses["exact"]) <= torch.finfo(trainer.device.dtype).eps * 8 * abs(losses["exact"]):
-        raise UserError(
-            f"SUS is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it is "
-            f"{losses['sus']:.8g}, exact's {losses['exact']:.8g}"
-        )
+        raise UserError(f"SUS is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it is "
+                        f"{losses['sus']:.8g}, exact's {losses['exact']:.8g}")  # fmt: skip
 
 
 def memory_of(cfg: BenchTrainConfig, kind: str, T: int, device: Device, corpus: Corpus) -> int | None:
@@ -262,41 +217,21 @@ def report(data: dict) -> None:
     step = f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step"
     sus = f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend"
     print(f"{machine}\n{results[0]['parameters'] / 1e6:.2f} M parameters: {model}; {step}; {sus}\n")
-    rows = [
-        [
-            "T",
-            "exact tok/s",
-            "SUS tok/s",
-            "SUS / exact",
-            "exact ms",
-            "SUS ms",
-            "exact attention",
-            "SUS attention",
-            "exact MiB",
-            "SUS MiB",
-        ]
-    ]
-    for exact, sus in zip(results[::2], results[1::2]):
-        median = {
-            kind: {name: spread(row[name])["median"] for name in ("step_ms", "tok_per_sec")}
-            for kind, row in (("exact", exact), ("sus", sus))
-        }
-        rows.append(
-            [
-                f"{exact['T']:,}",
-                *(f"{median[kind]['tok_per_sec']:,.0f}" for kind in KINDS),
-                ratio_text(ratio(sus["tok_per_sec"], exact["tok_per_sec"])),
-                *(f"{median[kind]['step_ms']:,.0f}" for kind in KINDS),
-                *(f"{spread(row['attention_share'])['median']:.0%}" for row in (exact, sus)),
-                *(mib(row.get("peak_bytes")) for row in (exact, sus)),
-            ]
-        )
+    rows = [["T", "exact tok/s", "SUS tok/s", "SUS / exact", "exact ms", "SUS ms", "exact attention", "SUS attention",
+             "exact MiB", "SUS MiB"]]  # fmt: skip
+    for pair in zip(results[::2], results[1::2]):
+        exact, sus = pair
+        rows.append([
+            f"{exact['T']:,}", *(f"{spread(row['tok_per_sec'])['median']:,.0f}" for row in pair),
+            ratio_text(ratio(sus["tok_per_sec"], exact["tok_per_sec"])),
+            *(f"{spread(row['step_ms'])['median']:,.0f}" for row in pair),
+            *(f"{spread(row['attention_share'])['median']:.0%}" for row in pair),
+            *(mib(row.get("peak_bytes")) for row in pair),
+        ])  # fmt: skip
     print_table(rows)
-    print(
-        f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
-        "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
-        f"optimizer and step.\n{idle}"
-    )
+    print(f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
+          "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
+          f"optimizer and step.\n{idle}")  # fmt: skip
 
 
 if __name__ == "__main__":

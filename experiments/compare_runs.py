@@ -11,23 +11,22 @@ each: they are grouped by their configuration, and compared at the last iteratio
 """
 
 import dataclasses
-import io
 import itertools
 import math
-import os
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import UserError, key, load_config, run_main
+from output import COLORS, check_picture, import_pyplot, print_table, save_picture
 from record import read_record
 
 # What says nothing about how a run trains.
 UNRELATED = {"seed", "out_dir", "init_from", "eval_only", "log_interval", "always_save_checkpoint", "wandb_log",
              "wandb_project", "wandb_run_name"}
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]  # of Okabe and Ito, with a grey for black
 MARKERS = "osD^vPX"
 
 
@@ -72,6 +71,7 @@ def main():
         run.name += f" ({folder})" if names.count(run.name) > 1 else ""
     print_table(table(runs))
     print(*gaps(runs), sep="\n")
+    check_picture(cfg.out)
     save_picture(draw(runs), Path(cfg.out))
     print(f"picture: {cfg.out}")
 
@@ -106,12 +106,6 @@ def table(runs: list[Run]) -> list[list[str]]:
             text(run.median("sus/kept_per_row"), ".1f"),
         ])
     return rows
-
-
-def print_table(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *cells in rows:
-        print("  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]))
 
 
 # -- the gaps ---------------------------------------------------------------------------------------
@@ -159,15 +153,7 @@ def gaps(runs: list[Run]) -> list[str]:
 
 def draw(runs: list[Run]):
     """The figure: three panels, one colour and marker a run."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False})
+    plt = import_pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     styles = []
     for i, (run, color, marker) in enumerate(zip(runs, itertools.cycle(COLORS), itertools.cycle(MARKERS))):
@@ -259,22 +245,6 @@ def smooth(values: list[float], share: float = 0.1) -> list[float]:
     """Means over a centred window of that share of the values, narrower at both ends."""
     half = int(share * len(values) / 2)
     return [statistics.fmean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
-
-
-def save_picture(figure, path: Path) -> None:
-    """UserError if it can't be written; a picture that was there is then kept."""
-    picture = io.BytesIO()
-    try:
-        figure.savefig(picture, format=path.suffix[1:] or "png", dpi=160)
-    except ValueError as error:
-        raise UserError(f"--out={path}: {error}") from error
-    aside = path.with_name(path.name + ".aside")
-    try:
-        aside.write_bytes(picture.getvalue())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

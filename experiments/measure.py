@@ -5,7 +5,6 @@ round: a machine drifts, and drifts for both. Whether it was idle is looked at b
 now and then.
 """
 
-import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -26,10 +25,10 @@ import torch
 
 from configurator import UserError
 from device import Device
+from output import write_whole
 from sus_attn import resolve_backend
 
 DRIFT = 0.1  # of the matrix product's time: from there on the machine doesn't count as idle
-IN_BACKWARD = {"reference"}  # the SUS backends that draw in the backward
 
 
 def numbers(name: str, text: str, kind: type, low: float) -> list:
@@ -166,17 +165,6 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-@contextlib.contextmanager
-def memory_errors():
-    """Where memory runs out, one clear line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise UserError("out of memory: give a smaller --T") from error
-
-
 def in_child(function: Callable, *arguments):
     """function(*arguments) in a fresh process, with as many threads as here. UserError if it is killed."""
     # spawn: a forked process would hold this one's memory, and threads that do not exist in it
@@ -198,23 +186,9 @@ def mib(size: int | None) -> str:
 # -- files ------------------------------------------------------------------------------------------
 
 
-def check_writable(*paths: str) -> None:
-    """UserError for a file that can't be written: better before the minutes of measuring than after."""
-    for path in map(Path, filter(None, paths)):
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
-            raise UserError(f"can't write {path}: {why}")
-
-
 def write_json(path: Path, data: dict) -> None:
-    """Whole or not at all. UserError if it can't be written; a file that was there is then kept."""
-    aside = path.with_name(path.name + ".aside")
-    try:
-        aside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {error.strerror}") from error
+    """See write_whole."""
+    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path, benchmark: str) -> dict:

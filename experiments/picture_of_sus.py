@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import checkpoint
 from backends.reference import sus_multiplier
@@ -21,6 +22,7 @@ from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
 from device import resolve_device
 from model import model_from_checkpoint
+from output import check_picture, import_pyplot, save_picture
 from probe import capture
 
 
@@ -37,6 +39,7 @@ class PictureConfig:
 
 def main():
     cfg = load_config(PictureConfig, sys.argv[1:], usage=__doc__)
+    check_picture(cfg.out)
     path = Path(cfg.out_dir) / "ckpt.pt"
     saved = checkpoint.load(path)
     model = model_from_checkpoint(saved, path)
@@ -60,12 +63,7 @@ def main():
 
 
 def draw(w, w_kept, fraction, cfg):
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    plt = import_pyplot()
     from matplotlib.colors import LogNorm
 
     T = len(w)
@@ -79,13 +77,9 @@ def draw(w, w_kept, fraction, cfg):
         image = axis.imshow(pixels, norm=LogNorm(1e-4, 1), cmap="viridis_r", interpolation="nearest",
                             extent=(0, T, T, 0))  # fmt: skip
         axis.set(title=title, xlabel="key position")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("query position")
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-    try:
-        figure.savefig(cfg.out, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't write --out={cfg.out}: {error}") from None
+    save_picture(figure, Path(cfg.out), dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The benchmarks: what they print and keep, that they refuse wrong results, that a step is train.py's. No times."""
 
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from bench_attention import BenchConfig, Check, Contender, contenders  # noqa: E
 from configurator import UserError  # noqa: E402
 from data.corpus import write_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
-from device import Device  # noqa: E402
+from device import Device, memory_errors  # noqa: E402
 from model import GPT, GPTConfig, model_args  # noqa: E402
 from probe import take_turns, time_attention  # noqa: E402
 from record import plain, read_record  # noqa: E402
@@ -44,6 +46,12 @@ def command(module, monkeypatch, *arguments):
     module.main()
 
 
+def table_in(out: str) -> list[list[str]]:
+    """The cells of the first table whose titles begin with T: they stand two blanks or more apart."""
+    lines = itertools.dropwhile(lambda line: not line.startswith("T  "), out.splitlines())
+    return [re.split(r"\s{2,}", line.strip()) for line in itertools.takewhile(str.strip, lines)]
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
@@ -60,17 +68,8 @@ def figures(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("bench")
     result = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "experiments" / "bench_attention.py",
-            *SMALL,
-            "--T=128,64",
-            "--c=4,inf",
-            "--memory=False",
-            "--backend=reference",
-            "--json=all.json",
-            "--out=a.png",
-        ],
+        [sys.executable, ROOT / "experiments" / "bench_attention.py", *SMALL, "--T=128,64", "--c=4,inf", "--memory=False",
+         "--backend=reference", "--json=all.json", "--out=a.png"],
         cwd=folder,
         text=True,
         capture_output=True,
@@ -85,31 +84,11 @@ def figures(tmp_path_factory):
 
 def test_the_table(figures):
     _, out = figures
-    lines = out.splitlines()
-    titles = next(i for i, line in enumerate(lines) if line.startswith("T  "))
-    for title in (
-        "c",
-        "exact fwd",
-        "exact bwd",
-        "SUS fwd",
-        "of it draw",
-        "SUS bwd",
-        "of it sparse",
-        "fwd ratio",
-        "bwd ratio",
-        "fwd+bwd ratio",
-        "kept/row",
-        "exact MiB",
-        "SUS MiB",
-    ):
-        assert f"  {title}" in lines[titles]
-    assert [line.split()[:2] for line in lines[titles + 1 : titles + 5]] == [
-        ["64", "4"],
-        ["64", "inf"],
-        ["128", "4"],
-        ["128", "inf"],
-    ]
-    assert "in bwd" in lines[titles + 1] and ".." in lines[titles + 1]
+    titles, *rows = table_in(out)
+    assert titles == ["T", "c", "exact fwd", "exact bwd", "SUS fwd", "of it draw", "SUS bwd", "of it sparse", "fwd ratio",
+                      "bwd ratio", "fwd+bwd ratio", "kept/row", "exact MiB", "SUS MiB"]  # fmt: skip
+    assert [row[:2] for row in rows] == [["64", "4"], ["64", "inf"], ["128", "4"], ["128", "inf"]]
+    assert rows[0][5] == "in bwd" and ".." in rows[0][8]
     for text in (
         "threads 1",
         f"torch {torch.__version__}",
@@ -521,16 +500,8 @@ def test_the_training_table(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_train.Trainer, "timed_step", record_order)
     config = tmp_path / "config.py"
     config.write_text("block_size = 32\nattn_backward = 'exact'\n")  # of a config file, for train.py
-    command(
-        bench_train,
-        monkeypatch,
-        config,
-        *tiny,
-        "--T=64,32",
-        "--repeats=2",
-        "--memory=False",
-        f"--json={tmp_path / 'a.json'}",
-    )
+    options = "--T=64,32", "--repeats=2", "--memory=False", f"--json={tmp_path / 'a.json'}"
+    command(bench_train, monkeypatch, config, *tiny, *options)
     assert [call for call in order if call != "share"] == [
         (T, kind, it)
         for T in (32, 64)
@@ -538,26 +509,12 @@ def test_the_training_table(tiny, tmp_path, monkeypatch, capsys):
         for kind in kinds
     ]
     assert order.count("share") == 2 * 2 * bench_train.SHARE_ROUNDS
-    lines = capsys.readouterr().out.splitlines()
-    titles = next(i for i, line in enumerate(lines) if line.startswith("T  "))
-    for title in (
-        "exact tok/s",
-        "SUS tok/s",
-        "SUS / exact",
-        "exact attention",
-        "SUS attention",
-        "exact MiB",
-        "SUS MiB",
-    ):
-        assert f"  {title}" in lines[titles]
-    assert [line.split()[0] for line in lines[titles + 1 : titles + 3]] == ["32", "64"]
+    titles, *rows = table_in(capsys.readouterr().out)
+    assert titles == ["T", "exact tok/s", "SUS tok/s", "SUS / exact", "exact ms", "SUS ms", "exact attention",
+                      "SUS attention", "exact MiB", "SUS MiB"]  # fmt: skip
+    assert [row[0] for row in rows] == ["32", "64"]
     data = json.loads((tmp_path / "a.json").read_text())
-    assert [(row["T"], row["kind"]) for row in data["results"]] == [
-        (32, "exact"),
-        (32, "sus"),
-        (64, "exact"),
-        (64, "sus"),
-    ]
+    assert [(row["T"], row["kind"]) for row in data["results"]] == [(32, "exact"), (32, "sus"), (64, "exact"), (64, "sus")]
     for row in data["results"]:
         assert row["tok_per_sec"] == pytest.approx([4 * row["T"] / (step / 1e3) for step in row["step_ms"]])
         assert len(row["step_ms"]) == 2 and all(0 < share < 1 for share in row["attention_share"])
@@ -658,9 +615,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_out_of_memory_is_one_line():
-    with pytest.raises(UserError, match="smaller --T"), measure.memory_errors():
+    with pytest.raises(UserError, match="smaller --T"), memory_errors("Give a smaller --T"):
         torch.empty(1 << 50)
-    with pytest.raises(RuntimeError, match="other"), measure.memory_errors():
+    with pytest.raises(RuntimeError, match="other"), memory_errors(""):
         raise RuntimeError("other")
 
 

@@ -464,14 +464,29 @@ def test_threads_of_our_own_give_the_same_bits(monkeypatch, threads):
 
 
 @DTYPES
-def test_rounds_of_the_backward_give_the_same_bits(monkeypatch, dtype):
-    tensors = case(2, 4, 2, 300, 24, dtype)
-    whole = both(tensors)
-    for heads in (0, 1, 3):
-        monkeypatch.setattr(cpu, "RECORDS", heads * 2 * 300 * 6 + 1)
-        *rounds, stats = both(tensors)
-        assert same(rounds, whole[:-1])
-        torch.testing.assert_close(stats, whole[-1], rtol=1e-6, atol=0)
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 7, 12])
+def test_rounds_of_the_backward(monkeypatch, poisoned, dtype, chunks):
+    """Rounds of whole heads change no bit; those of a part of a head, the order in which dK and dV are summed."""
+    T, slots, of_a_head = 300, 6, 4  # two query heads a key/value head, of two chunks each
+    tensors = case(2, 4, 2, T, 24, dtype)
+    drawn = forward(*tensors[:3])
+    *whole, stats = backward(tensors, drawn)
+    limit, rounds, run = chunks * 256 * slots, [], cpu._run
+
+    def seen(kernel, tasks, *args, **options):
+        if kernel is cpu.kernels().count_entries:
+            rounds.append(tasks * 256 * slots)
+        return run(kernel, tasks, *args, **options)
+
+    monkeypatch.setattr(cpu, "_run", seen)
+    monkeypatch.setattr(cpu, "round_entries", lambda T: limit)
+    *got, got_stats = backward(tensors, drawn)
+    assert len(rounds) > 1 and max(rounds) <= limit and sum(rounds) == 4 * of_a_head * 256 * slots
+    assert same(got if chunks >= of_a_head else got[:1], whole if chunks >= of_a_head else whole[:1])
+    torch.testing.assert_close(got_stats, stats, rtol=1e-6, atol=0)
+    m, _ = mask_of(drawn, 5.0)
+    truth, plain = naive(*float64(tensors), m.double()), naive(*tensors, m.to(dtype))
+    check_errors(["dq", "dk", "dv"], got, plain[1:4], truth[1:4], dtype)
 
 
 def test_python_threads_at_the_same_time(threads):
