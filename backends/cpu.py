@@ -246,7 +246,7 @@ def forward(
 
 def round_entries(T: int) -> int:
     """The most entries of one round of the backward: few enough for a cache, and worth going through all dK and dV."""
-    return max(1 << 18, 8 * T)
+    return max(1 << 18, 32 * T)
 
 
 def backward(
