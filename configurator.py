@@ -52,14 +52,14 @@ def run_main(main):
 HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
-def key(default, help, *, choices=None, low=None, high=None, above=None, below=None, section=None):
+def key(default, help, *, choices=None, words=(), low=None, high=None, above=None, below=None, section=None):
     """
     A dataclass field with its one-line help, for a key of type int, float, bool, str or bool | None (None is auto).
-    low and high are inclusive bounds, above and below exclusive ones; section is a heading for --help, from here on.
+    words are values besides those of the type. low and high are inclusive bounds, above and below exclusive ones; section is a heading for --help, from here on.
     """
     bounds = {">=": low, ">": above, "<=": high, "<": below}
     bounds = {sign: bound for sign, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "choices": choices, "bounds": bounds, "section": section}
+    metadata = {"help": help, "choices": choices, "words": words, "bounds": bounds, "section": section}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -155,6 +155,9 @@ def _from_text(text, kind):
 
 def _checked(field, kind, value, where):
     """The value as the field's kind and within its bounds; else a UserError which starts with where."""
+    words = field.metadata["words"]
+    if isinstance(value, str) and value in words:
+        return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         if kind is float and is_number and not math.isnan(value):
@@ -164,7 +167,7 @@ def _checked(field, kind, value, where):
         elif kind in (int, float) or not isinstance(value, kind):
             raise ValueError
     except (ValueError, OverflowError):
-        raise UserError(f"{where}: {field.name} must be {EXPECTED[kind]}, not {value!r}") from None
+        raise UserError(f"{where}: {field.name} must be {' or '.join([EXPECTED[kind], *words])}, not {value!r}") from None
     choices, bounds = field.metadata["choices"], field.metadata["bounds"]
     if choices and value not in choices:
         raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, not {value!r}")
@@ -239,8 +242,11 @@ class TrainConfig:
     activation_checkpointing: bool = key(False, "recompute in the backward: less memory, slower")
 
     attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
-    sus_c: float = key(25.0, "entries kept a query row; inf: all (exact gradient)", above=0)
-    sus_sampler: str = key("systematic", "how the kept entries are drawn", choices=("systematic", "poisson"))
+    sus_c: float = key(25.0, "entries kept a query row; inf: all (exact gradient); auto: sets itself, see sus_rho", above=0,
+                       words=("auto",))  # fmt: skip
+    sus_rho: float = key(0.01, "for sus_c=auto: the noise that SUS may add, as a share of the gradient's own", above=0, high=1)
+    sus_sampler: str = key("weighted", "how the kept entries are drawn; poisson: as in the paper",
+                           choices=("weighted", "systematic", "poisson", "rows", "values", "rows+values"))  # fmt: skip
     sus_backend: str = key("auto", "the kernels", choices=("auto", "reference", "cpu"))
 
     learning_rate: float = key(6e-4, "peak learning rate", low=0, section="Optimizer")

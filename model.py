@@ -42,8 +42,9 @@ class GPTConfig:
     dropout: float = 0.0
     activation_checkpointing: bool = False
     attn_backward: str = "exact"  # or "sus"
-    sus_c: float = 25.0
-    sus_sampler: str = "systematic"
+    sus_c: float | Tensor = 25.0  # a 0-d tensor needs sus_c_max, see sus_attention
+    sus_c_max: float | None = None
+    sus_sampler: str = "weighted"
     sus_backend: str = "auto"
 
     def __post_init__(self):
@@ -52,7 +53,7 @@ class GPTConfig:
 
 
 TRAINING_KEYS = ("dropout", "activation_checkpointing", "attn_backward", "sus_c", "sus_sampler", "sus_backend")
-ARCHITECTURE_KEYS = tuple(f.name for f in fields(GPTConfig) if f.name not in TRAINING_KEYS)
+ARCHITECTURE_KEYS = tuple(f.name for f in fields(GPTConfig) if f.name not in (*TRAINING_KEYS, "sus_c_max"))
 
 
 class KVCache:
@@ -104,13 +105,14 @@ class Attend(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.stats: Tensor | None = None  # who wants them puts a tensor here, see sus_attention
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None = None) -> Tensor:
         """q (B, H, T, D); k, v (B, K, N, D), where q are the last T of N positions. seed: SUS's, 0-d int64."""
         config = self.config
         if self.training and config.attn_backward == "sus":
-            return sus_attention(q, k, v, config.sus_c, seed=seed, sampler=config.sus_sampler,
-                                 backend=config.sus_backend)  # fmt: skip
+            return sus_attention(q, k, v, config.sus_c, c_max=config.sus_c_max, seed=seed, sampler=config.sus_sampler,
+                                 backend=config.sus_backend, stats=self.stats)  # fmt: skip
         T, N = q.shape[2], k.shape[2]
         mask = None
         if 1 < T < N:  # SDPA's is_causal is aligned to the top left; the last T of N positions need the bottom right

@@ -80,7 +80,7 @@ def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
     result = {}
     if config.attn_backward == "sus":
         stats = torch.zeros(3, device=q.device)
-        sus = dict(seed=sus_seed, sampler=config.sus_sampler, backend=config.sus_backend)
+        sus = dict(c_max=config.sus_c_max, seed=sus_seed, sampler=config.sus_sampler, backend=config.sus_backend)
         functions["sus"] = lambda q, k, v: sus_attention(q, k, v, config.sus_c, **sus)
         q_ = q.detach().requires_grad_()
         torch.autograd.grad(sus_attention(q_, k, v, config.sus_c, stats=stats, **sus), q_, grad_out)

@@ -13,11 +13,22 @@ The gradients are linear in m and E[m] = 1, so they stay unbiased for any draw t
 probability q_ij. The rows of W sum to one, so at most c entries of a row are kept in expectation: the
 backward needs O(T c D) work instead of O(T^2 D). c is the attention retention parameter; c = inf keeps all.
 
-Two samplers, the same inclusion probabilities:
+Samplers. Two have just these inclusion probabilities:
 
+    poisson      an independent draw for each entry, as in the paper; the number kept is random.
     systematic   one uniform u a row; keep j where floor(C_j + u) > floor(C_{j-1} + u), C the running sum of q.
                  A row never keeps more than ceil(c) entries (+ 1 by the rounding of q), and the variance is lower.
-    poisson      an independent draw for each entry, as in the paper; the number kept is random.
+
+The default looks at more than W, and has a third of the variance at the same number of kept entries:
+
+    weighted     a systematic draw with 2c proposes; the backward, which knows G, thins what was proposed to
+
+                     q_ij = min(1, 2 c W_ij, c_i W_ij f_ij)      c_i = c |G_i| / mean |G|      f_ij = h_ij / rms_j h_ij
+
+                 h_ij^2 = |G_i|^2 + scale^2 (G_i . V_j - delta_i)^2 (|K_j|^2 + |Q_i|^2), the squared norm of what W_ij = 1
+                 would add to (dV, dQ, dK). At most c entries a row are kept on average over the rows.
+
+rows, values and rows+values, of the reference backend only, thin by other weights: they are there to be compared.
 
 This file is the operator: argument checks, the custom op with its fake and its autograd formula, the choice
 of a backend. The arithmetic is in backends/.
@@ -33,9 +44,9 @@ import torch
 from torch import Tensor
 
 from backends import cpu, reference
-from backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
+from backends.reference import UNIT, fold_in, proposal_c  # noqa: F401  (fold_in is part of this module's interface)
 
-SAMPLERS = ("systematic", "poisson")
+SAMPLERS = (*reference.THINNED, "systematic", "poisson")
 BACKENDS = ("auto", "reference", "cpu")
 
 
@@ -48,7 +59,7 @@ def sus_attention(
     is_causal: bool = True,
     scale: float | None = None,
     seed: int | Tensor | None = None,
-    sampler: str = "systematic",
+    sampler: str = "weighted",
     backend: str = "auto",
     c_max: float | None = None,
     stats: Tensor | None = None,
@@ -66,14 +77,14 @@ def sus_attention(
     scale: multiplies the scores; 1/sqrt(D) if None.
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
-    sampler: "systematic" or "poisson".
-    backend: "reference" (plain PyTorch, any device), "cpu" (compiled kernels: float32 and bfloat16, causal, systematic
-        sampler, D <= 128), or "auto", the faster that can do it. A request that can't be met raises; where auto falls
+    sampler: "weighted", "systematic", "poisson" (the paper's), or one of the reference's others, see above.
+    backend: "reference" (plain PyTorch, any device), "cpu" (compiled kernels: float32 and bfloat16, causal, weighted
+        and systematic sampler, D <= 128), or "auto", the faster that can do it. A request that can't be met raises; where auto falls
         back to the slow reference on a CPU, it warns once of the reason.
     stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
         of dropped entries (0 by construction), and an estimate of the added gradient variance, summed over
-        the call (Poisson: unbiased; systematic: a proxy).
-    u: for tests: the systematic sampler's uniforms, in [0, 1), a float or a tensor that broadcasts to (B, Hq, T).
+        the call (Poisson: unbiased; the others: a proxy).
+    u: for tests: the uniforms of the systematic draw, in [0, 1), a float or a tensor that broadcasts to (B, Hq, T).
 
     Raises TypeError or ValueError that names the argument. Double backward is not supported and says so.
     The backward is a pure function of (inputs, seed): the same under activation checkpointing and torch.compile.
@@ -91,8 +102,8 @@ def sus_attention(
     if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:
-        if sampler != "systematic":
-            raise ValueError(f"u is an argument of the systematic sampler; sampler is {sampler!r}")
+        if sampler == "poisson":
+            raise ValueError("u is an argument of the systematic samplers; sampler is 'poisson'")
         u = _check_u(u, q)
     if stats is not None:
         _check_tensor("stats", stats)
@@ -107,7 +118,7 @@ def sus_attention(
 
 def resolve_backend(
     backend: str, device_type: str, dtype: torch.dtype, D: int, *,
-    is_causal: bool = True, sampler: str = "systematic", c_max: float = 25.0,
+    is_causal: bool = True, sampler: str = "weighted", c_max: float = 25.0,
 ) -> tuple[str, str]:  # fmt: skip
     """The backend that `backend` means for such a call, and the reason, for a line to print.
 
@@ -126,8 +137,8 @@ def resolve_backend(
         if obstacle:
             raise ValueError(f"backend='cpu' can't be had: {obstacle}")
         return backend, "asked for"
-    if not obstacle and c_max > cpu.MAX_C:
-        obstacle = f"with c = {c_max:g} it would store up to as many entries a row"
+    if not obstacle and proposal_c(c_max, sampler) > cpu.MAX_C:
+        obstacle = f"with c = {c_max:g} it would store up to {proposal_c(c_max, sampler):g} entries a row"
     if obstacle:
         return "reference", f"not the faster cpu: {obstacle}"
     return "cpu", "the fastest here"
@@ -250,7 +261,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, the log-sum-exp, and what a backend that draws in the forward keeps for the backward, else three empty tensors."""
     if draws_in_forward(backend):
-        return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u)
+        c, c_max = proposal_c(_bounded(c, c_max), sampler), proposal_c(c_max, sampler)
+        return cpu.forward(q, k, v, scale, draws, c, c_max, seed, u)
     with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
         nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int64))
         return *reference.forward(q, k, v, is_causal, scale), *nothing
@@ -263,7 +275,7 @@ def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend, dra
     entries, dropped = (0,), 0
     if draws_in_forward(backend):
         T = q.shape[2]
-        entries, dropped = (*q.shape[:3], reference.slot_bound(c_max, T) if draws else 0), int(draws)
+        entries, dropped = (*q.shape[:3], reference.slot_bound(proposal_c(c_max, sampler), T) if draws else 0), int(draws)
     return (out, lse, q.new_empty(entries, dtype=torch.int32), q.new_empty(entries, dtype=torch.float32),
             q.new_empty(dropped, dtype=torch.int64))  # fmt: skip
 
@@ -279,7 +291,7 @@ def _attention_backward(
             if not c > 0:  # a bad c must not pass unseen
                 return *(torch.full_like(x, math.nan) for x in (q, k, v)), torch.full((3,), math.nan)
             return cpu.backward(grad_out, q, k, v, out, lse, entry_key, entry_weight, dropped, scale, _bounded(c, c_max), seed,
-                                with_stats)  # fmt: skip
+                                with_stats, sampler)  # fmt: skip
         c = c.to(q.device)
         grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])

@@ -1,9 +1,10 @@
 """The CPU backend: numba's kernels (cpu_kernels.py), run on as many threads as PyTorch uses.
 
 The forward draws on the way and stores each row's kept entries, key and weight in 8 bytes; the backward's work is only
-those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1. While it runs, the
-forward needs 256 * T bytes a thread more; the backward 16 bytes an entry, of `round_entries` entries at a time, and
-where it does not take a bfloat16 key/value head at once, that head's dK and dV in float32.
+those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1 of the c which the
+forward draws with: 2c for the weighted sampler, which the backward thins, else c. While it runs, the forward needs
+256 * T bytes a thread more; the backward 16 bytes an entry, of `round_entries` entries at a time, and where it does not
+take a bfloat16 key/value head at once, that head's dK and dV in float32.
 
 The threads are PyTorch's own, not those of numba's parallel loops: its layers either forbid concurrent calls or don't
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
@@ -28,9 +29,12 @@ import torch
 from torch import Tensor
 
 from backends import reference
-from backends.reference import STREAM_THINNING, row_uniforms, seed_state, slot_bound
+from backends.reference import (
+    STREAM_THINNING, THINNED, proposal_c, row_uniforms, row_weights, seed_state, slot_bound,
+)  # fmt: skip
 
 MAX_D, MAX_C = 128, 1024
+SAMPLERS = "systematic", "weighted"
 
 
 @functools.cache
@@ -51,8 +55,8 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
         return f"it takes head dims up to {MAX_D}, not {D}"
     if not is_causal:
         return "it is for causal attention"
-    if sampler != "systematic":
-        return f"it has the systematic sampler, not {sampler}"
+    if sampler not in SAMPLERS:
+        return f"it has the samplers {' and '.join(SAMPLERS)}, not {sampler}"
     return None
 
 
@@ -251,12 +255,9 @@ def round_entries(T: int) -> int:
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entry_key: Tensor, entry_weight: Tensor,
-    dropped: Tensor, scale: float, c: float, seed: Tensor, with_stats: bool = False, row_c: Tensor | None = None,
+    dropped: Tensor, scale: float, c: float, seed: Tensor, with_stats: bool = False, sampler: str = "systematic",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` returned.
-
-    row_c: None, or float32 (B, H, T): each row's entries, drawn with c, are thinned to min(row_c, c).
-    """
+    """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` drew with proposal_c(c)."""
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
     out, lse, entry_key, entry_weight = (x.detach().contiguous() for x in (out, lse, entry_key, entry_weight))
@@ -269,12 +270,10 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
     stats = q.new_zeros(3, dtype=torch.float32)
-    nothing = np.empty(0, np.float32)
-    row_c = nothing if row_c is None else _flat(row_c.float().contiguous())
+    thins = sampler in THINNED
+    row_weight = _flat(row_weights(grad_out)) if thins else np.empty(0, np.float32)
     thin_state = seed_state(int(seed), STREAM_THINNING)
-    norms = [nothing] * 2
-    if with_stats:
-        norms = [_flat(x.float().square().sum(-1)) for x in (q, k)]
+    squares = [_flat(x.float().square().sum(-1)) if thins or with_stats else np.empty(0, np.float32) for x in (q, k)]
     grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
     entries = _flat(entry_key), _flat(entry_weight)
 
@@ -293,12 +292,13 @@ def backward(
         places = starts.clone()
         records = q.new_empty(int(ends[-1, -1, -1]) + ck.AHEAD, 4, dtype=torch.float32)
         records = _flat(records.view(torch.int32)), _flat(records)
-        task_variance = np.zeros(tasks)
+        task_variance = np.zeros(tasks if with_stats else 0)
         _run(
             ck.row_gradients, tasks,
-            grad_[0], k_[0], v_[0], grad_[1], k_[1], v_[1], shape, float(scale), _flat(out), _flat(lse), np.float32(c),
-            row_c, thin_state, *entries, slots, round_, _flat(places), *records, _flat(dq), kept, *norms, task_variance,
-            work=[(ck.row_work(D, slots), torch.float32), (slots, torch.int32)],
+            grad_[0], k_[0], v_[0], grad_[1], k_[1], v_[1], shape, float(scale), _flat(out), _flat(lse),
+            np.float32(proposal_c(c, sampler)), np.float32(c), row_weight, thin_state, *entries, slots, round_, _flat(places),
+            *records, _flat(dq), kept, *squares, task_variance,
+            work=[(ck.row_work(D, slots), torch.float32), (2 * slots, torch.int32)],
         )  # fmt: skip
         of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
         if round_chunks >= chunks:

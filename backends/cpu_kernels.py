@@ -15,7 +15,7 @@ Dims: B batch, H query heads, K key/value heads, G = H / K, T positions, D head 
 views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as uint16.
 
 Deliberately missing: threads (backends/cpu.py runs these functions on several; they release the GIL, and share the
-work through a counter), and everything but causal attention with the systematic sampler.
+work through a counter), and everything but causal attention with the systematic draw, thinned or not.
 """
 
 import math
@@ -29,7 +29,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_jitable, register_model
 
-from backends.reference import UNIT, absorb
+from backends.reference import UNIT, UNIT_BITS, absorb
 
 # ---------------------------------------------------------------------------------------------
 # The vector language.
@@ -235,6 +235,10 @@ def minimum(a, b):
     return np.where(a < b, a, b)
 
 
+def square_root(x):
+    return np.sqrt(x)
+
+
 def ceil_to_ints(x):
     """x in [0, 2^31), rounded up."""
     return np.ceil(x).astype(np.int32)
@@ -323,6 +327,11 @@ def _(builder, context, given, args):
 @emission(minimum, lambda a, b: (floats,) * 3)
 def _(builder, context, given, args):
     return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+
+@emission(square_root, lambda x: (floats, floats))
+def _(builder, context, given, args):
+    return intrinsic(builder, f"llvm.sqrt.v{LANES}f32", floats.ir, *args)
 
 
 @emission(ceil_to_ints, lambda x: (ints, floats))
@@ -727,57 +736,68 @@ def count_entries(entry_key, shape, slots, round_, counts, counter):
 
 
 @jit
-def units_of(weight, c_units):
-    """`inclusion_units` of one weight, an int64."""
-    return np.int64(math.ceil(min(weight * c_units, np.float32(UNIT))))
+def thin(keys, weights, w, slopes, squares, units, count, c_units, u):
+    """The second draw: of a row's proposals it keeps each with the probability r of reference.thinning_units.
 
-
-@jit
-def thin(keys, weights, count, c_units, row_units, state):
-    """Keep each of a row's entries, drawn with c, with probability q(row's c) / q(c). Returns how many are left.
-
-    One hash of the row's state and the key decides, so that the draw is a function of the seed.
+    w: W / q of the proposals, becomes W / (q r). squares: of their contributions. units: scratch. c_units: the row's
+    c * UNIT. u: its uniform, int in [0, UNIT). What is kept moves to the front of all arrays; returns how many that is.
     """
-    left = 0
-    for e in range(count):
-        if hash_absorb(state, int(keys[e])) * units_of(weights[e], c_units) < units_of(weights[e], row_units) << 32:
-            keys[left], weights[left] = keys[e], weights[e]
-            left += 1
+    sums, shares = splat(np.float32(0)), splat(np.float32(0))
+    for e in range(0, count, LANES):
+        share = load_first(w, e, min(LANES, count - e))
+        sums = fma(share, load_first(squares, e, min(LANES, count - e)), sums)
+        shares = shares + share
+    inverse_mean, unit = splat(total(shares) / total(sums)), splat(np.float32(UNIT))
+    for e in range(0, count, LANES):
+        n = min(LANES, count - e)
+        share = load_first(w, e, n)
+        factor = square_root(load_first(squares, e, n) * inverse_mean)
+        aim = share * splat(c_units) * where(factor < splat(INF), factor, splat(np.float32(1)))
+        # never 0: what was proposed may not become impossible; and all where aim is NaN
+        aim = where(aim < unit, maximum(aim, splat(np.float32(1))), unit)
+        r = ceil_to_ints(aim)
+        store_first(units, e, r, n)
+        store_first(w, e, share * (unit / to_floats(r)), n)
+    left, running = 0, u
+    for e in range(count):  # without a branch, which could not be foreseen
+        running += units[e]
+        keys[left], weights[left], w[left] = keys[e], weights[e], w[e]
+        slopes[left], squares[left] = slopes[e], squares[e]
+        left += running >> UNIT_BITS
+        running &= UNIT - 1
     return left
 
 
 def row_work(D, slots):
     """float32 elements of work space for one thread of `row_gradients`."""
-    return padded(D) + 3 * padded(slots)
+    return padded(D) + 5 * slots
 
 
 @jit
 def row_gradients(
-    grad_out, k, v, grad_strides, k_strides, v_strides, shape, scale, out, lse, c, row_c, thin_state, entry_key,
-    entry_weight, slots, round_, places, record_ints, record_floats, dq, kept, q_norms, k_norms, variance,
+    grad_out, k, v, grad_strides, k_strides, v_strides, shape, scale, out, lse, drawn_c, c, row_weights, thin_state,
+    entry_key, entry_weight, slots, round_, places, record_ints, record_floats, dq, kept, q_squares, k_squares, variance,
     counter, work, work_ints,
 ):  # fmt: skip
     """dQ of the round's rows, and a record of every entry for dK and dV, put into its region.
 
     For a kept entry, with w = W / q: dQ_i += M K_j, M = scale * w * (G_i . V_j - delta_i), delta_i = G_i . O_i.
 
-    c: what the entries were drawn with. row_c: float32 (B, H, T), or empty: each row's c_i <= c to thin them to;
-    thin_state: the hash state of seed and stream.
+    drawn_c: what the entries were drawn with. row_weights: float32 (B, H, T); the entries are thinned to c times that,
+    or not if it is empty. thin_state: the hash state of seed and stream.
     places: int64 (heads, chunks, buckets) of the round, where the regions begin before, and where they end after.
     record_ints, record_floats: one buffer, (entries, 4): key, row, w, M. dq: contiguous.
-    kept: int64 (1,), grows by the entries left after thinning. q_norms (B, H, T), k_norms (B, K, T): squared norms, or
-    empty; then variance, float64 (heads * chunks), isn't written: the estimate of reference.backward, by task.
+    kept: int64 (1,), grows by the entries left after thinning. q_squares (B, H, T), k_squares (B, K, T): squared norms;
+    needed to thin, and for variance, float64 (heads * chunks), or empty: the estimate of reference.backward, by task.
     """
     B, H, K, T, D = shape
     buckets = buckets_of(T)
-    width, row_slots = padded(D), padded(slots)
-    g_i = work[:width]
-    weights = work[width : width + row_slots]  # W
-    w = work[width + row_slots : width + 2 * row_slots]
-    m = work[width + 2 * row_slots : width + 3 * row_slots]
-    keys = work_ints
-    c_units = np.float32(c * np.float32(UNIT))
-    thins, estimates = row_c.size > 0, q_norms.size > 0
+    g_i, rest = work[: padded(D)], work[padded(D) :]
+    weights, w, m, squares, k_square = rest[:slots], rest[slots:], rest[2 * slots :], rest[3 * slots :], rest[4 * slots :]
+    keys, units = work_ints[:slots], work_ints[slots:]
+    drawn_units = splat(np.float32(drawn_c * np.float32(UNIT)))
+    thins, estimates = row_weights.size > 0, variance.size > 0
+    weighs = thins or estimates
     while True:
         task = fetch_add(counter, 1)
         if task >= round_[1] * round_[3]:
@@ -788,28 +808,27 @@ def row_gradients(
         for i in range(first, stop):
             row = (b * H + h) * T + i
             g_row = b * grad_strides[0] + h * grad_strides[1] + i * grad_strides[2]
-            products, squares = splat(np.float32(0)), splat(np.float32(0))
+            products, squared = splat(np.float32(0)), splat(np.float32(0))
             for d in range(0, D, LANES):
                 g_d = load_row(grad_out, g_row, d, D)
                 store(g_i, d, g_d)
                 products = fma(g_d, load_row(out, row * D, d, D), products)
-                squares = fma(g_d, g_d, squares)
+                squared = fma(g_d, g_d, squared)
             delta = total(products)
 
-            slot, count, row_units = row * slots, 0, c_units
-            while count < slots and entry_key[slot + count] >= 0:
-                keys[count] = entry_key[slot + count]
-                weights[count] = entry_weight[slot + count]
-                count += 1
-            if thins:
-                row_units = np.float32(min(row_c[row], c) * np.float32(UNIT))
-                state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), h), i)
-                count = thin(keys, weights, count, c_units, row_units, state)
-            for e in range(0, count, LANES):
-                n = min(LANES, count - e)
-                weight = load_first(weights, e, n)
-                q = to_floats(inclusion_units(weight, splat(row_units)))
-                store_first(w, e, weight * (splat(np.float32(UNIT)) / q), n)
+            slot, count = row * slots, 0
+            while count < slots:
+                n = min(LANES, slots - count)
+                key, weight = load_first(entry_key, slot + count, n), load_first(entry_weight, slot + count, n)
+                store_first(keys, count, key, n)
+                store_first(weights, count, weight, n)
+                q = to_floats(inclusion_units(weight, drawn_units))
+                store_first(w, count, weight * (splat(np.float32(UNIT)) / q), n)
+                behind = bitmap(key < splat(np.int32(0)))
+                count += n
+                if behind:
+                    count += lowest(behind) - n
+                    break
 
             for e in range(count):
                 # of the next row: it comes at the right time, and a wrong address does no harm
@@ -821,7 +840,21 @@ def row_gradients(
                 products = splat(np.float32(0))
                 for d in range(0, D, LANES):
                     products = fma(load(g_i, d), load_row(v, at, d, D), products)
-                m[e] = np.float32(scale) * w[e] * (total(products) - delta)
+                m[e] = np.float32(scale) * (total(products) - delta)
+                if weighs:
+                    k_square[e] = k_squares[(b * K + kv) * T + keys[e]]
+            if weighs:
+                g_square = splat(total(squared))
+                for e in range(0, count, LANES):
+                    n = min(LANES, count - e)
+                    slope, norms = load_first(m, e, n), load_first(k_square, e, n) + splat(q_squares[row])
+                    store_first(squares, e, fma(slope * slope, norms, g_square), n)
+            if thins:
+                state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), h), i)
+                row_c = np.float32(c * row_weights[row] * np.float32(UNIT))
+                count = thin(keys, weights, w, m, squares, units, count, row_c, state >> (32 - UNIT_BITS))
+            for e in range(count):
+                m[e] *= w[e]
             defined = math.isfinite(delta) and math.isfinite(lse[row])
             for d in range(0, D, LANES):
                 dq_d = splat(np.float32(0 if defined else np.nan))
@@ -840,11 +873,8 @@ def row_gradients(
                 record_floats[4 * place + 3] = m[e]
             task_kept += count
             if estimates:
-                g_norm = total(squares)
                 for e in range(count):
-                    slope = m[e] / w[e]
-                    norms = q_norms[row] + k_norms[(b * K + kv) * T + keys[e]]
-                    task_variance += w[e] * (w[e] - weights[e]) * (g_norm + slope * slope * norms)
+                    task_variance += w[e] * (w[e] - weights[e]) * squares[e]
         fetch_add(kept, task_kept)
         if estimates:
             variance[task] = task_variance

@@ -12,6 +12,7 @@ Deliberately missing: speed. A block's masked products are dense; kernels visit 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,9 +76,9 @@ def slot_bound(c_max: float, T: int) -> int:
     return T if c_max >= T else min(int(-(-c_max // 1)) + 1, T)
 
 
-def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device) -> Tensor:
-    """One uniform a row for the systematic sampler: int64 (B, H, R) in [0, 2^23)."""
-    state = seed_state(seed, STREAM_SYSTEMATIC)
+def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device, stream: int = STREAM_SYSTEMATIC) -> Tensor:
+    """One uniform a row for systematic sampling: int64 (B, H, R) in [0, 2^23)."""
+    state = seed_state(seed, stream)
     return absorb(_row_state(state, B, H, device), torch.arange(rows.start, rows.stop, device=device)) >> (32 - UNIT_BITS)
 
 
@@ -110,25 +111,88 @@ def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
     return u < q_units
 
 
-def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, T: int) -> Callable:
-    """A function (weights (B, H, R, N), rows) -> m of the same shape: 1/q where an entry is kept, else 0.
+# Thinning. A systematic draw with KAPPA * c proposes; of what it proposes, a second one keeps each entry with probability
+# r, and divides by r too. For any r > 0 that is decided before the second draw, E[kept / (q r)] given the proposals is
+# (proposed / q), so the whole stays unbiased: r may look at the gradient, at the values, and at the proposals themselves.
+# It aims at a total inclusion probability of c W f_ij, f_ij what an entry's contribution to the gradient weighs
+# beside the others', so that entries which matter little are cut most.
 
-    c: 0-d float tensor, seed: 0-d int64 tensor, both on the weights' device.
+KAPPA = 2.0
+ROW_WEIGHTS = 1 / 8, 4  # a row with next to no gradient keeps something all the same
+# sampler: (are rows weighed by the norm of their gradient?, what entries of a row are weighed by)
+THINNED = {
+    "weighted": (True, "contribution"),
+    "rows": (True, None),
+    "values": (False, "value"),
+    "rows+values": (True, "value"),
+}
+VALUE_SHARE = 0.75  # of the values' distances in the weight; the rest is a floor
+
+
+class Known(NamedTuple):
+    """What a backward knows of a block of rows besides their weights; what costs something is computed if asked for."""
+
+    row_weight: Tensor  # (B, H, R, 1) of `row_weights`
+    square: Callable  # () -> (B, H, R, N): the squared norm of what an entry adds to (dQ, dK, dV), over W^2
+    distance: Callable  # () -> (B, H, R, N): |V_j - O_i|^2
+
+
+def row_weights(grad_out: Tensor) -> Tensor:
+    """The norm of each row of grad_out (B, H, T, D) over its mean in that batch and head, held to ROW_WEIGHTS: (B, H, T),
+    and 1 where the mean is 0 or one of the two isn't finite."""
+    norm = grad_out.norm(dim=-1, dtype=accumulate_dtype(grad_out.dtype))
+    mean = norm.mean(-1, keepdim=True)
+    return torch.where((mean > 0) & mean.isfinite() & norm.isfinite(), norm / mean, 1).clamp(*ROW_WEIGHTS)
+
+
+def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, sampler: str, known: Known) -> Tensor:
+    """r in fixed point: int32 (B, H, R, N), from 1 to 2^23 where an entry is proposed, 0 elsewhere."""
+    weighs_rows, importance = THINNED[sampler]
+    proposal = torch.where(proposed, w * (UNIT / q_units.to(w.dtype)), 0)  # W / q
+    aim = c * known.row_weight if weighs_rows else c
+    if importance is not None:
+        if importance == "value":
+            distance = known.distance()
+            mean = (w * distance).sum(-1, keepdim=True)
+            square = VALUE_SHARE * torch.where(mean > 0, distance / mean, 1) + 1 - VALUE_SHARE
+        else:
+            square = known.square()
+        # over its mean in the row, estimated from the proposals; by Jensen the mean of the root is at most 1
+        mean = (proposal * square).sum(-1, keepdim=True) / proposal.sum(-1, keepdim=True)
+        aim = aim * (square / mean).sqrt().nan_to_num(1, 1, 1)
+    units = (aim * proposal * UNIT).nan_to_num(UNIT, UNIT).ceil_().clamp_(1, UNIT)
+    return torch.where(proposed, units, 0).to(torch.int32)
+
+
+def proposal_c(c: float, sampler: str) -> float:
+    """What the first draw is made with; it also sizes the buffers."""
+    return KAPPA * c if sampler in THINNED else c
+
+
+def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, T: int) -> Callable:
+    """A function (weights (B, H, R, N), rows, known) -> m of the weights' shape: 1/q where an entry is kept, else 0.
+
+    c: 0-d float tensor, seed: 0-d int64 tensor, both on the weights' device. known: needed by samplers that thin.
     It also returns how many entries were dropped (int64 tensor; 0 by construction, and always for Poisson).
     u: None, or the systematic sampler's uniforms, int64 (B, H, T) in [0, 2^23).
     """
     c = torch.clamp(c, max=c_max)
-    slots = slot_bound(c_max, T)
+    slots = slot_bound(proposal_c(c_max, sampler), T)
 
-    def multiplier(w: Tensor, rows: range):
+    def multiplier(w: Tensor, rows: range, known: Known | None = None):
         B, H = w.shape[:2]
-        q_units = inclusion_units(w, c)
+        q_units = inclusion_units(w, proposal_c(c, sampler))
         if sampler == "poisson":
             keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
         else:
             u_rows = row_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop]
             keep, dropped = keep_systematic(q_units, u_rows, slots)
-        return torch.where(keep, UNIT / q_units.to(w.dtype), 0), dropped
+        m = torch.where(keep, UNIT / q_units.to(w.dtype), 0)
+        if sampler in THINNED:
+            r_units = thinning_units(keep, w, q_units, c, sampler, known)
+            keep, _ = keep_systematic(r_units, row_uniforms(seed, B, H, rows, w.device, STREAM_THINNING), slots)
+            m = torch.where(keep, m * (UNIT / r_units.to(w.dtype)), 0)
+        return m, dropped
 
     return multiplier
 
@@ -185,6 +249,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> t
     return out, lse
 
 
+def _distance(v: Tensor, out: Tensor) -> Tensor:
+    """|V_j - O_i|^2 from differences: of squares and a product, next to nothing may be left. (B, K, G, R, N)"""
+    return torch.stack([(v[:, :, None] - o[:, :, :, None]).square().sum(-1) for o in out.unbind(3)], 3)
+
+
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     multiplier: Callable, is_causal: bool, scale: float, with_stats: bool = False,
@@ -193,7 +262,7 @@ def backward(
 
         dV = W^T G      M = W (G V^T - delta)      dQ = scale M K      dK = scale M^T Q      delta_i = G_i . O_i
 
-    multiplier: (weights (B, H, R, N), rows) -> (m, dropped), see `sus_multiplier`; a test may pass any
+    multiplier: (weights (B, H, R, N), rows, known) -> (m, dropped), see `sus_multiplier`; a test may pass any
     explicit mask in this form. delta always stays exact.
     Returns dq, dk, dv and, if with_stats (else zeros), float32 (3,): the kept entries, the dropped entries, and an
     estimate of the variance that the cut adds to (dQ, dK, dV): sum over kept of (1/q - 1)/q * |contribution|^2.
@@ -205,7 +274,9 @@ def backward(
     grouped = lambda x: x.to(acc).reshape(B, K, G, T, D)  # noqa: E731
     q_, g_, k_, v_ = grouped(q), grouped(grad_out), k.to(acc), v.to(acc)
     lse_ = lse.reshape(B, K, G, T, 1)
-    delta = (g_ * grouped(out)).sum(-1, keepdim=True)
+    out_ = grouped(out)
+    delta = (g_ * out_).sum(-1, keepdim=True)
+    row_weight = row_weights(grad_out).unsqueeze(-1)
     # contiguous, whatever the inputs' strides: torch.compile is promised that
     dq = torch.empty(q_.shape, dtype=acc, device=q.device)
     dk, dv = (torch.zeros(k.shape, dtype=acc, device=q.device) for _ in range(2))
@@ -216,17 +287,21 @@ def backward(
         q_r, g_r, k_n, v_n = q_[:, :, :, r], g_[:, :, :, r], k_[:, :, :N], v_[:, :, :N]
         w = torch.exp(_scores(q_r, k_n, rows, is_causal, scale) - lse_[:, :, :, r])  # (B, K, G, R, N)
         score_grad = torch.einsum("bkgrd,bknd->bkgrn", g_r, v_n) - delta[:, :, :, r]
-        m, dropped = multiplier(w.reshape(B, H, -1, N), rows)
+
+        def square():
+            norms = k_n.square().sum(-1)[:, :, None, None] + q_r.square().sum(-1, keepdim=True)
+            square = g_r.square().sum(-1, keepdim=True) + (scale * score_grad) ** 2 * norms
+            return square.reshape(B, H, -1, N)
+
+        def distance():
+            return _distance(v_n, out_[:, :, :, r]).reshape(B, H, -1, N)
+
+        m, dropped = multiplier(w.reshape(B, H, -1, N), rows, Known(row_weight[:, :, r], square, distance))
         m = m.reshape(w.shape)
         if with_stats:
-            contribution = w**2 * (
-                g_r.square().sum(-1, keepdim=True)
-                + (scale * score_grad) ** 2
-                * (k_n.square().sum(-1)[:, :, None, None] + q_r.square().sum(-1, keepdim=True))
-            )
             stats[0] += (m > 0).sum()
             stats[1] += dropped
-            stats[2] += ((m - 1) * m * contribution).sum()
+            stats[2] += ((m - 1) * m * w**2 * square().reshape(w.shape)).sum()
         w = w * m  # a product, not a selection: NaN weights stay NaN, as in the exact gradient
         dv[:, :, :N] += torch.einsum("bkgrn,bkgrd->bknd", w, g_r)
         w = w * score_grad

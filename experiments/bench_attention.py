@@ -40,14 +40,14 @@ from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
 from device import Device, memory_errors, resolve_device
 from measure import (
-    describe_machine, environment, fit_power, idleness, in_child, mib, numbers, peak_of, product_ms, ratio, ratio_text,
-    read_json, spread, sus_backend, write_json,
+    describe_machine, environment, fit_power, free_memory, idleness, in_child, mib, numbers, peak_of, product_ms, ratio,
+    ratio_text, read_json, spread, sus_backend, write_json,
 )  # fmt: skip
 from model import model_from_checkpoint
 from output import COLORS, check_picture, check_writable, import_pyplot, print_table, progress_bar, save_picture
 from probe import capture, take_turns
 from record import plain, reason, start_wandb
-from sus_attn import BACKENDS, draws_in_forward, sus_attention
+from sus_attn import BACKENDS, SAMPLERS, draws_in_forward, sus_attention
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SDPA = {
@@ -64,6 +64,7 @@ DRAWS, BLOCKS, SIGMAS = 32, 8, 6.0  # of the check of the mean; some hundred num
 class BenchConfig:
     T: str = key("auto", "context lengths; auto: 2048,8192,32768, on CUDA 8192,32768,131072", section="What")
     c: str = key("10,25,50", "SUS's retention parameters")
+    sampler: str = key("weighted", "how SUS draws", choices=SAMPLERS)
     H: int = key(0, "heads; 0: 4, on CUDA 12", low=0)
     D: int = key(64, "head dimension", low=1)
     dtype: str = key("auto", "auto: bfloat16 where the GPU has it, float32 on a CPU",
@@ -90,7 +91,7 @@ def main():
     if cfg.out:
         check_picture(cfg.out)
     with memory_errors("Give a smaller --T"):
-        data = read_json(Path(cfg.from_json), "attention") if cfg.from_json else plain(measure(cfg), nonfinite=str)
+        data = read_json(Path(cfg.from_json), "bench_attention") if cfg.from_json else plain(measure(cfg), nonfinite=str)
     if cfg.json:  # first of all: a reader that leaves early, such as head, must not cost the minutes of measuring
         write_json(Path(cfg.json), data)
     if cfg.out:
@@ -114,6 +115,7 @@ class Contender(NamedTuple):
     kind: str  # "exact"; "sus"; "undrawn", SUS's forward where no gradient is wanted, so none is prepared; "peer"
     how: str  # the backend, of SDPA or of SUS; or "flex"
     c: float | None = None
+    sampler: str = "weighted"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, seed: int = 0, stats: Tensor | None = None) -> Tensor:
         gqa = q.shape[1] != k.shape[1]
@@ -123,7 +125,7 @@ class Contender(NamedTuple):
         if self.how == "flex":
             return compiled_flex()(q, k, v, block_mask=causal_blocks(q.shape[2], q.device), enable_gqa=gqa)
         with torch.set_grad_enabled(self.kind != "undrawn"):
-            return sus_attention(q, k, v, self.c, seed=seed, backend=self.how, stats=stats)
+            return sus_attention(q, k, v, self.c, seed=seed, sampler=self.sampler, backend=self.how, stats=stats)
 
 
 @functools.cache
@@ -144,15 +146,15 @@ def label(backend: str) -> str:
     return backend.removesuffix("_ATTENTION").lower()
 
 
-def contenders(device: Device, backends: dict[float, str]) -> list[Contender]:
+def contenders(device: Device, backends: dict[float, str], sampler: str = "weighted") -> list[Contender]:
     """Everything there is for the device. backends: SUS's, of each c."""
     typical = min(backends, key=lambda c: abs(c - 25))
     backend = backends[typical]
     members = [Contender(f"SDPA {label(name)}", "exact", name) for name in SDPA.get(device.type, ("MATH",))]
-    members += [Contender(f"SUS c={c:g}", "sus", how, c) for c, how in backends.items()]
-    members += [Contender("SUS undrawn", "undrawn", backend, typical), Contender("FlexAttention", "peer", "flex")]
+    members += [Contender(f"SUS c={c:g}", "sus", how, c, sampler) for c, how in backends.items()]
+    members += [Contender("SUS undrawn", "undrawn", backend, typical, sampler), Contender("FlexAttention", "peer", "flex")]
     if backend != "reference":
-        members.append(Contender(f"reference c={typical:g}", "peer", "reference", typical))
+        members.append(Contender(f"reference c={typical:g}", "peer", "reference", typical, sampler))
     return members
 
 
@@ -289,9 +291,9 @@ def measure(cfg: BenchConfig) -> dict:
     Ts = numbers("T", default_T if cfg.T == "auto" else cfg.T, int, 16)
     cs = numbers("c", cfg.c, float, 0)
     D = saved["model_args"]["n_embd"] // saved["model_args"]["n_head"] if saved else cfg.D
-    backends = {c: sus_backend(cfg.backend, device, D, c) for c in cs}
-    members = contenders(device, {c: backend for c, (backend, _) in backends.items()})
-    print(device.reason, *(f"SUS c = {c:g} by the {backend} backend ({why})" for c, (backend, why) in backends.items()),
+    backends = {c: sus_backend(cfg.backend, device, D, c, cfg.sampler) for c in cs}
+    members = contenders(device, {c: backend for c, (backend, _) in backends.items()}, cfg.sampler)
+    print(device.reason, *(f"SUS c = {c:g}, {cfg.sampler} draws, by the {backend} backend ({why})" for c, (backend, why) in backends.items()),
           sep="\n", flush=True)  # fmt: skip
 
     check, results, left_out, product = Check(), [], [], [product_ms(device)]
@@ -306,7 +308,7 @@ def measure(cfg: BenchConfig) -> dict:
             results += measure_at(T, running, inputs, cfg, device, check, bar)
             product.append(product_ms(device))
     return {
-        "benchmark": "attention",
+        "benchmark": "bench_attention",
         "config": asdict(cfg),
         "environment": environment(device),
         "idle": idleness(product),
@@ -355,17 +357,6 @@ def choose(members: list[Contender], inputs, limit: float, device: Device) -> tu
             reasons[member] = f"it would take about {expected:.0f} s, above --peer_seconds={limit:g}"
     running = [fastest, *(m for m in members if m is not fastest and m not in reasons)]
     return running, [{"name": member.name, "T": T, "why": why} for member, why in reasons.items()]
-
-
-def free_memory(device: Device) -> int | None:
-    """Bytes; None where it isn't known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device.device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
-    return 1024 * int(found[1]) if found else None
 
 
 def measure_at(
@@ -484,7 +475,7 @@ def report(data: dict) -> None:
     machine, idle = describe_machine(data)
     shape = ", ".join(map(str, inputs["shape"]))
     heads = f", {inputs['key_heads']} key heads" if inputs["key_heads"] != inputs["shape"][1] else ""
-    print(f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}\n"
+    print(f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}; {data['config']['sampler']} draws\n"
           f"checked: {len(data['checks'])} comparisons, all within their limits\n")  # fmt: skip
     print_table([TITLES, *(comparison_row(results, line) for line in data["comparisons"])])
     print("\nTimes in ms, medians. Ratios are exact / SUS: median (lowest..highest) of the rounds. MiB: the peak beyond "

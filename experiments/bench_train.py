@@ -58,6 +58,8 @@ def main():
             raise UserError(f"--{name} means nothing here: {instead}")
     if cfg.init_from != "scratch":
         raise UserError(f"init_from={cfg.init_from}: only new weights are timed here; leave it out")
+    if cfg.sus_c == "auto":
+        raise UserError("sus_c=auto is steered by a whole run: give a number")
     cfg.attn_backward = "sus"  # validate then also refuses what SUS can't do
     validate(cfg)
     with memory_errors("Give a smaller --T"):
@@ -143,7 +145,7 @@ def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
             results += measure_at(cfg, T, device, corpus, bar)
             product.append(product_ms(device))
     return {
-        "benchmark": "train",
+        "benchmark": "bench_train",
         "config": dataclasses.asdict(cfg),
         "environment": environment(device),
         "idle": idleness(product),

@@ -46,7 +46,7 @@ def numbers(name: str, text: str, kind: type, low: float) -> list:
     return values
 
 
-def sus_backend(backend: str, device: Device, D: int, c: float, sampler: str = "systematic") -> tuple[str, str]:
+def sus_backend(backend: str, device: Device, D: int, c: float, sampler: str = "weighted") -> tuple[str, str]:
     """The backend of SUS that runs, and why. UserError if the one asked for can't."""
     try:
         return resolve_backend(backend, device.type, device.dtype, D, sampler=sampler, c_max=c)
@@ -165,6 +165,17 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
+def free_memory(device: Device) -> int | None:
+    """Bytes; None where it isn't known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device.device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
+    return 1024 * int(found[1]) if found else None
+
+
 def in_child(function: Callable, *arguments):
     """function(*arguments) in a fresh process, with as many threads as here. UserError if it is killed."""
     # spawn: a forked process would hold this one's memory, and threads that do not exist in it
@@ -200,5 +211,5 @@ def read_json(path: Path, benchmark: str) -> dict:
     except ValueError:
         data = None
     if not isinstance(data, dict) or data.get("benchmark") != benchmark:
-        raise UserError(f"{path} is not what bench_{benchmark}.py wrote by --json=FILE")
+        raise UserError(f"{path} is not what {benchmark}.py wrote by --json=FILE")
     return data

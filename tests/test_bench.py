@@ -95,7 +95,7 @@ def test_the_table(figures):
         "SDPA flash",
         "SDPA math",
         "a matrix product took",
-        "SUS c = 4 by the reference backend (asked for)",
+        "SUS c = 4, weighted draws, by the reference backend (asked for)",
         "left out: FlexAttention at T = 64, 128: FlexAttention does not support backward on CPU",
         "Time grows as T to the power of: exact backward",
     ):
@@ -170,13 +170,13 @@ def made_up(Ts=(1024, 4096), cs=(10.0, 25.0), draws=True):
             )
     return plain(
         {
-            "benchmark": "attention",
+            "benchmark": "bench_attention",
             "environment": {"device": "cpu: made up", "threads": 2},
             "results": rows,
             "left_out": [],
             "idle": measure.idleness([10.0, 12.0]),
             "checks": [],
-            "config": {},
+            "config": {"sampler": "weighted"},
             "inputs": {"from": "nowhere", "shape": [1, 4, "T", 64], "key_heads": 2, "dtype": "float32"},
             "comparisons": bench_attention.compare(rows, list(Ts)),
             "fits": bench_attention.fits(rows),
@@ -518,7 +518,7 @@ def test_the_training_table(tiny, tmp_path, monkeypatch, capsys):
     for row in data["results"]:
         assert row["tok_per_sec"] == pytest.approx([4 * row["T"] / (step / 1e3) for step in row["step_ms"]])
         assert len(row["step_ms"]) == 2 and all(0 < share < 1 for share in row["attention_share"])
-    assert data["benchmark"] == "train" and data["config"]["n_embd"] == 32 and len(data["idle"]["product_ms"]) == 3
+    assert data["benchmark"] == "bench_train" and data["config"]["n_embd"] == 32 and len(data["idle"]["product_ms"]) == 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -602,7 +602,7 @@ def test_foreign_json(tmp_path):
     for content in ("text", "[]", '{"benchmark": "train"}'):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(UserError, match="is not what bench_attention.py wrote"):
-            measure.read_json(tmp_path / "a.json", "attention")
+            measure.read_json(tmp_path / "a.json", "bench_attention")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from backends import reference
 from backends.reference import UNIT, UNIT_BITS
+from sus_attn import SAMPLERS
 
 inf = math.inf
 
@@ -199,6 +200,68 @@ def test_draws_differ_between_seeds_batches_heads_and_rows(sampler):
     assert len(masks) == 8 if sampler == "systematic" else len(masks) > 60
 
 
+# -- thinning ----------------------------------------------------------------------------------
+
+
+def known(shape, seed=0):
+    """Made-up knowledge of a block of weights (B, H, R, N), of very unequal contributions."""
+    g = torch.Generator().manual_seed(seed)
+    square, distance = (torch.randn(2, *shape, generator=g) * 2).exp()
+    return reference.Known(torch.rand(*shape[:-1], 1, generator=g) * 4 + 0.125, lambda: square, lambda: distance)
+
+
+@pytest.mark.parametrize("sampler", reference.THINNED)
+def test_thinning_aims_at_c_times_what_a_contribution_weighs(sampler):
+    c, w = 6.0, torch.softmax(torch.randn(2, 3, 4, 50, generator=torch.Generator().manual_seed(0)) * 2, -1)
+    about = known(w.shape)
+    q_units = reference.inclusion_units(w, torch.tensor(2 * c))
+    proposed, _ = reference.keep_systematic(q_units, torch.full((2, 3, 4), 12345), 50)
+    got = reference.thinning_units(proposed, w, q_units, torch.tensor(c), sampler, about)
+    assert (got[~proposed] == 0).all() and (got[proposed] >= 1).all() and got.max() == UNIT
+    w, q, square, distance = (x.double() for x in (w, q_units / UNIT, about.square(), about.distance()))
+    aim = c * w * (about.row_weight.double() if sampler in ("weighted", "rows", "rows+values") else 1)
+    if "values" in sampler:
+        square = 0.75 * distance / (w * distance).sum(-1, keepdim=True) + 0.25
+    if sampler != "rows":
+        mean = torch.where(proposed, w / q * square, 0).sum(-1) / torch.where(proposed, w / q, 0).sum(-1)
+        aim = aim * (square / mean[..., None]).sqrt()
+    want = torch.clamp(aim / q, max=1)
+    torch.testing.assert_close((got / UNIT)[proposed].double(), want[proposed], rtol=1e-5, atol=2 / UNIT)
+    assert 0.2 < (want[proposed] < 1).double().mean() < 1
+
+
+@pytest.mark.parametrize("sampler", reference.THINNED)
+def test_thinning_is_unbiased_given_the_proposals(sampler):
+    """Whatever it looks at, also at which entries were proposed: the mean over its own draws is the proposals' 1/q."""
+    N, T, c = 4000, 40, 5.0
+    w = softmax_rows(1, T, 2.5).expand(1, 1, T)
+    about = known((1, 1, 1, T))
+    about = about._replace(row_weight=about.row_weight.expand(N, 1, 1, 1))
+    u = torch.full((N, 1, 1), 4_000_000)  # the same proposals in all rows
+    draw = lambda s: reference.sus_multiplier(torch.tensor(c), c, s, torch.tensor(3), u, T)  # noqa: E731
+    m, dropped = draw(sampler)(w.expand(N, 1, 1, T), range(1), about)
+    q_units = reference.inclusion_units(w, torch.tensor(2 * c))
+    proposed = reference.keep_systematic(q_units, u[0], T)[0].flatten()
+    want = torch.where(proposed, UNIT / q_units.flatten().double(), 0)
+    m = m.double().flatten(0, 2)
+    assert dropped == 0 and (m[:, ~proposed] == 0).all()
+    error = (m.std(0) / N**0.5)[proposed]
+    z = ((m.mean(0) - want)[proposed] / error.clamp_min(1e-9))[error > 1e-6]
+    assert len(z) > 3 and z.abs().max() < 4.5
+    assert torch.allclose(m.mean(0)[proposed][error <= 1e-6], want[proposed][error <= 1e-6], rtol=1e-5)
+
+
+@pytest.mark.parametrize("grad, want", [
+    ([[1.0, 3.0]], [0.5, 1.5]), ([[0.0, 0.0]], [1, 1]), ([[0.0] + [1.0] * 20], [0.125] + [1.05] * 20),
+    ([[100.0] + [1.0] * 99], [4] + [1 / 1.99] * 99), ([[math.nan, 1.0]], [1, 1]), ([[math.inf, 1.0]], [1, 1]),
+])  # fmt: skip
+def test_row_weights(grad, want):
+    """Relative to the mean over the rows of the same batch and head, within bounds, and 1 where there is no number."""
+    rows = torch.tensor(grad)[..., None]  # (1, T, 1): the norms
+    got = reference.row_weights(torch.stack([rows, torch.ones_like(rows)], 1))
+    assert got[0, 0].tolist() == pytest.approx(want) and (got[0, 1] == 1).all()
+
+
 # -- memory ------------------------------------------------------------------------------------
 
 
@@ -213,7 +276,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("sampler", ["systematic", "poisson"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_nothing_of_size_t_squared_is_stored(sampler):
     B, H, T, D = 1, 2, 3000, 4
     q, k, v, g = (torch.randn(B, H, T, D) for _ in range(4))
