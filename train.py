@@ -34,6 +34,7 @@ from device import Device, memory_errors, resolve_device
 from model import ARCHITECTURE_KEYS, TRAINING_KEYS, GPT, GPTConfig, load_pretrained, model_args, model_from_checkpoint
 from probe import probe_attention
 from record import Record
+from retention import CALIBRATE, HIGH, START, STEER, Retention, collect_stats
 from sus_attn import fold_in, resolve_backend
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -94,6 +95,12 @@ def main():
         checkpoint.restore_optimizer(saved, out_dir / "ckpt.pt", optimizer, scaler)
         it, best_val_loss = saved["iter_num"], saved["best_val_loss"]
     first_it = it
+    stats = collect_stats(model) if cfg.attn_backward == "sus" else None
+    retention = None
+    if cfg.attn_backward == "sus" and cfg.sus_c == "auto":
+        retention = Retention(model, stats, cfg.sus_rho)
+        if saved is not None and saved.get("retention"):
+            retention.state = saved["retention"]
     compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
     ddp = compiled
     if world > 1:
@@ -123,7 +130,7 @@ def main():
             "model": checkpoint.unwrap(ddp).state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "model_args": model_args(model.config), "iter_num": it,
             "best_val_loss": best_val_loss, "config": dataclasses.asdict(cfg), "tokenizer": corpus.tokenizer_meta,
-            "wandb_run_id": record.run_id,
+            "wandb_run_id": record.run_id, "retention": retention.state if retention else None,
         })  # fmt: skip
 
     stop = StopSignal(world)
@@ -167,6 +174,9 @@ def main():
                 say(f"stopped by {stop.name} at iteration {it}, {saved_in if it > 0 else 'with nothing to save yet'}")
             break
 
+        if retention is not None and it % CALIBRATE == 0:
+            retention.calibrate(cfg, compiled, corpus, device, it, rank, world)
+        scale = scaler.get_scale()
         loss, norm = train_step(cfg, ddp, optimizer, scaler, corpus, device, it, rank, world)
         check_finite(loss, f"loss of iteration {it}", out_dir)
         if not scaler.is_enabled():  # the scaler skips such a step by itself, and lowers its scale
@@ -174,6 +184,10 @@ def main():
         elif scaler.get_scale() < 1e-3:
             check_finite(math.nan, f"float16 gradient of iteration {it}, at every loss scale,", out_dir)
         it += 1
+        if retention is not None:
+            retention.observe(scale / (cfg.gradient_accumulation_steps // world))
+            if it % STEER == 0:
+                retention.steer(world)
         if it == first_it + 1 and compiled is not model:
             device.synchronize()
             clock, clock_it = time.perf_counter(), it  # compilation is no training time
@@ -186,7 +200,7 @@ def main():
             mfu = tok_per_sec * model.flops_per_token(cfg.block_size) / (peak * world) if peak else None
             record.log({"iter": it, "train/loss": loss, "lr": optimizer.param_groups[0]["lr"], "train/grad_norm": norm,
                         "train/dt": dt, "train/tok_per_sec": tok_per_sec, "train/mfu": mfu,
-                        **({"sus/c": cfg.sus_c} if cfg.attn_backward == "sus" else {})})  # fmt: skip
+                        **sus_metrics(model, stats, retention)})  # fmt: skip
             progress.set_postfix_str(f"loss {loss:.3f}, {tok_per_sec:,.0f} tok/s", refresh=False)
             if progress.disable:
                 eta = tqdm.format_interval((cfg.max_iters - it) * dt)
@@ -254,7 +268,9 @@ def prepare_stdlib(cfg: TrainConfig) -> None:
 
 
 def training_keys(cfg: TrainConfig) -> dict:
-    return {name: getattr(cfg, name) for name in TRAINING_KEYS}
+    """GPTConfig's keys of training. Where sus_c is auto, its Retention sets it in the model's config."""
+    keys = {name: getattr(cfg, name) for name in TRAINING_KEYS}
+    return keys | ({"sus_c": START} if cfg.sus_c == "auto" else {})
 
 
 def new_model(cfg: TrainConfig, vocab_size: int) -> GPT:
@@ -297,7 +313,7 @@ def gpt2(cfg: TrainConfig) -> GPT:
 def describe_backward(cfg: TrainConfig) -> str:
     if cfg.attn_backward != "sus":
         return cfg.attn_backward
-    return f"sus-c{cfg.sus_c:g}" + ("" if cfg.sus_sampler == "systematic" else f"-{cfg.sus_sampler}")
+    return f"sus-c{cfg.sus_c if cfg.sus_c == 'auto' else f'{cfg.sus_c:g}'}" + ("" if cfg.sus_sampler == "weighted" else f"-{cfg.sus_sampler}")
 
 
 def describe_attention(cfg: TrainConfig, device: Device) -> str:
@@ -306,10 +322,11 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
         return "exact backward"
     try:
         backend, why = resolve_backend(cfg.sus_backend, device.type, device.dtype, cfg.n_embd // cfg.n_head,
-                                       sampler=cfg.sus_sampler, c_max=cfg.sus_c)  # fmt: skip
+                                       sampler=cfg.sus_sampler, c_max=HIGH if cfg.sus_c == "auto" else cfg.sus_c)  # fmt: skip
     except ValueError as error:
         raise UserError(f"sus_{error}") from None
-    return f"SUS backward, c = {cfg.sus_c:g}, {cfg.sus_sampler} draws, {backend} backend ({why})"
+    c = f"c set by itself for rho = {cfg.sus_rho:g}" if cfg.sus_c == "auto" else f"c = {cfg.sus_c:g}"
+    return f"SUS backward, {c}, {cfg.sus_sampler} draws, {backend} backend ({why})"
 
 
 def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it):
@@ -407,6 +424,15 @@ def position_buckets(by_position) -> dict[str, float]:
     T = len(by_position)
     edges = [0, *(2**i for i in range(6, 64) if 2**i < T), T]
     return {f"{a}-{b - 1}": float(by_position[a:b].mean()) for a, b in zip(edges, edges[1:])}
+
+
+def sus_metrics(model: GPT, stats, retention: Retention | None) -> dict:
+    """What the record keeps of SUS: c; by layer, its own estimate of the variance that the last micro-batch's draw added."""
+    if stats is None:
+        return {}
+    by_layer = {str(layer): value for layer, value in enumerate(stats[:, 2].tolist())}
+    return {"sus/c": float(model.config.sus_c), "sus/added_variance": by_layer,
+            **({"sus/rho": retention.rho} if retention else {})}  # fmt: skip
 
 
 class StopSignal:

@@ -1,0 +1,155 @@
+"""sus_c=auto: what a calibration measures, where c goes, and that a resumed or compiled run does the same."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import TORCHRUN, corpus, run, start  # noqa: F401  (fixtures)
+
+import retention
+from configurator import TrainConfig, UserError, load_config
+from data.loader import load_corpus
+from device import Device
+from model import GPT, GPTConfig
+from record import read_record
+from retention import HIGH, LOW, START, STEER, Retention, collect_stats
+from sus_attn import fold_in
+
+CPU = Device(torch.device("cpu"), torch.float32, "")
+
+
+def tiny(**keys):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=32, pos="rope", attn_backward="sus",
+                         sus_c=START, **keys))  # fmt: skip
+
+
+@pytest.mark.parametrize("target, want", [(0.01, 16.0), (0.08, 4.0), (1e-6, HIGH), (0.9, LOW)])
+def test_c_goes_where_rho_is_the_target(target, want):
+    """rho = 0.64 c^-1.5 in a made-up world, noisily seen: c settles, and stays, where that is the target."""
+    model = tiny()
+    stats = collect_stats(model)
+    held = Retention(model, stats, target)
+    held.added, held.estimate, held.own = 30.0, 3.0, 10.0  # amplification 10
+    noise = torch.Generator().manual_seed(0)
+    seen = []
+    for it in range(1, 1001):
+        true_rho = 0.64 * held.c.item() ** -1.5
+        # a layer's estimate each, of the loss times 4
+        stats[:, 2] = torch.tensor([0.75, 0.25]) * true_rho * (1 + 0.3 * torch.randn(1, generator=noise)) * 16
+        held.observe(4.0)
+        if it % STEER == 0:
+            before = held.c.item()
+            held.steer()
+            assert 0.79 < held.c.item() / before < 1.26 and LOW <= held.c <= HIGH
+            seen.append(held.c.item())
+    assert all(abs(math.log(c / want)) < 0.15 for c in seen[50:])
+    assert held.config.sus_c is held.c and held.c <= held.config.sus_c_max <= HIGH
+    if LOW < want < HIGH:
+        assert held.rho == pytest.approx(target, rel=0.4)
+
+
+def test_what_is_not_finite_moves_nothing():
+    model = tiny()
+    stats = collect_stats(model)
+    held = Retention(model, stats, 0.01)
+    held.steer()  # nothing was calibrated, nothing observed
+    held.added, held.estimate, held.own = 1.0, 1.0, 1.0
+    stats[0, 2] = math.inf  # a float16 loss scale that is too high
+    held.observe(1.0)
+    held.steer()
+    assert held.c == START and math.isnan(held.rho)
+    stats[0, 2] = 1.0
+    held.observe(1.0)
+    held.steer()
+    assert held.c == pytest.approx(1.25 * START)  # and the infinity is forgotten
+
+
+def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):  # noqa: F811
+    """Against the three gradients made here, and against the variance over many draws and batches."""
+    monkeypatch.setattr(retention, "DECAY", 0.0)
+    model, text = tiny(), load_corpus(corpus, 64)
+    held = Retention(model, collect_stats(model), 0.01)
+    held._set(2.0)
+    cfg = SimpleNamespace(batch_size=2, seed=5)
+
+    def gradient(it, seed):
+        x, y = text.batch(2, 5, it, 0)
+        loss = model(x, y, sus_seed=torch.tensor(seed))[1]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    found = []
+    for it in range(40):
+        held.calibrate(cfg, model, text, CPU, it)
+        found.append((held.added, held.estimate, held.own))
+    a, again, other = gradient(0, fold_in(5, 0, 0, 1)), gradient(0, fold_in(5, 0, 0, 2)), gradient(1, fold_in(5, 0, 0, 3))
+    added, both = ((a - x).square().sum().item() / 2 for x in (again, other))
+    assert found[0][0] == pytest.approx(added, rel=1e-4) and found[0][2] == pytest.approx(both - added, rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+    added, estimate, own = torch.tensor(found).double().mean(0).tolist()
+    draws = torch.stack([torch.stack([gradient(it, 100 * it + i) for i in range(8)]) for it in range(40)])
+    within = draws.var(1).sum(1).mean().item()
+    between = draws.mean(1).var(0).sum().item() - within / 8
+    assert added == pytest.approx(within, rel=0.2) and own == pytest.approx(between, rel=0.2)
+    assert 0 < estimate < added  # noise that passes down grows
+
+
+def test_state_goes_through_a_checkpoint():
+    held = Retention(tiny(), torch.ones(2, 3), 0.01)
+    held.added, held.estimate, held.own = 0.1, 0.2, 0.3
+    held._set(7.3)
+    held.observe(3.0)
+    other = Retention(tiny(), torch.ones(2, 3), 0.01)
+    other.state = held.state
+    assert all(type(value) in (int, float) for value in held.state.values())
+    assert repr(other.state) == repr(held.state)  # rho is NaN
+    held.steer(), other.steer()
+    assert repr(other.state) == repr(held.state) and held.c != pytest.approx(7.3)
+
+
+def test_a_compiled_model_needs_no_compilation_when_c_moves():
+    torch._dynamo.reset()
+    model = tiny(sus_backend="reference")
+    held = Retention(model, collect_stats(model), 0.01)
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.arange(64)[None] % 61
+    kept = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for c in (30.0, 18.0, 25.0):  # of one c_max
+            held._set(c)
+            compiled(x, x, sus_seed=torch.tensor(1))[1].backward()
+            kept.append(held.stats[:, 0].sum().item())
+    assert kept[1] < kept[2] < kept[0]
+
+
+# -- in train.py -----------------------------------------------------------------------------------
+
+
+def test_a_run_sets_c_by_itself_and_resumes_the_same(run, tmp_path):  # noqa: F811
+    keys = dict(sus_c="auto", sus_rho=0.05, max_iters=60, lr_decay_iters=60, eval_interval=30, log_interval=1, seed=3)
+    whole = run("whole", **keys)
+    run("parts", **{**keys, "max_iters": 25})
+    parts = run("parts", init_from="resume", **keys)
+    pick = lambda lines: [(l["iter"], l["sus/c"], l["train/loss"]) for l in lines if "sus/c" in l and l["iter"] > 25]  # noqa: E731, E741
+    assert pick(parts) == pick(whole) and len(pick(whole)) == 35
+    line = next(l for l in whole if l["iter"] == 59)  # noqa: E741
+    assert line["sus/c"] != START and 0 < line["sus/rho"] and set(line["sus/added_variance"]) == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_two_processes_set_c(corpus, tmp_path):  # noqa: F811
+    process = start(corpus, tmp_path / "two", *TORCHRUN, sus_c="auto", max_iters=20)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    lines = [line for line in read_record(tmp_path / "two" / "metrics.jsonl")[1] if "sus/c" in line]
+    assert lines[-1]["sus/c"] != START and lines[-1]["sus/rho"] > 0
+
+
+def test_the_key(tmp_path):
+    assert load_config(TrainConfig, ["--sus_c=auto"], usage="").sus_c == "auto"
+    (tmp_path / "a.py").write_text("sus_c = 'auto'\nsus_rho = 0.02\n")
+    assert load_config(TrainConfig, [str(tmp_path / "a.py")], usage="").sus_rho == 0.02
+    for wrong in ("--sus_c=often", "--sus_c=-1", "--sus_rho=0", "--sus_rho=auto"):
+        with pytest.raises(UserError, match="must be"):
+            load_config(TrainConfig, [wrong], usage="")
