@@ -1,19 +1,26 @@
-"""compare_runs.py: its numbers against hand-made records, its picture from every shape of record, its errors."""
+"""compare_runs.py: real sweeps of tiny models, its numbers against hand-made records, its picture from every shape of
+record, its errors."""
 
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare_runs  # noqa: E402
-from compare_runs import Run, gaps, group, smooth, table  # noqa: E402
+from compare_runs import Run, draw, group, smooth, summary, table  # noqa: E402
 from configurator import UserError  # noqa: E402
-from record import Record, plain  # noqa: E402
+from data.corpus import write_corpus  # noqa: E402
+from data.tokenizer import tokenizer_from_meta  # noqa: E402
+from record import Record, plain, read_record  # noqa: E402
 
 
 def make_run(name="exact-1", val=(5.5, 2.0, 1.9), attn_backward="exact", seed=1, every=10, **config):
@@ -41,6 +48,181 @@ def compare(*arguments, cwd):
                           capture_output=True)
 
 
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """main(*arguments): the command in this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
+        compare_runs.main()
+
+    return main
+
+
+# -- the sweep --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file of a tiny model on a tiny corpus."""
+    folder = tmp_path_factory.mktemp("small")
+    text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
+    write_corpus(folder / "corpus", [("a", text)], [("b", text[:20_000])], tokenizer_from_meta({"name": "byte"}), source={})
+    keys = dict(dataset=str(folder / "corpus"), n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=1, pos="rope",
+                gradient_accumulation_steps=1, max_iters=200, lr_decay_iters=200, warmup_iters=5, eval_interval=100,
+                eval_iters=2, wandb_log=False, device="cpu", dtype="float32", sus_backend="reference")  # fmt: skip
+    (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in keys.items()))
+    return folder / "tiny.py"
+
+
+def made_sweep(config, folder, *modes, **changes):
+    """Records as of finished runs of a sweep with seed 1."""
+    keys = vars(compare_runs.load_config(compare_runs.TrainConfig, [str(config)], usage="")) | changes
+    keys.pop("explicit", None)
+    for name in modes:
+        run = make_run(name, val=(5.5, 2.0, 1.9), every=100)
+        backward = {"attn_backward": "exact"} if name.startswith("exact") else {"attn_backward": "sus", "sus_c": 4.0}
+        run.config = keys | backward | {"seed": 1}
+        write(folder / name, run)
+        (folder / name / "ckpt.pt").write_bytes(b"not read, since newer than the record")
+
+
+def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
+    """Ctrl-C reaches the process group: the run is saved, the same command finishes, and once more trains nothing."""
+    pytest.importorskip("matplotlib")
+    arguments = [str(config), "--sweep=exact,4", "--seeds=1", "--runs=runs", "--out=a.png"]
+    record = tmp_path / "runs" / "exact-seed1" / "metrics.jsonl"
+    process = subprocess.Popen([sys.executable, ROOT / "experiments" / "compare_runs.py", *arguments], cwd=tmp_path,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    deadline = time.time() + 60
+    while not (record.exists() and '"iter": 2,' in record.read_text()):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err + out
+    assert "stopped by SIGINT" in out and out.endswith(f"compare_runs.py {' '.join(arguments)}\n")
+    stopped_at = read_record(record)[1][-1]["iter"]
+    assert 2 <= stopped_at < 200 and f"exact-seed1 stops at iteration {stopped_at}" in out
+    assert (tmp_path / "runs" / "exact-seed1" / "ckpt.pt").exists() and len(list((tmp_path / "runs").iterdir())) == 1
+
+    main(*arguments)
+    out = capsys.readouterr().out
+    assert "2 runs in runs: 0 finished, 1 begun, 1 new" in out
+    assert f"exact-seed1 resumes at iteration {stopped_at} (1 of 2)" in out and "sus-c4-seed1 ends at iteration 200" in out
+    for name, backward in (("exact-seed1", "exact"), ("sus-c4-seed1", "sus")):
+        header, lines = read_record(tmp_path / "runs" / name / "metrics.jsonl")
+        assert [line["iter"] for line in lines if "train/loss" in line] == list(range(1, 201))
+        assert header["run_name"] == name and header["config"]["attn_backward"] == backward
+        assert "val loss" in (tmp_path / "runs" / name / "train.log").read_text()
+    assert (tmp_path / "a.png").exists()
+    table_of_groups = [line for line in out.splitlines() if line.startswith(("exact  ", "sus c=4  "))]
+    assert len(table_of_groups) == 2
+
+    def never(*_, **__):
+        raise AssertionError("a run was started")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_runs.subprocess, "Popen", never)
+        main(*arguments)
+        again = capsys.readouterr().out
+        assert "2 finished, 0 begun, 0 new" in again and table_of_groups[1] in again
+        main("runs", "--out=a.png")  # a folder stands for its runs
+        assert table_of_groups[1] in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"runs/exact-seed1 has a run with n_embd=16, not 32: choose another --runs"):
+            main(*arguments, "--n_embd=32")
+        with pytest.raises(AssertionError, match="a run was started"):
+            main(*[a.replace("seeds=1", "seeds=1,2") for a in arguments])
+        checkpoint = record.with_name("ckpt.pt")
+        os.utime(checkpoint, (0, 0))  # older than the record, so it is read, and is the last one
+        main(*arguments)
+        state = torch.load(checkpoint, weights_only=True)
+        torch.save({**state, "iter_num": 100}, checkpoint)  # killed before the last checkpoint
+        os.utime(checkpoint, (0, 0))
+        with pytest.raises(AssertionError, match="a run was started"):
+            main(*arguments)
+        assert "1 finished, 1 begun" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_one_clear_error(config, tmp_path, main, capsys):
+    pytest.importorskip("matplotlib")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError) as error:
+        main(config, "--sweep=4", "--seeds=1", "--block_size=1000000")
+    first, *_, last = str(error.value).splitlines()
+    assert first == "sus-c4-seed1 failed with exit status 1; out-sweep/sus-c4-seed1/train.log ends:"
+    assert "too few for block_size" in last
+    assert "too few" in (tmp_path / "out-sweep" / "sus-c4-seed1" / "train.log").read_text()
+    assert signal.getsignal(signal.SIGINT) == handler and not list(tmp_path.glob("*.png"))
+
+
+def test_the_order_and_the_names_of_a_sweep(config, monkeypatch):
+    """All modes of a seed, then the next seed; c=auto is train.py's to refuse or to take."""
+    types = compare_runs.TrainConfig
+    monkeypatch.setattr(compare_runs, "load_config", lambda cls, argv, usage: types())
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", "a.py", "--sweep=exact,5.0,auto,inf", "--seeds=3,1", "--n_head=2"])
+    cfg = compare_runs.CompareConfig(sweep="exact,5.0,auto,inf", seeds="3,1")
+    cfg.explicit = {"sweep", "seeds", "n_head"}
+    runs = compare_runs.plan(cfg, ["a.py"])
+    modes = ["exact", "sus-c5", "sus-cauto", "sus-cinf"]
+    assert [run.name for run in runs] == [f"{mode}-seed{seed}" for seed in (3, 1) for mode in modes]
+    assert runs[0].arguments == ["a.py", "--n_head=2", "--attn_backward=exact", "--seed=3",
+                                 "--out_dir=out-sweep/exact-seed3", "--wandb_run_name=exact-seed3"]
+    assert runs[6].arguments[2:5] == ["--attn_backward=sus", "--sus_c=auto", "--seed=1"]
+
+
+def test_what_makes_another_run(config, tmp_path, main):
+    """What matters to SUS alone doesn't matter to exact; the names of the run and of its project never do."""
+    made_sweep(config, tmp_path / "out-sweep", "exact-seed1", "sus-c4-seed1", sus_c=9.0, wandb_project="other", log_interval=3)
+    main(config, "--sweep=exact,4", "--seeds=1", "--sus_sampler=systematic")
+    with pytest.raises(UserError, match="sus-c4-seed1 has a run with sus_sampler=systematic, not poisson"):
+        main(config, "--sweep=exact,4", "--seeds=1", "--sus_sampler=poisson")
+    main(config, "--sweep=exact", "--seeds=1", "--sus_sampler=poisson")
+    with pytest.raises(UserError, match="exact-seed1 has a run with max_iters=200, not 400"):
+        main(config, "--sweep=exact", "--seeds=1", "--max_iters=400")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--sweep=foo"], "--sweep=foo: 'foo' is not exact, auto or a c"), (["--sweep=exact,0"], "'0' is not exact, auto or a c"),
+    (["--sweep=nan"], "'nan' is not exact, auto or a c"), (["--sweep=5,5.0"], "'5.0' is not exact, auto or a c"), (["--sweep="], "'' is not exact, auto or a c"),
+    (["--sweep=5", "--seeds=1,x"], "--seeds=1,x must be a list of integers"),
+    (["--sweep=5", "--seeds=1,-2"], "integers"), (["--sweep=5", "--seeds=2,02"], "each once"),
+    (["--sweep=5", "--seed=3"], "--seed is set by"), (["--sweep=5", "--out_dir=b"], "--out_dir is set by"),
+    (["--sweep=5", "a"], "a is a folder"), (["--sweep=5", "none.py"], "'none.py': no such config file"),
+    (["--sweep=5", "--dropout=0.1"], "sus does not support"), (["--sweep=5", "--eval_only=True"], "resumes by itself"),
+    (["--sweep=5", "--init_from=resume"], "resumes by itself"), (["--sweep=5", "--out=nowhere/a.png"], "nowhere is no"),
+    (["a", "conf.py"], "conf.py is a config file"), (["a", "--n_head=4"], "--n_head is for training"),
+    (["a", "--seeds=1"], "--seeds is for training"), (["a", "--sweeep=5"], "did you mean sweep"),
+])  # fmt: skip
+def test_mistakes_before_a_sweep(tmp_path, main, monkeypatch, arguments, message):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(compare_runs.subprocess, "Popen", None)
+    write(tmp_path / "a", make_run())
+    with pytest.raises(UserError) as error:
+        main(*arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_help_tells_all_keys(main, capsys):
+    with pytest.raises(SystemExit):
+        main("--help")
+    out = capsys.readouterr().out
+    assert all(f"--{name}=" in out for name in ("sweep", "seeds", "runs", "out", "max_iters"))
+
+
+# -- the tables -------------------------------------------------------------------------------------
+
+
 def test_table():
     runs = [make_run(), make_run("sus-1", (5.5, 1.8, 2.1), "sus", seed=7), Run("new", {}, [{"iter": 3}])]
     titles, exact, sus, new = table(runs)
@@ -62,21 +244,85 @@ def test_groups_differ_in_more_than_the_seed():
     assert labels == ["exact, n_layer=4", "sus c=25, n_layer=4", "sus c=inf, n_layer=4", "exact, n_layer=6"]
 
 
-def test_gaps():
+def groups_of(runs):
+    """{label: {title: cell}} of the table of groups."""
+    titles, *rows = summary(runs)[1]
+    return {row[0]: dict(zip(titles, row)) for row in rows}
+
+
+def test_groups():
     """At the last iteration which all have evaluated, 20, where the one run's later loss must not count."""
     runs = [make_run("s1", (5, 3, 2.06, 1.0), "sus", 1), make_run("s2", (5, 3, 2.10), "sus", 2),
             make_run("e1", (5, 3, 2.00), seed=1), make_run("e2", (5, 3, 2.03), seed=2)]
-    assert gaps(runs)[1:] == [
-        "validation loss at iteration 20, the last at which all were evaluated:",
-        "  sus c=25  2.0800, 0.0400 from lowest to highest of 2 runs",
-        "  exact     2.0150, 0.0300 from lowest to highest of 2 runs",
-        "  sus c=25 is +0.0650 from exact"]
+    assert summary(runs)[0][1] == "validation loss at iteration 20, the last at which all were evaluated:"
+    groups = groups_of(runs)
+    # differences 0.06 and 0.07, so 0.065 and its error 0.005; the means' errors are half the distances
+    assert groups["sus c=25"] | {"train time": "?"} == {
+        "group": "sus c=25", "runs": "2", "val loss": "2.0800 ± 0.0200", "lowest..highest": "2.0600..2.1000",
+        "from exact": "+0.0650 ± 0.0050", "train time": "?", "tok/s": "2,250", "exact bwd ms": "31.25",
+        "sus bwd ms": "20.00", "kept/row": "24.9"}
+    assert groups["exact"]["val loss"] == "2.0150 ± 0.0150" and groups["exact"]["from exact"] == "-"
+    assert groups["exact"]["sus bwd ms"] == groups["exact"]["kept/row"] == groups["exact"]["train time"] == "-"
 
 
-def test_gaps_need_something_to_compare():
-    assert gaps([make_run()]) == []
-    assert "no iteration" in gaps([make_run(), make_run("b", val=())])[1]
-    assert gaps([make_run(), make_run("b", attn_backward="sus")])[2].endswith("one run")
+def test_distances_where_seeds_do_not_pair_up():
+    runs = [make_run("e1", (2.0,), seed=1), make_run("e2", (2.2,), seed=2), make_run("e3", (9.0,), seed=3),
+            make_run("a1", (2.1,), "sus", 1), make_run("a2", (2.4,), "sus", 2),  # pairs: +0.1 and +0.2
+            make_run("b", (2.5,), "sus", 2, sus_c="auto"), make_run("c", (2.0,), "sus", 8, sus_c="inf")]
+    assert [cells["from exact"] for cells in groups_of(runs).values()] == [
+        "-", "+0.1500 ± 0.0500", "+0.3000", "-2.4000"]
+    assert [cells["from sus c=25"] for cells in groups_of(runs[3:]).values()] == ["-", "+0.1000", "-0.2500"]
+
+
+def test_auto_has_its_median_c():
+    runs = [make_run("e"), make_run("a", attn_backward="sus", sus_c="auto"), make_run("b", attn_backward="sus")]
+    for c in (4.0, 7.0, 30.0):
+        runs[1].lines.append({"iter": 20, "sus/c": c})
+    runs[2].lines.append({"iter": 20, "sus/c": 25.0})
+    assert [cells["median c"] for cells in groups_of(runs).values()] == ["-", "7.0", "-"]
+    assert table(runs)[2][2] == "auto" and "median c" not in summary(runs[::2])[1][0]
+
+
+def test_train_time():
+    """Three steps of 10 s to iteration 3, logged once, then two of 20 s, of which the evaluation at 4 sees one."""
+    run = make_run(val=())
+    run.lines = [{"iter": 3, "train/dt": 10.0}, {"iter": 5, "train/dt": 20.0}]
+    assert run.seconds([0, 3, 4, 5, 9]).tolist() == [0, 30, 50, 70, 70]
+    for it in (0, 5):
+        run.lines.append({"iter": it, "val/loss": 2.0})
+    slow = Run("slow", run.config | {"seed": 2}, [line | {"train/dt": 3 * line.get("train/dt", 0)} if "train/dt" in line
+                                                  else line for line in run.lines])  # fmt: skip
+    other = Run("o", run.config | {"attn_backward": "sus"}, [{"iter": 5, "val/loss": 2.0, "train/dt": 1000.0}])
+    assert [cells["train time"] for cells in groups_of([run, slow, other]).values()] == ["02:20", "1:23:20"]
+
+
+def test_unfinished_runs_are_left_out_once_others_compare():
+    done, sus = make_run("e1", max_iters=20), make_run("s1", attn_backward="sus", max_iters=20)
+    begun = make_run("e2", (5.0,), seed=2, max_iters=20)
+    assert "at iteration 20" in summary([done, sus, begun])[0][2]
+    assert summary([done, sus, begun])[0][1] == "left out, since not finished: e2"
+    assert groups_of([done, sus, begun])["exact"]["runs"] == "1"
+    assert "at iteration 0" in summary([done, begun])[0][1] and groups_of([done, begun])["exact"]["runs"] == "2"
+
+
+def test_groups_need_something_to_compare():
+    assert summary([make_run()]) == ([], [])
+    assert "no iteration" in summary([make_run(), make_run("b", val=())])[0][1]
+    assert groups_of([make_run(), make_run("b", attn_backward="sus")])["exact"]["val loss"] == "1.9000"
+
+
+def test_many_runs_get_the_groups_table_alone(tmp_path, main, capsys):
+    pytest.importorskip("matplotlib")
+    for i in range(8):
+        write(tmp_path / "all" / f"r{i}", make_run(f"r{i}", attn_backward=("sus", "exact")[i % 2], seed=i))
+    (tmp_path / "all" / "note").mkdir()
+    write(tmp_path / "all" / "just-begun", make_run("x", val=()))
+    main("all")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:2] for line in lines[1:9]] == ["r1", "r3", "r5", "r7", "r0", "r2", "r4", "r6"]  # exact first
+    main("all", write(tmp_path / "one-more", make_run("r8", seed=9)))
+    out = capsys.readouterr().out
+    assert "r1" not in out and out.splitlines()[3].split()[:2] == ["exact", "5"]
 
 
 def test_smooth():
@@ -91,7 +337,7 @@ def test_whole_command(tmp_path):
     folders = [write(tmp_path / "a", make_run()), write(tmp_path / "b", make_run("sus-1", attn_backward="sus"))]
     result = compare(*folders, "--out=new.png", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
-    assert "exact-1" in result.stdout and "sus c=25 is +0.0000 from exact" in result.stdout
+    assert "exact-1" in result.stdout and "+0.0000" in result.stdout
     picture = (tmp_path / "new.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "new.png"]
@@ -102,7 +348,7 @@ BARE = [{"iter": i, "train/loss": 5.0 - i} for i in range(3)]
 
 @pytest.mark.parametrize("runs", [
     [make_run()],
-    [make_run(f"{kind}-{i}", attn_backward=kind, seed=i) for i in range(5) for kind in ("exact", "sus")],
+    [make_run(f"{kind}-{i}", attn_backward=kind, seed=i) for i in range(4) for kind in ("exact", "sus")],
     [make_run(val=(5.5,))],
     [make_run(val=(2.0, 2.0, 2.0))],
     [make_run(val=(5.5, math.nan, 1.9)), make_run("b", val=(math.nan,))],
@@ -110,18 +356,67 @@ BARE = [{"iter": i, "train/loss": 5.0 - i} for i in range(3)]
     [Run("bare", {"attn_backward": "exact"}, BARE), make_run()],
     [make_run("short"), Run("long", make_run().config, [{"iter": 5, "val/loss_by_position": {
         f"{2**i}-{2 ** (i + 1) - 1}": 3.0 - i / 10 for i in range(6, 17)}}])],
-], ids=["one", "ten", "one-evaluation", "flat", "nan-and-none", "no-evaluation", "mixed", "other-contexts"])
+], ids=["one", "eight", "one-evaluation", "flat", "nan-and-none", "no-evaluation", "mixed", "other-contexts"])
 def test_a_picture_of_every_shape_of_record(tmp_path, recwarn, runs):
     pytest.importorskip("matplotlib")
     for run in runs:
         run.lines = [plain(line, nonfinite=lambda value: None) for line in run.lines]  # as they are in the file
-    figure = compare_runs.draw(runs)
+    figure = draw(runs)
     compare_runs.save_picture(figure, tmp_path / "a.png")
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert [label.partition(":")[0] for label in labels] == [run.name for run in runs]
     assert all(math.isfinite(limit) for ax in figure.axes for limit in (*ax.get_xlim(), *ax.get_ylim()))
     assert not [str(warning.message) for warning in recwarn]
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def timed(*arguments, dt=0.1, **keys):
+    run = make_run(*arguments, **keys)
+    run.lines = [line | ({"train/dt": dt} if "train/loss" in line and line["iter"] else {}) for line in run.lines]
+    return run
+
+
+def many_runs(make=timed, modes=("exact", 5, 10, 25, 50, "auto"), seeds=(1, 2, 3)):
+    return [make(f"{mode}-{seed}", (5.0, 2.5 + seed / 10, 2.0 + seed / 10 + (mode == 5)), seed=seed, dt=60.0,
+                 **({} if mode == "exact" else {"attn_backward": "sus", "sus_c": mode}))
+            for mode in modes for seed in seeds]  # fmt: skip
+
+
+@pytest.mark.parametrize("runs", [
+    many_runs(), many_runs(modes=("exact", *range(2, 12)), seeds=(1,)), many_runs(modes=(25,), seeds=range(9)),
+    many_runs(make=lambda *arguments, dt, **keys: make_run(*arguments, **keys)), [*many_runs(), Run("x", {"attn_backward": "exact"}, BARE)],
+    [Run(str(i), {"attn_backward": "exact", "seed": i}, BARE) for i in range(9)], many_runs(modes=("exact", 5), seeds=range(20)),
+], ids=["18", "one-seed", "one-group", "no-times", "one-not-begun", "no-evaluation", "40"])
+def test_a_picture_of_every_shape_of_many_runs(tmp_path, recwarn, runs):
+    pytest.importorskip("matplotlib")
+    figure = draw(runs)
+    compare_runs.save_picture(figure, tmp_path / "a.png", dpi=60)
+    assert all(math.isfinite(limit) for ax in figure.axes for limit in (*ax.get_xlim(), *ax.get_ylim()))
+    assert not [str(warning.message) for warning in recwarn] and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_groups_are_drawn_as_mean_band_and_dots():
+    pytest.importorskip("matplotlib")
+    loss, by_time, final, times = draw(many_runs()).axes
+    assert loss.get_legend_handles_labels()[1] == [
+        "exact: 2.2000", "sus c=5: 3.2000", "sus c=10: 2.2000", "sus c=25: 2.2000", "sus c=50: 2.2000", "sus c=auto: 2.2000"]
+    curve, band = loss.get_lines()[1], loss.collections[1].get_paths()[0].vertices
+    assert curve.get_xdata().tolist() == [0, 10, 20] and curve.get_ydata().tolist() == pytest.approx([5, 2.7, 3.2])
+    assert {round(y, 6) for x, y in band if x == 20} == {3.1, 3.3}
+    assert by_time.get_lines()[0].get_xdata().tolist() == [0, 10, 20]  # minutes: 20 iterations of 60 s
+    assert [dots.get_ydata().tolist() for dots in final.get_lines()[:2]] == [
+        pytest.approx([2.1, 2.2, 2.3]), pytest.approx([3.1, 3.2, 3.3])]
+    band, = [patch for patch in final.patches]
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((2.1, 2.3))
+    assert [label.get_text() for label in final.get_xticklabels()] == ["exact", "c=5", "c=10", "c=25", "c=50", "c=auto"]
+    assert len(times.patches) == 12
+
+
+def test_few_runs_have_the_time_axis_where_times_are_known():
+    pytest.importorskip("matplotlib")
+    axes = draw([timed("a", dt=60.0), timed("b", attn_backward="sus", dt=30.0)]).axes
+    assert len(axes) == 4 and [line.get_xdata()[-1] for line in axes[1].get_lines()] == [20, 10]
+    assert len(draw([timed("a"), make_run("b")]).axes) == 3 and len(draw([timed("a")]).axes) == 3
 
 
 def test_times_are_shown_where_there_are_some():
@@ -147,16 +442,21 @@ def test_equal_names_are_told_apart(tmp_path):
     (["a", "--outt=b.png"], "did you mean out"), (["a", "--out", "b.png"], "--out"),
     (["a", "--out=b.jpgg"], "b.jpgg"), (["a", "--out=nowhere/b.png"], "nowhere is no folder"),
 ], ids=["none", "missing", "empty", "foreign", "unknown-key", "no-equals", "format", "folder"])
-def test_mistakes_get_one_clear_error(tmp_path, arguments, message):
+def test_mistakes_get_one_clear_error(tmp_path, main, arguments, message):
     pytest.importorskip("matplotlib")
     write(tmp_path / "a", make_run())
     write(tmp_path / "empty", make_run(val=()))
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "metrics.jsonl").write_text("text\n")
-    result = compare(*arguments, cwd=tmp_path)
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and message in result.stderr
-    assert result.stderr.count("\n") == 1
+    with pytest.raises(UserError) as error:
+        main(*arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty", "text"]
+
+
+def test_a_mistake_is_one_line_and_exit_status_1(tmp_path):
+    result = compare("nowhere", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("error: can't read") and result.stderr.count("\n") == 1
 
 
 def test_missing_matplotlib(monkeypatch):
