@@ -19,88 +19,99 @@ from sus_attn import fold_in
 
 START, LOW, HIGH = 25.0, 2.0, 64.0  # of c
 STEER, CALIBRATE = 10, 50  # iterations
-DECAY = 0.8  # of the running means, a calibration
+DECAY = 0.8  # of the running means, a calibration; they are of logarithms, so that one odd batch can't upset them
 POWER, GAIN = 1.5, 0.3  # rho falls as c^-POWER; the share of the way, on a log scale, that one step goes
 
 
-def collect_stats(model) -> torch.Tensor:
-    """Float32 (layers, 3), from now on filled by each backward with every layer's stats, see sus_attention."""
-    stats = torch.zeros(len(model.transformer.h), 3, device=next(model.parameters()).device)
-    for block, row in zip(model.transformer.h, stats):
-        block.attn.attend.stats = row
+def collect_stats(model) -> list[torch.Tensor]:
+    """A float32 tensor (3,) for each layer, from now on filled by each backward, see sus_attention."""
+    stats = []
+    for block in model.transformer.h:  # rows of one tensor would share a version, which autograd checks in compiled code
+        block.attn.attend.stats = torch.zeros(3, device=block.attn.c_attn.weight.device)
+        stats.append(block.attn.attend.stats)
     return stats
 
 
 class Retention:
     """c, what it is steered by, and how. The model reads c through its config; state is what a checkpoint keeps of it."""
 
-    def __init__(self, model, stats, target: float):
-        """stats: of `collect_stats`. target: of rho."""
+    def __init__(self, model, stats: list[torch.Tensor], target: float, start: float = START):
+        """stats: of `collect_stats`. target: of rho. start: of c."""
         self.config, self.stats, self.target = model.config, stats, target
         self.c = torch.tensor(START)  # a tensor, so that a compiled model needs no compilation when it changes
         self.rho = math.nan  # as last estimated
-        # running sums, all with the same weights, of the calibrations: added variance, estimate of it, own variance
-        self.added = self.estimate = self.own = 0.0
-        self.seen, self.n = torch.zeros((), device=stats.device), 0  # estimates since c last moved
-        self._set(START)
+        self.amplification = self.own = math.nan  # running means of the calibrations: added / estimated, own variance
+        self.seen, self.n = torch.zeros((), device=stats[0].device), 0  # estimates since c last moved: their sum, and how many
+        self._set(start)
 
     def _set(self, c: float) -> None:
-        self.c.fill_(c)
+        self.c.fill_(min(max(c, LOW), HIGH))
         # c_max sizes buffers, and a compiled model is compiled anew when it changes: in few steps
-        self.config.sus_c, self.config.sus_c_max = self.c, min(HIGH, 2.0 ** math.ceil(math.log2(c)))
+        self.config.sus_c, self.config.sus_c_max = self.c, min(HIGH, 2.0 ** math.ceil(math.log2(self.c)))
 
     @property
     def state(self) -> dict[str, float]:
-        return {"c": self.c.item(), "rho": self.rho, "added": self.added, "estimate": self.estimate, "own": self.own,
+        return {"c": self.c.item(), "rho": self.rho, "amplification": self.amplification, "own": self.own,
                 "seen": self.seen.item(), "n": self.n}  # fmt: skip
 
     @state.setter
     def state(self, state: dict[str, float]) -> None:
-        self.rho, self.added, self.estimate, self.own, self.n = (
-            state[name] for name in ("rho", "added", "estimate", "own", "n")
-        )
+        self.rho, self.amplification, self.own, self.n = (state[name] for name in ("rho", "amplification", "own", "n"))
         self.seen.fill_(state["seen"])
         self._set(state["c"])
 
-    def calibrate(self, cfg, model, corpus, device, it: int, rank: int = 0, world: int = 1) -> None:
-        """Three micro-batches' gradients; the model's own (.grad) stay what they are. model: compiled or not, not in DDP."""
+    def estimate(self) -> torch.Tensor:
+        """What the last backward's draw added to dQ, dK and dV of all layers."""
+        return torch.stack([of_layer[2] for of_layer in self.stats]).sum()
+
+    def calibrate(self, cfg, model, corpus, device, it: int, rank=0, world=1, loss_scale=1.0) -> None:
+        """Three micro-batches' gradients; the model's own (.grad) stay what they are. model: compiled or not, not in DDP.
+        loss_scale: for float16, see GradScaler."""
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def gradient(batch: int, draw: int) -> list[torch.Tensor]:
             x, y = (t.to(device.device) for t in corpus.batch(cfg.batch_size, cfg.seed, batch, rank))
             with device.autocast():
                 _, loss = model(x, y, sus_seed=torch.tensor(fold_in(cfg.seed, it, rank, 1 + draw)))
-            return torch.autograd.grad(loss, parameters)
+            return torch.autograd.grad(loss * loss_scale, parameters)
 
         def half_distance(a, b) -> torch.Tensor:
-            return sum((x.float() - y.float()).square().sum() for x, y in zip(a, b)) / 2
+            return sum(((x.float() - y.float()) / loss_scale).square().sum() for x, y in zip(a, b)) / 2
 
         first = gradient(it, 0)
-        estimate = self.stats[:, 2].sum()
+        estimate = self.estimate() / loss_scale**2
         added = half_distance(first, gradient(it, 1))
-        estimate = (estimate + self.stats[:, 2].sum()) / 2
+        estimate = (estimate + self.estimate() / loss_scale**2) / 2
         both = half_distance(first, gradient(it + 1, 2))
-        found = _mean(torch.stack([added, estimate, (both - added).clamp(min=0)]), world)
-        if found.isfinite().all():
-            self.added, self.estimate, self.own = (
-                DECAY * old + (1 - DECAY) * new for old, new in zip((self.added, self.estimate, self.own), found.tolist())
-            )
+        added, estimate, own = _mean(torch.stack([added, estimate, both - added]), world).tolist()
+        if added > 0 and estimate > 0:  # not if all was kept
+            self.amplification = _running(self.amplification, added / estimate)
+        if own > 0:
+            self.own = _running(self.own, own)
 
-    def observe(self, loss_scale: float) -> None:
+    def observe(self, loss_scale: float, world: int = 1) -> None:
         """After each step. loss_scale: what the loss of its last micro-batch was multiplied by."""
-        self.seen += self.stats[:, 2].sum() / loss_scale**2
+        self.seen += _mean(self.estimate() / loss_scale**2, world)
         self.n += 1
 
-    def steer(self, world: int = 1) -> None:
+    def steer(self) -> None:
         """Move c, by what was observed since the last time."""
-        seen = _mean(self.seen / max(self.n, 1), world).item()
+        seen = self.seen.item() / max(self.n, 1)
         self.seen.zero_()
         self.n = 0
-        if not (math.isfinite(seen) and self.estimate > 0 and self.own > 0):
-            return  # a loss scale that is being sought, or all entries are kept
-        self.rho = self.added / self.estimate * seen / self.own
-        factor = max(self.rho / self.target, 1e-3) ** (GAIN / POWER)
-        self._set(min(max(self.c.item() * min(max(factor, 0.8), 1.25), LOW), HIGH))
+        rho = 0.0 if seen == 0 else self.amplification * seen / self.own  # 0: all was kept
+        if not (math.isfinite(rho) and math.isfinite(self.own)):
+            return  # nothing is known yet, or float16's loss scale is still sought
+        self.rho = rho
+        factor = max(rho / self.target, 1e-3) ** (GAIN / POWER)
+        self._set(self.c.item() * min(max(factor, 0.8), 1.25))
+
+
+def _running(mean: float, new: float) -> float:
+    """The running geometric mean."""
+    if not math.isfinite(new):
+        return mean
+    return mean**DECAY * new ** (1 - DECAY) if math.isfinite(mean) else new
 
 
 def _mean(x: torch.Tensor, world: int) -> torch.Tensor:

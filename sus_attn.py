@@ -26,7 +26,7 @@ The default looks at more than W, and has a third of the variance at the same nu
                      q_ij = min(1, 2 c W_ij, c_i W_ij f_ij)      c_i = c |G_i| / mean |G|      f_ij = h_ij / rms_j h_ij
 
                  h_ij^2 = |G_i|^2 + scale^2 (G_i . V_j - delta_i)^2 (|K_j|^2 + |Q_i|^2), the squared norm of what W_ij = 1
-                 would add to (dV, dQ, dK). At most c entries a row are kept on average over the rows.
+                 would add to (dV, dQ, dK). About c entries a row are kept at most, on average over rows.
 
 rows, values and rows+values, of the reference backend only, thin by other weights: they are there to be compared.
 

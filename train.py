@@ -7,7 +7,7 @@ Train a GPT, with attention's gradient exact or by SUS backprop.
     torchrun --standalone --nproc_per_node=8 train.py config/long_ctx_124m.py
 
 Every batch, dropout mask and draw of SUS is a function of (seed, iteration, micro-batch, layer) alone: a resumed run
-repeats the uninterrupted one, and the number of processes changes nothing but the rounding.
+repeats the uninterrupted one, and the number of processes changes nothing but the rounding (and what sus_c=auto sees).
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def main():
     retention = None
     if cfg.attn_backward == "sus" and cfg.sus_c == "auto":
         retention = Retention(model, stats, cfg.sus_rho)
-        if saved is not None and saved.get("retention"):
+        if (saved or {}).get("retention"):
             retention.state = saved["retention"]
     compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
     ddp = compiled
@@ -174,8 +174,6 @@ def main():
                 say(f"stopped by {stop.name} at iteration {it}, {saved_in if it > 0 else 'with nothing to save yet'}")
             break
 
-        if retention is not None and it % CALIBRATE == 0:
-            retention.calibrate(cfg, compiled, corpus, device, it, rank, world)
         scale = scaler.get_scale()
         loss, norm = train_step(cfg, ddp, optimizer, scaler, corpus, device, it, rank, world)
         check_finite(loss, f"loss of iteration {it}", out_dir)
@@ -185,9 +183,11 @@ def main():
             check_finite(math.nan, f"float16 gradient of iteration {it}, at every loss scale,", out_dir)
         it += 1
         if retention is not None:
-            retention.observe(scale / (cfg.gradient_accumulation_steps // world))
+            retention.observe(scale / (cfg.gradient_accumulation_steps // world), world)
+            if it % CALIBRATE == 1:  # after a step: what is compiled is compiled for DDP
+                retention.calibrate(cfg, compiled, corpus, device, it, rank, world, scaler.get_scale())
             if it % STEER == 0:
-                retention.steer(world)
+                retention.steer()
         if it == first_it + 1 and compiled is not model:
             device.synchronize()
             clock, clock_it = time.perf_counter(), it  # compilation is no training time
@@ -430,7 +430,7 @@ def sus_metrics(model: GPT, stats, retention: Retention | None) -> dict:
     """What the record keeps of SUS: c; by layer, its own estimate of the variance that the last micro-batch's draw added."""
     if stats is None:
         return {}
-    by_layer = {str(layer): value for layer, value in enumerate(stats[:, 2].tolist())}
+    by_layer = {str(layer): value for layer, value in enumerate(torch.stack(stats)[:, 2].tolist())}
     return {"sus/c": float(model.config.sus_c), "sus/added_variance": by_layer,
             **({"sus/rho": retention.rho} if retention else {})}  # fmt: skip
 

@@ -273,7 +273,9 @@ def backward(
     thins = sampler in THINNED
     row_weight = _flat(row_weights(grad_out)) if thins else np.empty(0, np.float32)
     thin_state = seed_state(int(seed), STREAM_THINNING)
-    squares = [_flat(x.float().square().sum(-1)) if thins or with_stats else np.empty(0, np.float32) for x in (q, k)]
+    squares = [np.empty(0, np.float32)] * 2
+    if thins or with_stats:
+        squares = [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in (q, k)]
     grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
     entries = _flat(entry_key), _flat(entry_weight)
 

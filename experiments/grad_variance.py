@@ -343,7 +343,7 @@ def measure(cfg: VarianceConfig) -> dict:
                 product.append(product_ms(device))
     return {
         "benchmark": "grad_variance", "config": asdict(cfg), "environment": environment(device), "idle": idleness(product),
-        "model": {"from": cfg.init_from if cfg.init_from != "resume" else cfg.out_dir, "dataset": dataset,
+        "model": {"from": cfg.init_from if cfg.init_from != "resume" else Path(cfg.out_dir).name, "dataset": dataset,
                   "parameters": subject.parts.P, "layers": config.n_layer, "heads": config.n_head},
         "results": rows, "exact": exact, "attention": attention, "estimates": estimates,
         "check": judge(rows, subject.parts, cfg.sequences - 1), "fits": fits(rows),
@@ -563,7 +563,7 @@ def report(data: dict) -> None:
         print(f"the estimate of the added variance at layer {e['layer']}'s dq, dk, dv: {float(e['ratio']):.3f} x the measured "
               f"({e['sampler']}, T = {e['T']:,}, c = {float(e['c']):g}, {ESTIMATE_DRAWS} draws)")  # fmt: skip
     check = data["check"]
-    holds, sign = ("unbiased", "<=") if check["holds"] else ("*** NOT UNBIASED ***", ">")
+    holds, sign = ("no bias found", "<=") if check["holds"] else ("*** NOT UNBIASED ***", ">")
     print(f"{holds}: the largest |z| of {check['count']:,} is {float(check['largest']):.2f} {sign} {check['limit']:.2f} "
           f"({check['place']}); a right estimator exceeds that with probability < {FALSE_ALARM:g}")  # fmt: skip
     if data["config"]["times"]:

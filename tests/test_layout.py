@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "device": {"configurator"},
     "model": {"configurator", "sus_attn"},
     "probe": {"device", "model", "sus_attn"},
+    "retention": {"sus_attn"},
 }
 LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton"}
 KERNELS = {"cpu_kernels.py"}  # themselves imported where they are used
