@@ -19,7 +19,7 @@ from sus_attn import fold_in
 
 START, LOW, HIGH = 25.0, 2.0, 64.0  # of c
 STEER, CALIBRATE = 10, 50  # iterations
-DECAY = 0.8  # of the running means, a calibration; they are of logarithms, so that one odd batch can't upset them
+DECAY, ODD = 0.8, 4.0  # of the running means, a calibration; what is that much above the mean counts as no more
 POWER, GAIN = 1.5, 0.3  # rho falls as c^-POWER; the share of the way, on a log scale, that one step goes
 
 
@@ -108,10 +108,10 @@ class Retention:
 
 
 def _running(mean: float, new: float) -> float:
-    """The running geometric mean."""
+    """The running mean. An odd batch can't upset it; a mean of logarithms would miss what large gradients add to variance."""
     if not math.isfinite(new):
         return mean
-    return mean**DECAY * new ** (1 - DECAY) if math.isfinite(mean) else new
+    return DECAY * mean + (1 - DECAY) * min(new, ODD * mean) if math.isfinite(mean) else new
 
 
 def _mean(x: torch.Tensor, world: int) -> torch.Tensor:
