@@ -55,7 +55,8 @@ HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.l
 def key(default, help, *, choices=None, words=(), low=None, high=None, above=None, below=None, section=None):
     """
     A dataclass field with its one-line help, for a key of type int, float, bool, str or bool | None (None is auto).
-    words are values besides those of the type. low and high are inclusive bounds, above and below exclusive ones; section is a heading for --help, from here on.
+    words are values besides those of the type. low and high are inclusive bounds, above and below exclusive ones;
+    section is a heading for --help, from here on.
     """
     bounds = {">=": low, ">": above, "<=": high, "<": below}
     bounds = {sign: bound for sign, bound in bounds.items() if bound is not None}

@@ -35,14 +35,14 @@ def collect_stats(model) -> list[torch.Tensor]:
 class Retention:
     """c, what it is steered by, and how. The model reads c through its config; state is what a checkpoint keeps of it."""
 
-    def __init__(self, model, stats: list[torch.Tensor], target: float, start: float = START):
-        """stats: of `collect_stats`. target: of rho. start: of c."""
+    def __init__(self, model, stats: list[torch.Tensor], target: float):
+        """stats: of `collect_stats`. target: of rho."""
         self.config, self.stats, self.target = model.config, stats, target
         self.c = torch.tensor(START)  # a tensor, so that a compiled model needs no compilation when it changes
         self.rho = math.nan  # as last estimated
         self.amplification = self.own = math.nan  # running means of the calibrations: added / estimated, own variance
         self.seen, self.n = torch.zeros((), device=stats[0].device), 0  # estimates since c last moved: their sum, and how many
-        self._set(start)
+        self._set(START)
 
     def _set(self, c: float) -> None:
         self.c.fill_(min(max(c, LOW), HIGH))

@@ -137,32 +137,27 @@ def test_where_all_is_kept_c_falls():
     assert held.rho == 0 and held.c == pytest.approx(0.8 * START)
 
 
-def test_a_compiled_model_goes_on_when_c_max_changes():
+def kept_when_compiled(cs):
+    """How many entries a compiled model keeps at each c in turn, from the same seed."""
     torch._dynamo.reset()
     model = tiny(sus_backend="reference")
     held = Retention(model, collect_stats(model), 0.01)
     compiled = torch.compile(model, backend="aot_eager")
     x = torch.arange(64)[None] % 61
-    kept = []
-    for c in (25.0, 12.0, 6.0, 25.0, 3.0):
+    for c in cs:
         held._set(c)
         compiled(x, x, sus_seed=torch.tensor(1))[1].backward()
-        kept.append(sum(of_layer[0].item() for of_layer in held.stats))
+        yield sum(of_layer[0].item() for of_layer in held.stats)
+
+
+def test_a_compiled_model_goes_on_when_c_max_changes():
+    kept = list(kept_when_compiled((25.0, 12.0, 6.0, 25.0, 3.0)))
     assert kept[0] == kept[3] > kept[1] > kept[2] > kept[4]
 
 
 def test_a_compiled_model_needs_no_compilation_when_c_moves():
-    torch._dynamo.reset()
-    model = tiny(sus_backend="reference")
-    held = Retention(model, collect_stats(model), 0.01)
-    compiled = torch.compile(model, backend="aot_eager")
-    x = torch.arange(64)[None] % 61
-    kept = []
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for c in (30.0, 18.0, 25.0):  # of one c_max
-            held._set(c)
-            compiled(x, x, sus_seed=torch.tensor(1))[1].backward()
-            kept.append(sum(of_layer[0].item() for of_layer in held.stats))
+        kept = list(kept_when_compiled((30.0, 18.0, 25.0)))  # of one c_max
     assert kept[1] < kept[2] < kept[0]
 
 
