@@ -19,7 +19,9 @@ from sus_attn import fold_in
 
 START, LOW, HIGH = 25.0, 2.0, 64.0  # of c
 STEER, CALIBRATE = 10, 50  # iterations
-DECAY, ODD = 0.8, 4.0  # of the running means, a calibration; what is that much above the mean counts as no more
+# Of the running means, a calibration. They are of logarithms: a batch's gradient may be ten times another's, and all fall a
+# hundredfold as training begins. So c follows the usual batch; rho, a quotient of means, is what odd ones make of it.
+DECAY = 0.8
 POWER, GAIN = 1.5, 0.3  # rho falls as c^-POWER; the share of the way, on a log scale, that one step goes
 
 
@@ -108,10 +110,10 @@ class Retention:
 
 
 def _running(mean: float, new: float) -> float:
-    """The running mean. An odd batch can't upset it; a mean of logarithms would miss what large gradients add to variance."""
+    """The running geometric mean."""
     if not math.isfinite(new):
         return mean
-    return DECAY * mean + (1 - DECAY) * min(new, ODD * mean) if math.isfinite(mean) else new
+    return mean**DECAY * new ** (1 - DECAY) if math.isfinite(mean) else new
 
 
 def _mean(x: torch.Tensor, world: int) -> torch.Tensor:
