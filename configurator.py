@@ -247,8 +247,8 @@ class TrainConfig:
                        words=("auto",))  # fmt: skip
     sus_rho: float = key(0.01, "for sus_c=auto: the noise that SUS may add, as a share of the gradient's own", above=0, high=1)
     sus_sampler: str = key("weighted", "how the kept entries are drawn; poisson: as in the paper",
-                           choices=("weighted", "systematic", "poisson", "rows", "values", "rows+values"))  # fmt: skip
-    sus_backend: str = key("auto", "the kernels", choices=("auto", "reference", "cpu"))
+                           choices=("weighted", "systematic", "strided", "poisson", "rows", "values", "rows+values"))  # fmt: skip
+    sus_backend: str = key("auto", "the kernels", choices=("auto", "reference", "cpu", "triton"))
 
     learning_rate: float = key(6e-4, "peak learning rate", low=0, section="Optimizer")
     max_iters: int = key(600000, "training steps", low=0)

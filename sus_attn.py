@@ -13,11 +13,12 @@ The gradients are linear in m and E[m] = 1, so they stay unbiased for any draw t
 probability q_ij. The rows of W sum to one, so at most c entries of a row are kept in expectation: the
 backward needs O(T c D) work instead of O(T^2 D). c is the attention retention parameter; c = inf keeps all.
 
-Samplers. Two have just these inclusion probabilities:
+Samplers. Three have just these inclusion probabilities:
 
     poisson      an independent draw for each entry, as in the paper; the number kept is random.
     systematic   one uniform u a row; keep j where floor(C_j + u) > floor(C_{j-1} + u), C the running sum of q.
                  A row never keeps more than ceil(c) entries (+ 1 by the rounding of q), and the variance is lower.
+    strided      a systematic draw for each of 8 classes of keys, j % 8: what the triton backend draws fast.
 
 The default looks at more than W, and has a third of the variance at the same number of kept entries:
 
@@ -26,7 +27,8 @@ The default looks at more than W, and has a third of the variance at the same nu
                      q_ij = min(1, 2 c W_ij, c_i W_ij f_ij)      c_i = c |G_i| / mean |G|      f_ij = h_ij / rms_j h_ij
 
                  h_ij^2 = |G_i|^2 + scale^2 (G_i . V_j - delta_i)^2 (|K_j|^2 + |Q_i|^2), the squared norm of what W_ij = 1
-                 would add to (dV, dQ, dK). About c entries a row are kept at most, on average over rows.
+                 would add to (dV, dQ, dK). About c entries a row are kept at most, on average over rows. (The triton backend's
+                 proposals are strided, and drawn in the backward.)
 
 rows, values and rows+values, of the reference backend only, thin by other weights: they are there to be compared.
 
@@ -43,11 +45,11 @@ import warnings
 import torch
 from torch import Tensor
 
-from backends import cpu, reference
+from backends import cpu, reference, triton
 from backends.reference import UNIT, fold_in, proposal_c  # noqa: F401  (fold_in is part of this module's interface)
 
-SAMPLERS = (*reference.THINNED, "systematic", "poisson")
-BACKENDS = ("auto", "reference", "cpu")
+SAMPLERS = (*reference.THINNED, "systematic", "strided", "poisson")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 def sus_attention(
@@ -78,9 +80,10 @@ def sus_attention(
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
     sampler: "weighted", "systematic", "poisson" (the paper's), or one of the reference's others, see above.
-    backend: "reference" (plain PyTorch, any device), "cpu" (compiled kernels: float32 and bfloat16, causal, weighted
-        and systematic sampler, D <= 128), or "auto", the faster that can do it. A request that can't be met raises; where auto falls
-        back to the slow reference on a CPU, it warns once of the reason.
+    backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, causal, weighted
+        and systematic sampler, D <= 128); "triton" (CUDA: float32, bfloat16 and float16, causal, weighted and
+        strided sampler, D = 32, 64, 128; the same bits every time, in one process); or "auto", the fastest that can
+        do it. A request that can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
     stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
         of dropped entries (0 by construction), and an estimate of the added gradient variance, summed over
         the call (Poisson: unbiased; the others: a proxy).
@@ -91,14 +94,15 @@ def sus_attention(
     """
     _check_inputs(q, k, v)
     q, k, v = _autocast(q, k, v)
-    c, c_max = _check_c(c, c_max)
+    c, c_max = _check_c(c, c_max, q.device)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
     D = q.shape[3]
-    D = cpu.MAX_D if D <= cpu.MAX_D else int(D)  # where compiled code has it as a symbol, only this is fixed
-    backend = _resolve_backend(backend, q.device.type, q.dtype, D, is_causal, sampler, c_max)
+    if q.device.type == "cpu" and D <= cpu.MAX_D and backend != "triton":
+        D = cpu.MAX_D  # where compiled code has it as a symbol, only this is fixed
+    backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), is_causal, sampler, c_max)
     if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:
@@ -112,7 +116,7 @@ def sus_attention(
     # scaled_dot_product_attention's own default, also where it is exact: D ** -0.5
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     draws = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out, *_ = _attention(q, k, v, c, _seed_tensor(seed), u, stats, c_max, is_causal, scale, sampler, backend, draws)
+    out, *_ = _attention(q, k, v, c, _seed_tensor(seed, q.device), u, stats, c_max, is_causal, scale, sampler, backend, draws)
     return out
 
 
@@ -128,20 +132,22 @@ def resolve_backend(
         raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
     if backend == "reference":
         return backend, "asked for"
-    if device_type != "cpu":
-        if backend == "cpu":
-            raise ValueError(f"backend='cpu' is for tensors on the CPU, not on {device_type}")
-        return "reference", f"the only SUS backend for {device_type} so far"
-    obstacle = cpu.missing() or cpu.unsupported(dtype, D, is_causal, sampler)
+    if backend == "cpu" and device_type != "cpu":
+        raise ValueError(f"backend='cpu' is for tensors on the CPU, not on {device_type}")
+    asked_for, backend = backend != "auto", {"cpu": "cpu", "cuda": "triton"}.get(device_type) if backend == "auto" else backend
+    if backend is None:
+        return "reference", f"the only SUS backend for {device_type}"
     if backend == "cpu":
+        obstacle = cpu.missing() or cpu.unsupported(dtype, D, is_causal, sampler)
+        if not (obstacle or asked_for) and proposal_c(c_max, sampler) > cpu.MAX_C:
+            obstacle = f"with c = {c_max:g} it would store up to {proposal_c(c_max, sampler):g} entries a row"
+    else:
+        obstacle = triton.missing(device_type) or triton.unsupported(dtype, D, is_causal, sampler, c_max)
+    if asked_for:
         if obstacle:
-            raise ValueError(f"backend='cpu' can't be had: {obstacle}")
+            raise ValueError(f"backend={backend!r} can't be had: {obstacle}")
         return backend, "asked for"
-    if not obstacle and proposal_c(c_max, sampler) > cpu.MAX_C:
-        obstacle = f"with c = {c_max:g} it would store up to {proposal_c(c_max, sampler):g} entries a row"
-    if obstacle:
-        return "reference", f"not the faster cpu: {obstacle}"
-    return "cpu", "the fastest here"
+    return ("reference", f"not the faster {backend}: {obstacle}") if obstacle else (backend, "the fastest here")
 
 
 def draws_in_forward(backend: str) -> bool:
@@ -152,7 +158,7 @@ def draws_in_forward(backend: str) -> bool:
 @torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
 def _resolve_backend(backend, device_type, dtype, D, is_causal, sampler, c_max) -> str:
     name, reason = resolve_backend(backend, device_type, dtype, D, is_causal=is_causal, sampler=sampler, c_max=c_max)
-    if backend == "auto" and device_type == "cpu" and name == "reference":
+    if backend == "auto" and device_type in ("cpu", "cuda") and name == "reference":
         warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=3)
     return name
 
@@ -202,7 +208,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has {H} heads, which is not a multiple of the {k.shape[1]} heads of k and v")
 
 
-def _check_c(c: float | Tensor, c_max: float | None) -> tuple[Tensor, float]:
+def _check_c(c: float | Tensor, c_max: float | None, device: torch.device) -> tuple[Tensor, float]:
     """c as a 0-d float32 tensor, and the Python float that bounds it."""
     if c_max is not None and not (_is_number(c_max) and c_max > 0):
         raise ValueError(f"c_max must be a number > 0, not {c_max!r}")
@@ -220,7 +226,8 @@ def _check_c(c: float | Tensor, c_max: float | None) -> tuple[Tensor, float]:
         raise ValueError(f"c must be > 0 (math.inf for the exact gradient), not {c!r}")
     if c_max is not None and c > c_max:
         raise ValueError(f"c is {c}, above c_max = {c_max}")
-    return torch.tensor(float(c), dtype=torch.float32), float(c if c_max is None else c_max)
+    # where it is needed, and without a copy, which a CUDA graph could not capture
+    return torch.full((), c, dtype=torch.float32, device=device), float(c if c_max is None else c_max)
 
 
 def _check_u(u: float | Tensor, q: Tensor) -> Tensor:
@@ -235,7 +242,7 @@ def _check_u(u: float | Tensor, q: Tensor) -> Tensor:
     return (u * UNIT).long().to(q.device)
 
 
-def _seed_tensor(seed: int | Tensor | None) -> Tensor:
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**62, (), dtype=torch.int64)
     if isinstance(seed, Tensor):
@@ -246,7 +253,7 @@ def _seed_tensor(seed: int | Tensor | None) -> Tensor:
         raise TypeError(f"seed must be an int, a 0-d int64 tensor or None, not {_describe(seed)}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits, not {seed}")
-    return torch.tensor(seed, dtype=torch.int64)
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -263,9 +270,10 @@ def _attention(
     if draws_in_forward(backend):
         c, c_max = proposal_c(_bounded(c, c_max), sampler), proposal_c(c_max, sampler)
         return cpu.forward(q, k, v, scale, draws, c, c_max, seed, u)
+    nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int64))
     with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
-        nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int64))
-        return *reference.forward(q, k, v, is_causal, scale), *nothing
+        out = triton.forward(q, k, v, scale) if backend == "triton" else reference.forward(q, k, v, is_causal, scale)
+        return *out, *nothing
 
 
 @_attention.register_fake
@@ -292,6 +300,8 @@ def _attention_backward(
                 return *(torch.full_like(x, math.nan) for x in (q, k, v)), torch.full((3,), math.nan)
             return cpu.backward(grad_out, q, k, v, out, lse, entry_key, entry_weight, dropped, scale, _bounded(c, c_max), seed,
                                 with_stats, sampler)  # fmt: skip
+        if backend == "triton":
+            return triton.backward(grad_out, q, k, v, out, lse, scale, c, c_max, seed, u, with_stats, sampler)
         c = c.to(q.device)
         grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])

@@ -23,7 +23,7 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------
 
 WORD = 0xFFFFFFFF
-STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING = 0, 1, 2, 3
+STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING, STREAM_STRIDED = 0, 1, 2, 3, 4
 
 
 def absorb(state, word):
@@ -99,6 +99,29 @@ def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Ten
     dropped = ((total[..., -1] >> UNIT_BITS) - slots).clamp_(min=0).sum()
     within = total < (slots + 1) * UNIT  # total >> 23 is an entry's ordinal: the slot that a kernel stores it into
     return ((total & (UNIT - 1)) < q_units) & within, dropped
+
+
+STRIDES = 8
+
+
+def stride_uniforms(seed: Tensor, B: int, H: int, rows: range, device) -> Tensor:
+    """A uniform for each row and class of keys, for `keep_strided`: int64 (B, H, R, STRIDES) in [0, 2^23)."""
+    state = _row_state(seed_state(seed, STREAM_STRIDED), B, H, device)
+    state = absorb(state, torch.arange(rows.start, rows.stop, device=device))
+    return absorb(state.unsqueeze(-1), torch.arange(STRIDES, device=device)) >> (32 - UNIT_BITS)
+
+
+def keep_strided(q_units: Tensor, u: Tensor) -> Tensor:
+    """Systematic sampling of each class of keys, key % STRIDES, by itself: a GPU's threads then need no common sum.
+
+    q_units: int32 (B, H, R, N); u: int (B, H, R, STRIDES) in [0, 2^23). Returns bool. A row keeps less than STRIDES
+    entries more than expected.
+    """
+    N = q_units.shape[-1]
+    padded = torch.nn.functional.pad(q_units, (0, -N % STRIDES))
+    by_class = padded.unflatten(-1, (-1, STRIDES)).mT  # (B, H, R, STRIDES, N / STRIDES)
+    keep, _ = keep_systematic(by_class, u, by_class.shape[-1])
+    return keep.mT.flatten(-2)[..., :N]
 
 
 def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
@@ -184,6 +207,9 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
         q_units = inclusion_units(w, proposal_c(c, sampler))
         if sampler == "poisson":
             keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
+        elif sampler == "strided":
+            u_rows = stride_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop, None].expand(-1, -1, -1, STRIDES)
+            keep, dropped = keep_strided(q_units, u_rows), torch.zeros((), dtype=torch.int64)
         else:
             u_rows = row_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop]
             keep, dropped = keep_systematic(q_units, u_rows, slots)

@@ -30,10 +30,10 @@ status=0
     echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 } | tee "$folder/environment.txt"
 
-timeout 180 "$PYTHON" -m pytest -q -m "not slow" tests/test_cuda.py tests/test_reference.py tests/test_sus_attention.py \
-    tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
+timeout 300 "$PYTHON" -m pytest -q -m "not slow" tests/test_triton.py tests/test_cuda.py tests/test_reference.py \
+    tests/test_sus_attention.py tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
 
-timeout 120 "$PYTHON" experiments/bench_attention.py --device=cuda --T=4096,8192 --c=10,25 --repeats=5 --peer_seconds=2 \
+timeout 150 "$PYTHON" experiments/bench_attention.py --device=cuda --T=8192,32768 --c=10,25,50 --repeats=5 --peer_seconds=2 \
     --json="$folder/attention.json" 2>&1 | tee "$folder/attention.txt" || status=1
 
 # Exact first: what a limit cuts off is then the slower one.

@@ -12,7 +12,9 @@ MAY_IMPORT = {
     "backends.reference": set(),
     "backends.cpu_kernels": {"backends.reference"},
     "backends.cpu": {"backends", "backends.cpu_kernels", "backends.reference"},
-    "sus_attn": {"backends", "backends.cpu", "backends.reference"},
+    "backends.triton_kernels": {"backends"},
+    "backends.triton": {"backends", "backends.reference", "backends.triton_kernels"},
+    "sus_attn": {"backends", "backends.reference"},
     "data.tokenizer": {"configurator"},
     "data.corpus": {"configurator"},
     "data.loader": {"configurator", "data.tokenizer"},
@@ -24,7 +26,7 @@ MAY_IMPORT = {
     "retention": {"sus_attn"},
 }
 LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton"}
-KERNELS = {"cpu_kernels.py"}  # themselves imported where they are used
+KERNELS = {"cpu_kernels.py", "triton_kernels.py"}  # themselves imported where they are used
 OURS = {"train", "sample", "experiments"} | {name.partition(".")[0] for name in MAY_IMPORT}
 
 

@@ -370,7 +370,7 @@ MISTAKES = [
     (dict(dataset="no_such_corpus"), "no train.bin and no val.bin"),
     (dict(block_size=10**6), "too few for block_size"),
     (dict(device="cuda:7"), "device 'cuda:7' can't be used"),
-    (dict(sus_backend="triton"), "sus_backend must be one of"),
+    (dict(sus_backend="fastest"), "sus_backend must be one of"),
     (dict(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
     (dict(learning_rate=1e30, grad_clip=0.0, decay_lr=False), "(loss|norm).* is (nan|inf).*Try a lower --learning_rate"),
 ]

@@ -1,0 +1,86 @@
+"""Compile every configuration of the Triton kernels for a GPU that need not be there, and print what each takes.
+
+    python tests/compile_triton.py CAPABILITY           # 80 or 90; one JSON object a line
+
+Each kernel is compiled as the backend would launch it: its own code runs, up to the launches.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton as compiler
+from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from backends import triton
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+CS = 3.0, 25.0, 50.0, 100.0, 200.0, 511.0  # the slots of each ask for other constants of `thin`
+
+
+class Driver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def resources(compiled) -> dict:
+    """Registers a thread, bytes of stack a thread (where spilled registers go), shared memory a block in bytes, and the
+    instructions of each loop, those of loops inside it included."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = compiler.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "--dump-resource-usage", "-sass", file.name], check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)]
+    jumps = [(int(m[1], 16), address) for address, line in code if (m := re.search(r"BRA.*?(0x[0-9a-f]+)", line))]
+    loops = [sum(first <= address <= last for address, _ in code) for first, last in jumps if first < last]
+    return dict(registers=int(found["REG"]), stack=int(found["STACK"]) + int(found["LOCAL"]), shared=compiled.metadata.shared, loops=loops)
+
+
+def main():
+    capability, seen = int(sys.argv[1]), set()
+    compiler.runtime.driver.set_active(Driver(capability))
+
+    def compile(name, q, programs, *args, **constants):
+        D, itemsize = q.shape[3], q.element_size()
+        key = name, "" if name == "thin" else str(q.dtype), 0 if name == "thin" else D, *sorted(constants.items())
+        if key in seen:
+            return
+        seen.add(key)
+        kernel = triton._kernel(name, 0 if name == "thin" else D, itemsize, True)
+        all_compiled = kernel.warmup(*args, grid=(1,), **constants, **triton.OPTIONS)
+        for (own, warps, stages), compiled in zip(triton.configurations(name, D, itemsize), all_compiled, strict=True):
+            line = dict(kernel=name, dtype=str(q.dtype).removeprefix("torch."), D=D, warps=warps, stages=stages,
+                        constants={k: v for k, v in {**own, **constants}.items() if k not in ("D", "PRECISION")})  # fmt: skip
+            print(json.dumps(line | resources(compiled)), flush=True)
+
+    triton._launch = compile
+    for dtype in DTYPES:
+        for D in triton.HEAD_DIMS:
+            q, k = torch.zeros(1, 12, 1024, D, dtype=dtype), torch.zeros(1, 4, 1024, D, dtype=dtype)
+            c, seed = torch.tensor(1.0), torch.tensor(1)
+            out, lse = triton.forward(q, k, k, 0.1)
+            for sampler in triton.SAMPLERS:
+                for with_stats in (False, True):
+                    for c_max in CS if (dtype, D) == (DTYPES[0], triton.HEAD_DIMS[0]) else [25.0]:
+                        triton.backward(q, q, k, k, out, lse, 0.1, c, c_max, seed, None, with_stats, sampler)
+
+
+main()
