@@ -62,6 +62,11 @@ def missing(device_type: str) -> str | None:
     return None
 
 
+def spills(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> bool:
+    """Whether registers don't suffice: before Hopper, those that hold three parts of a product for one, at this D."""
+    return dtype == torch.float32 and D == 128 and capability < (9, 0)
+
+
 def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str, c_max: float) -> str | None:
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -70,6 +75,8 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str, c_max
         return "Triton's interpreter computes wrongly with bfloat16; it takes float32 and float16"
     if D not in HEAD_DIMS:
         return f"it takes head dims {', '.join(map(str, HEAD_DIMS))}, not {D}"
+    if torch.cuda.is_available() and spills(dtype, D, torch.cuda.get_device_capability()):
+        return "float32 with head dim 128 needs compute capability 9.0 (Hopper)"
     if not is_causal:
         return "it is for causal attention"
     if sampler not in SAMPLERS:

@@ -74,6 +74,8 @@ def main():
     triton._launch = compile
     for dtype in DTYPES:
         for D in triton.HEAD_DIMS:
+            if triton.spills(dtype, D, divmod(capability, 10)):
+                continue  # refused there
             q, k = torch.zeros(1, 12, 1024, D, dtype=dtype), torch.zeros(1, 4, 1024, D, dtype=dtype)
             c, seed = torch.tensor(1.0), torch.tensor(1)
             out, lse = triton.forward(q, k, k, 0.1)
