@@ -22,7 +22,7 @@ import os
 import torch
 from torch import Tensor
 
-from backends.reference import KAPPA, THINNED, proposal_c, row_weights
+from backends.reference import KAPPA, STRIDES, THINNED, proposal_c, row_weights
 
 HEAD_DIMS, MAX_C = (32, 64, 128), 1023
 SAMPLERS = "strided", "weighted"
@@ -32,8 +32,8 @@ OPTIONS = dict(enable_fp_fusion=True)
 
 
 def slots_of(c_max: float, T: int) -> int:
-    """The most entries a row may keep: of each of 8 classes one more than its expected number, and one for the rounding."""
-    return T if c_max >= T else min(math.ceil(c_max) + 9, T)
+    """The most entries a row may keep: of each class of keys one more than its expected number, and one for the rounding."""
+    return T if c_max >= T else min(math.ceil(c_max) + STRIDES + 1, T)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -175,7 +175,8 @@ def backward(
     thins = sampler in THINNED
     kappa = KAPPA if thins else 1.0
     out, lse = out.contiguous(), lse.contiguous()
-    blocks, tiles = cdiv(T, region(q.element_size())["BM"]), cdiv(T, region(q.element_size())["TILE"])
+    tile = region(q.element_size())
+    blocks, tiles = cdiv(T, tile["BM"]), cdiv(T, tile["TILE"])
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # contiguous, whatever the inputs' strides
     new = functools.partial(torch.empty, device=q.device)
     importance = [new(0)] * 4
