@@ -13,24 +13,27 @@ The gradients are linear in m and E[m] = 1, so they stay unbiased for any draw t
 probability q_ij. The rows of W sum to one, so at most c entries of a row are kept in expectation: the
 backward needs O(T c D) work instead of O(T^2 D). c is the attention retention parameter; c = inf keeps all.
 
-Samplers. Three have just these inclusion probabilities:
+Samplers. The default keeps or cuts the weights of a row in 64 neighbouring keys, a tile J, as one:
+
+    tiles        q_ij = min(1, c_i W_iJ, x_iJ)      W_iJ = sum over j in J of W_ij      c_i = c |G_i| / mean |G|
+
+                 so that rows which matter are kept more. The forward proposes tiles, with probability x_iJ >= min(1, 2 c W_iJ)
+                 as long as its slots last; the backward, which knows G, thins what was proposed. About c tiles a row are kept at
+                 most, on average over rows. Dense products of a row and a tile are what processors are good at, and the
+                 variance is far below that of single keys that are as many, or take as long.
+
+Those of single keys, the paper's rule and what was tried on the way from there, are in the reference backend only:
 
     poisson      an independent draw for each entry, as in the paper; the number kept is random.
     systematic   one uniform u a row; keep j where floor(C_j + u) > floor(C_{j-1} + u), C the running sum of q.
                  A row never keeps more than ceil(c) entries (+ 1 by the rounding of q), and the variance is lower.
-    strided      a systematic draw for each of 8 classes of keys, j % 8: what the triton backend draws fast.
+    weighted     a systematic draw with 2c proposes, and is thinned to
 
-The default looks at more than W, and has a third of the variance at the same number of kept entries:
-
-    weighted     a systematic draw with 2c proposes; the backward, which knows G, thins what was proposed to
-
-                     q_ij = min(1, 2 c W_ij, c_i W_ij f_ij)      c_i = c |G_i| / mean |G|      f_ij = h_ij / rms_j h_ij
+                     q_ij = min(1, 2 c W_ij, c_i W_ij f_ij)      f_ij = h_ij / rms_j h_ij
 
                  h_ij^2 = |G_i|^2 + scale^2 (G_i . V_j - delta_i)^2 (|K_j|^2 + |Q_i|^2), the squared norm of what W_ij = 1
-                 would add to (dV, dQ, dK). About c entries a row are kept at most, on average over rows. (The triton backend's
-                 proposals are strided, and drawn in the backward.)
-
-rows, values and rows+values, of the reference backend only, thin by other weights: they are there to be compared.
+                 would add to (dV, dQ, dK).
+    rows, values, rows+values     the same with other weights.
 
 This file is the operator: argument checks, the custom op with its fake and its autograd formula, the choice
 of a backend. The arithmetic is in backends/.
@@ -46,9 +49,9 @@ import torch
 from torch import Tensor
 
 from backends import cpu, reference, triton
-from backends.reference import UNIT, fold_in, proposal_c  # noqa: F401  (fold_in is part of this module's interface)
+from backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
 
-SAMPLERS = (*reference.THINNED, "systematic", "strided", "poisson")
+SAMPLERS = (*reference.THINNED, "systematic", "poisson")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -61,7 +64,7 @@ def sus_attention(
     is_causal: bool = True,
     scale: float | None = None,
     seed: int | Tensor | None = None,
-    sampler: str = "weighted",
+    sampler: str = "tiles",
     backend: str = "auto",
     c_max: float | None = None,
     stats: Tensor | None = None,
@@ -79,11 +82,10 @@ def sus_attention(
     scale: multiplies the scores; 1/sqrt(D) if None.
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
-    sampler: "weighted", "systematic", "poisson" (the paper's), or one of the reference's others, see above.
-    backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, causal, weighted
-        and systematic sampler, D <= 128); "triton" (CUDA: float32, bfloat16 and float16, causal, weighted and
-        strided sampler, D = 32, 64, 128; the same bits every time, in one process); or "auto", the fastest that can
-        do it. A request that can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
+    sampler: "tiles", or one of the reference's, see above.
+    backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, causal, D <= 128);
+        "triton" (CUDA: float32, bfloat16 and float16, causal, D = 32, 64, 128; the same bits every time, in one
+        process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
     stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
         of dropped entries (0 by construction), and an estimate of the added gradient variance, summed over
         the call (Poisson: unbiased; the others: a proxy).
@@ -122,7 +124,7 @@ def sus_attention(
 
 def resolve_backend(
     backend: str, device_type: str, dtype: torch.dtype, D: int, *,
-    is_causal: bool = True, sampler: str = "weighted", c_max: float = 25.0,
+    is_causal: bool = True, sampler: str = "tiles", c_max: float = 25.0,
 ) -> tuple[str, str]:  # fmt: skip
     """The backend that `backend` means for such a call, and the reason, for a line to print.
 
@@ -139,20 +141,13 @@ def resolve_backend(
         return "reference", f"the only SUS backend for {device_type}"
     if backend == "cpu":
         obstacle = cpu.missing() or cpu.unsupported(dtype, D, is_causal, sampler)
-        if not (obstacle or asked_for) and proposal_c(c_max, sampler) > cpu.MAX_C:
-            obstacle = f"with c = {c_max:g} it would store up to {proposal_c(c_max, sampler):g} entries a row"
     else:
-        obstacle = triton.missing(device_type) or triton.unsupported(dtype, D, is_causal, sampler, c_max)
+        obstacle = triton.missing(device_type) or triton.unsupported(dtype, D, is_causal, sampler)
     if asked_for:
         if obstacle:
             raise ValueError(f"backend={backend!r} can't be had: {obstacle}")
         return backend, "asked for"
     return ("reference", f"not the faster {backend}: {obstacle}") if obstacle else (backend, "the fastest here")
-
-
-def draws_in_forward(backend: str) -> bool:
-    """Whether a backend, by its name, draws on its way through the forward, or else in the backward."""
-    return backend == "cpu"
 
 
 @torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
@@ -265,43 +260,36 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, c: Tensor, seed: Tensor, u: Tensor | None, stats: Tensor | None,
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, draws: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, the log-sum-exp, and what a backend that draws in the forward keeps for the backward, else three empty tensors."""
-    if draws_in_forward(backend):
-        c, c_max = proposal_c(_bounded(c, c_max), sampler), proposal_c(c_max, sampler)
-        return cpu.forward(q, k, v, scale, draws, c, c_max, seed, u)
-    nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.int64))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, the log-sum-exp, and the proposals of a backend that draws in the forward (see `proposals_like`)."""
+    if backend == "cpu":
+        return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u)
     with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
-        out = triton.forward(q, k, v, scale) if backend == "triton" else reference.forward(q, k, v, is_causal, scale)
-        return *out, *nothing
+        if backend == "triton":
+            return triton.forward(q, k, v, scale, draws, c, c_max, seed, u)
+        return *reference.forward(q, k, v, is_causal, scale), *reference.proposals_like(q, 0)
 
 
 @_attention.register_fake
 def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend, draws):
-    lse_dtype = reference.accumulate_dtype(q.dtype)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
-    entries, dropped = (0,), 0
-    if draws_in_forward(backend):
-        T = q.shape[2]
-        entries, dropped = (*q.shape[:3], reference.slot_bound(proposal_c(c_max, sampler), T) if draws else 0), int(draws)
-    return (out, lse, q.new_empty(entries, dtype=torch.int32), q.new_empty(entries, dtype=torch.float32),
-            q.new_empty(dropped, dtype=torch.int64))  # fmt: skip
+    slots = reference.tile_slots(c_max, q.shape[2]) if draws and backend != "reference" else 0
+    lse = q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
+    return q.new_empty(q.shape), lse, *reference.proposals_like(q, slots)
 
 
 @torch.library.custom_op("nanosus::attention_backward", mutates_args=())
 def _attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entry_key: Tensor, entry_weight: Tensor,
-    dropped: Tensor, c: Tensor, seed: Tensor, u: Tensor | None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, weights: Tensor,
+    c: Tensor, seed: Tensor, u: Tensor | None,
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         if backend == "cpu":
             if not c > 0:  # a bad c must not pass unseen
                 return *(torch.full_like(x, math.nan) for x in (q, k, v)), torch.full((3,), math.nan)
-            return cpu.backward(grad_out, q, k, v, out, lse, entry_key, entry_weight, dropped, scale, _bounded(c, c_max), seed,
-                                with_stats, sampler)  # fmt: skip
+            return cpu.backward(grad_out, q, k, v, out, lse, tiles, weights, scale, _bounded(c, c_max), seed, with_stats)
         if backend == "triton":
-            return triton.backward(grad_out, q, k, v, out, lse, scale, c, c_max, seed, u, with_stats, sampler)
+            return triton.backward(grad_out, q, k, v, out, lse, tiles, weights, scale, c, c_max, seed, with_stats)
         c = c.to(q.device)
         grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])
@@ -313,7 +301,7 @@ def _bounded(c: Tensor, c_max: float) -> float:
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, entry_key, entry_weight, dropped, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
+def _(grad_out, q, k, v, out, lse, tiles, weights, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
     return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(3, dtype=torch.float32)
 
 

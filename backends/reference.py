@@ -11,6 +11,7 @@ head dim. All work goes in blocks of R rows, so nothing of size T x T is ever st
 Deliberately missing: speed. A block's masked products are dense; kernels visit kept entries only.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------
 
 WORD = 0xFFFFFFFF
-STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING, STREAM_STRIDED = 0, 1, 2, 3, 4
+STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING, STREAM_TILES = 0, 1, 2, 3, 4
 
 
 def absorb(state, word):
@@ -101,29 +102,6 @@ def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Ten
     return ((total & (UNIT - 1)) < q_units) & within, dropped
 
 
-STRIDES = 8
-
-
-def stride_uniforms(seed: Tensor, B: int, H: int, rows: range, device) -> Tensor:
-    """A uniform for each row and class of keys, for `keep_strided`: int64 (B, H, R, STRIDES) in [0, 2^23)."""
-    state = _row_state(seed_state(seed, STREAM_STRIDED), B, H, device)
-    state = absorb(state, torch.arange(rows.start, rows.stop, device=device))
-    return absorb(state.unsqueeze(-1), torch.arange(STRIDES, device=device)) >> (32 - UNIT_BITS)
-
-
-def keep_strided(q_units: Tensor, u: Tensor) -> Tensor:
-    """Systematic sampling of each class of keys, key % STRIDES, by itself: a GPU's threads then need no common sum.
-
-    q_units: int32 (B, H, R, N); u: int (B, H, R, STRIDES) in [0, 2^23). Returns bool. A row keeps less than STRIDES
-    entries more than expected.
-    """
-    N = q_units.shape[-1]
-    padded = torch.nn.functional.pad(q_units, (0, -N % STRIDES))
-    by_class = padded.unflatten(-1, (-1, STRIDES)).mT  # (B, H, R, STRIDES, N / STRIDES)
-    keep, _ = keep_systematic(by_class, u, by_class.shape[-1])
-    return keep.mT.flatten(-2)[..., :N]
-
-
 def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
     """Poisson sampling (the paper's): independent Bernoulli(q). q_units: int32 (B, H, R, N). Returns bool."""
     B, H, _, N = q_units.shape
@@ -144,6 +122,7 @@ KAPPA = 2.0
 ROW_WEIGHTS = 1 / 8, 4  # a row with next to no gradient keeps something all the same
 # sampler: (are rows weighed by the norm of their gradient?, what entries of a row are weighed by)
 THINNED = {
+    "tiles": (True, None),
     "weighted": (True, "contribution"),
     "rows": (True, None),
     "values": (False, "value"),
@@ -187,6 +166,79 @@ def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, samp
     return torch.where(proposed, units, 0).to(torch.int32)
 
 
+# Tiles. A row's weights in TILE neighbouring keys are kept or cut as one, by their sum W_iJ in place of W_ij. It takes no
+# more draws, and no more rows of Q and G to fetch, but has the mean over what a draw of single keys might have found
+# there: the variance is far lower, and dense products do the work.
+#
+# Proposals are drawn in one pass over the keys, while the row's normaliser is not known yet but grows: with its value up
+# to and including tile J, the proposal's probability x is too high, which the thinning undoes. So that little of the
+# normaliser is missing, a row's own tile and its neighbours come first: those of its block of BLOCK rows, up from there,
+# then from key 0 on. However the normaliser grows, what a row may propose is bounded: near the bound, x shrinks.
+
+TILE, BLOCK = 64, 128
+
+
+def tiles_of(T: int) -> int:
+    return -(-T // TILE)
+
+
+def tile_slots(c_max: float, T: int) -> int:
+    """The most tiles a row may propose: twice what it does if the normaliser is known."""
+    n = tiles_of(T)
+    return n if c_max >= n else min(math.ceil(2 * KAPPA * c_max) + 2, n)
+
+
+def proposals_like(q: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Room for the proposals which a forward on q (B, H, T, D) hands to its backward.
+
+    tiles, int32 (B, H, T, slots): each row's proposed tiles in the order of the visits, then -1. weights, float32
+    (2, B, H, T, slots): their x in units, and the log-sum-exp in base 2 of the row's scaled scores there, of which W_iJ
+    is 2^(that - lse / ln 2); behind the last proposal anything.
+    """
+    shape = *q.shape[:3], slots
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((2, *shape), dtype=torch.float32)
+
+
+def visit_order(rows: range, n: int, device) -> Tensor:
+    """The n tiles in the order in which each row visits them: int64 (R, n)."""
+    first = torch.arange(rows.start, rows.stop, device=device) // BLOCK * (BLOCK // TILE)
+    return (first[:, None] + torch.arange(n, device=device)) % n
+
+
+def tile_proposal_units(mass: Tensor, c: Tensor, slots: int, T: int) -> Tensor:
+    """Probabilities x of the proposals in fixed point, at least one unit where mass > 0: int32 (..., n).
+
+    mass: float (..., n), the sums of W over the tiles in the order of the visits. With what a row has spent so far,
+
+        x = min(1, KAPPA * c * mass / (sum of mass up to here), (slots - 1 - spent) / 4)
+
+    the last only where there are fewer slots than tiles. sum(x) <= slots - 1, and one slot is for the rounding up.
+    """
+    ratio = mass * (KAPPA * c.to(mass.dtype)) / mass.cumsum(-1)
+    ratio = ratio.nan_to_num_(0, math.inf).clamp_(max=1)
+    if slots < tiles_of(T):
+        spent = torch.zeros_like(ratio[..., 0])
+        for x in ratio.unbind(-1):
+            x.copy_(torch.minimum(x, (slots - 1 - spent) / 4))
+            spent += x
+    return (ratio * UNIT).ceil_().to(torch.int32)
+
+
+def tile_multiplier(w: Tensor, rows: range, c: Tensor, slots: int, T: int, u: Tensor, thin_u: Tensor, row_weight: Tensor) -> Tensor:
+    """m of the weights' shape (B, H, R, N), for `sus_multiplier`: 1/q where a tile is kept, 0 elsewhere, and above the diagonal."""
+    N = w.shape[-1]
+    mass = torch.nn.functional.pad(w, (0, -N % TILE)).unflatten(-1, (-1, TILE)).sum(-1)
+    order = visit_order(rows, mass.shape[-1], w.device).expand(mass.shape)
+    mass = mass.gather(-1, order)
+    x = tile_proposal_units(mass, c, slots, T)
+    proposed, _ = keep_systematic(x, u, slots)
+    r = thinning_units(proposed, mass, x, c, "tiles", Known(row_weight, None, None))
+    keep, _ = keep_systematic(r, thin_u, slots)
+    m = torch.where(keep, UNIT / x.to(w.dtype) * (UNIT / r.to(w.dtype)), 0)
+    m = torch.empty_like(m).scatter_(-1, order, m)
+    return m.repeat_interleave(TILE, -1)[..., :N] * (w != 0)
+
+
 def proposal_c(c: float, sampler: str) -> float:
     """What the first draw is made with; it also sizes the buffers."""
     return KAPPA * c if sampler in THINNED else c
@@ -204,12 +256,14 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
 
     def multiplier(w: Tensor, rows: range, known: Known | None = None):
         B, H = w.shape[:2]
+        if sampler == "tiles":
+            u_rows = row_uniforms(seed, B, H, rows, w.device, STREAM_TILES) if u is None else u[:, :, rows.start : rows.stop]
+            thin_u = row_uniforms(seed, B, H, rows, w.device, STREAM_THINNING)
+            m = tile_multiplier(w, rows, c, tile_slots(c_max, T), T, u_rows, thin_u, known.row_weight)
+            return m, torch.zeros((), dtype=torch.int64)
         q_units = inclusion_units(w, proposal_c(c, sampler))
         if sampler == "poisson":
             keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
-        elif sampler == "strided":
-            u_rows = stride_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop, None].expand(-1, -1, -1, STRIDES)
-            keep, dropped = keep_strided(q_units, u_rows), torch.zeros((), dtype=torch.int64)
         else:
             u_rows = row_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop]
             keep, dropped = keep_systematic(q_units, u_rows, slots)
