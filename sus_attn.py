@@ -15,12 +15,12 @@ backward needs O(T c D) work instead of O(T^2 D). c is the attention retention p
 
 Samplers. The default keeps or cuts the weights of a row in 64 neighbouring keys, a tile J, as one:
 
-    tiles        q_ij = min(1, c_i W_iJ, x_iJ)      W_iJ = sum over j in J of W_ij      c_i = c |G_i| / mean |G|
+    tiles        q_ij = min(1, 2 c W_iJ, c_i W_iJ)      W_iJ = sum over j in J of W_ij      c_i = c |G_i| / mean |G|
 
-                 so that rows which matter are kept more. The forward proposes tiles, with probability x_iJ >= min(1, 2 c W_iJ)
-                 as long as its slots last; the backward, which knows G, thins what was proposed. About c tiles a row are kept at
-                 most, on average over rows. Dense products of a row and a tile are what processors are good at, and the
-                 variance is far below that of single keys that are as many, or take as long.
+                 so that rows which matter are kept more. A systematic draw of tiles with 2c in the forward proposes; the
+                 backward, which knows G, thins what was proposed. About c tiles a row are kept at most, on average over
+                 rows. Dense products of rows and tiles are what processors are good at, and the variance is far below
+                 that of single keys that are as many, or take as long.
 
 Those of single keys, the paper's rule and what was tried on the way from there, are in the reference backend only:
 
@@ -279,7 +279,7 @@ def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend, dra
 
 @torch.library.custom_op("nanosus::attention_backward", mutates_args=())
 def _attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, weights: Tensor,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
     c: Tensor, seed: Tensor, u: Tensor | None,
     c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -287,9 +287,9 @@ def _attention_backward(
         if backend == "cpu":
             if not c > 0:  # a bad c must not pass unseen
                 return *(torch.full_like(x, math.nan) for x in (q, k, v)), torch.full((3,), math.nan)
-            return cpu.backward(grad_out, q, k, v, out, lse, tiles, weights, scale, _bounded(c, c_max), seed, with_stats)
+            return cpu.backward(grad_out, q, k, v, out, lse, tiles, masses, scale, _bounded(c, c_max), seed, with_stats)
         if backend == "triton":
-            return triton.backward(grad_out, q, k, v, out, lse, tiles, weights, scale, c, c_max, seed, with_stats)
+            return triton.backward(grad_out, q, k, v, out, lse, tiles, masses, scale, c, c_max, seed, with_stats)
         c = c.to(q.device)
         grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])
@@ -301,7 +301,7 @@ def _bounded(c: Tensor, c_max: float) -> float:
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, tiles, weights, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
+def _(grad_out, q, k, v, out, lse, tiles, masses, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
     return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(3, dtype=torch.float32)
 
 

@@ -11,7 +11,6 @@ head dim. All work goes in blocks of R rows, so nothing of size T x T is ever st
 Deliberately missing: speed. A block's masked products are dense; kernels visit kept entries only.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from torch import Tensor
 # ---------------------------------------------------------------------------------------------
 
 WORD = 0xFFFFFFFF
-STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING, STREAM_TILES = 0, 1, 2, 3, 4
+STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING = 0, 1, 2, 3
 
 
 def absorb(state, word):
@@ -169,13 +168,8 @@ def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, samp
 # Tiles. A row's weights in TILE neighbouring keys are kept or cut as one, by their sum W_iJ in place of W_ij. It takes no
 # more draws, and no more rows of Q and G to fetch, but has the mean over what a draw of single keys might have found
 # there: the variance is far lower, and dense products do the work.
-#
-# Proposals are drawn in one pass over the keys, while the row's normaliser is not known yet but grows: with its value up
-# to and including tile J, the proposal's probability x is too high, which the thinning undoes. So that little of the
-# normaliser is missing, a row's own tile and its neighbours come first: those of its block of BLOCK rows, up from there,
-# then from key 0 on. However the normaliser grows, what a row may propose is bounded: near the bound, x shrinks.
 
-TILE, BLOCK = 64, 128
+TILE = 64
 
 
 def tiles_of(T: int) -> int:
@@ -183,60 +177,23 @@ def tiles_of(T: int) -> int:
 
 
 def tile_slots(c_max: float, T: int) -> int:
-    """The most tiles a row may propose: twice what it does if the normaliser is known."""
-    n = tiles_of(T)
-    return n if c_max >= n else min(math.ceil(2 * KAPPA * c_max) + 2, n)
+    """The most tiles that a row may propose."""
+    return slot_bound(KAPPA * c_max, tiles_of(T))
+
+
+def tile_masses(w: Tensor) -> Tensor:
+    """Sums of W (..., N) over the keys of each tile: (..., tiles)."""
+    return torch.nn.functional.pad(w, (0, -w.shape[-1] % TILE)).unflatten(-1, (-1, TILE)).sum(-1)
 
 
 def proposals_like(q: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Room for the proposals which a forward on q (B, H, T, D) hands to its backward.
 
-    tiles, int32 (B, H, T, slots): each row's proposed tiles in the order of the visits, then -1. weights, float32
-    (2, B, H, T, slots): their x in units, and the log-sum-exp in base 2 of the row's scaled scores there, of which W_iJ
-    is 2^(that - lse / ln 2); behind the last proposal anything.
+    tiles, int32 (B, H, T, slots): each row's proposed tiles, ascending, then -1. masses, float32 of that shape: their W_iJ,
+    of which x_iJ = inclusion_units(W_iJ, KAPPA * c) is made; behind the last proposal anything.
     """
     shape = *q.shape[:3], slots
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty((2, *shape), dtype=torch.float32)
-
-
-def visit_order(rows: range, n: int, device) -> Tensor:
-    """The n tiles in the order in which each row visits them: int64 (R, n)."""
-    first = torch.arange(rows.start, rows.stop, device=device) // BLOCK * (BLOCK // TILE)
-    return (first[:, None] + torch.arange(n, device=device)) % n
-
-
-def tile_proposal_units(mass: Tensor, c: Tensor, slots: int, T: int) -> Tensor:
-    """Probabilities x of the proposals in fixed point, at least one unit where mass > 0: int32 (..., n).
-
-    mass: float (..., n), the sums of W over the tiles in the order of the visits. With what a row has spent so far,
-
-        x = min(1, KAPPA * c * mass / (sum of mass up to here), (slots - 1 - spent) / 4)
-
-    the last only where there are fewer slots than tiles. sum(x) <= slots - 1, and one slot is for the rounding up.
-    """
-    ratio = mass * (KAPPA * c.to(mass.dtype)) / mass.cumsum(-1)
-    ratio = ratio.nan_to_num_(0, math.inf).clamp_(max=1)
-    if slots < tiles_of(T):
-        spent = torch.zeros_like(ratio[..., 0])
-        for x in ratio.unbind(-1):
-            x.copy_(torch.minimum(x, (slots - 1 - spent) / 4))
-            spent += x
-    return (ratio * UNIT).ceil_().to(torch.int32)
-
-
-def tile_multiplier(w: Tensor, rows: range, c: Tensor, slots: int, T: int, u: Tensor, thin_u: Tensor, row_weight: Tensor) -> Tensor:
-    """m of the weights' shape (B, H, R, N), for `sus_multiplier`: 1/q where a tile is kept, 0 elsewhere, and above the diagonal."""
-    N = w.shape[-1]
-    mass = torch.nn.functional.pad(w, (0, -N % TILE)).unflatten(-1, (-1, TILE)).sum(-1)
-    order = visit_order(rows, mass.shape[-1], w.device).expand(mass.shape)
-    mass = mass.gather(-1, order)
-    x = tile_proposal_units(mass, c, slots, T)
-    proposed, _ = keep_systematic(x, u, slots)
-    r = thinning_units(proposed, mass, x, c, "tiles", Known(row_weight, None, None))
-    keep, _ = keep_systematic(r, thin_u, slots)
-    m = torch.where(keep, UNIT / x.to(w.dtype) * (UNIT / r.to(w.dtype)), 0)
-    m = torch.empty_like(m).scatter_(-1, order, m)
-    return m.repeat_interleave(TILE, -1)[..., :N] * (w != 0)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
 
 def proposal_c(c: float, sampler: str) -> float:
@@ -252,15 +209,16 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
     u: None, or the systematic sampler's uniforms, int64 (B, H, T) in [0, 2^23).
     """
     c = torch.clamp(c, max=c_max)
-    slots = slot_bound(proposal_c(c_max, sampler), T)
+    slots = tile_slots(c_max, T) if sampler == "tiles" else slot_bound(proposal_c(c_max, sampler), T)
 
     def multiplier(w: Tensor, rows: range, known: Known | None = None):
-        B, H = w.shape[:2]
         if sampler == "tiles":
-            u_rows = row_uniforms(seed, B, H, rows, w.device, STREAM_TILES) if u is None else u[:, :, rows.start : rows.stop]
-            thin_u = row_uniforms(seed, B, H, rows, w.device, STREAM_THINNING)
-            m = tile_multiplier(w, rows, c, tile_slots(c_max, T), T, u_rows, thin_u, known.row_weight)
-            return m, torch.zeros((), dtype=torch.int64)
+            m, dropped = mask_of(tile_masses(w), rows, known)
+            return m.repeat_interleave(TILE, -1)[..., : w.shape[-1]] * (w != 0), dropped  # nothing above the diagonal
+        return mask_of(w, rows, known)
+
+    def mask_of(w: Tensor, rows: range, known: Known | None):
+        B, H = w.shape[:2]
         q_units = inclusion_units(w, proposal_c(c, sampler))
         if sampler == "poisson":
             keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
