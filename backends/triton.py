@@ -1,14 +1,14 @@
 """The Triton backend: the kernels of triton_kernels.py on a CUDA device, or interpreted on CPU tensors.
 
-The forward stores nothing for the backward but the log-sum-exp. The backward draws, in a pass over the scores of its
-own, and then works on the kept entries alone. They are there while it runs only: 16 * slots bytes a query row and head,
-slots = ceil(c) + 9 of the c which is drawn with, and T / 1024 bytes (float32: T / 512) for where tiles begin. It goes in
-rounds of so many key/value heads, with their query heads, as have ROUND_ENTRIES slots, but at least one.
+The forward proposes tiles as it goes through the keys, and stores them for the backward: 12 * slots bytes a query row
+and head, slots = 4 c + 2 or the number of tiles if that is less. The backward works on the tiles kept of these. It goes in
+rounds of so many key/value heads, with their query heads, as have ROUND floats of `parts`, but at least one. While a
+round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots, and T / 512 of a bitmap.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
 seed are tensors on the device, after a first call with that dtype and head dim. Then the fastest configuration of the
-larger kernels is measured. There are no atomics: the same configurations give the same bits. Another process may choose
-others; under torch.use_deterministic_algorithms(True) it is always the first.
+larger kernels is measured. No float is added atomically: the same configurations give the same bits. Another process may
+choose others; under torch.use_deterministic_algorithms(True) it is always the first.
 
 TRITON_INTERPRET=1, set before Python starts, runs the kernels on CPU tensors, one program after the other in NumPy: for tests.
 
@@ -16,24 +16,29 @@ Deliberately missing: what `unsupported` names. The reference does that.
 """
 
 import functools
+import itertools
 import math
 import os
 
 import torch
 from torch import Tensor
 
-from backends.reference import KAPPA, STRIDES, THINNED, proposal_c, row_weights
+from backends.reference import KAPPA, TILE, proposals_like, row_weights, tile_slots, tiles_of
 
-HEAD_DIMS, MAX_C = (32, 64, 128), 1023
-SAMPLERS = "strided", "weighted"
-ROUND_ENTRIES = 1 << 24
+HEAD_DIMS = 32, 64, 128
+ROUND = 1 << 26
+TABLE = 1 << 26
+ROWS = 128  # of one program of draw
+JOB = 1024  # rows of one program of tile_gradients, at most
 # s * scale + offset in one instruction, whatever Triton's default: two would round twice
 OPTIONS = dict(enable_fp_fusion=True)
 
 
-def slots_of(c_max: float, T: int) -> int:
-    """The most entries a row may keep: of each class of keys one more than its expected number, and one for the rounding."""
-    return T if c_max >= T else min(math.ceil(c_max) + STRIDES + 1, T)
+def parts_of(c_max: float, T: int) -> int:
+    """The most (row, tile) that one head keeps: each row no more than the 1.125 of its c, and one, and one for the rounding,
+    that `thin` sees to; and a row's c is c times its row_weights, whose mean is at most 1 + 1/8."""
+    slots = tile_slots(c_max, T)
+    return T * slots if c_max >= slots else min(T * slots, math.ceil(T * (1.125**2 * c_max + 2.01)))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -62,12 +67,7 @@ def missing(device_type: str) -> str | None:
     return None
 
 
-def spills(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> bool:
-    """Whether registers don't suffice: before Hopper, those that hold three parts of a product for one, at this D."""
-    return dtype == torch.float32 and D == 128 and capability < (9, 0)
-
-
-def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str, c_max: float) -> str | None:
+def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
@@ -75,14 +75,12 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str, c_max
         return "Triton's interpreter computes wrongly with bfloat16; it takes float32 and float16"
     if D not in HEAD_DIMS:
         return f"it takes head dims {', '.join(map(str, HEAD_DIMS))}, not {D}"
-    if torch.cuda.is_available() and spills(dtype, D, torch.cuda.get_device_capability()):
-        return "float32 with head dim 128 needs compute capability 9.0 (Hopper)"
+    if dtype == torch.float32 and D == 128:
+        return "it takes float32 with head dims up to 64: a product of float32 is three on the tensor cores, and registers don't suffice"
     if not is_causal:
         return "it is for causal attention"
-    if sampler not in SAMPLERS:
-        return f"it has the samplers {' and '.join(SAMPLERS)}, not {sampler}"
-    if (proposals := proposal_c(c_max, sampler)) > MAX_C:
-        return f"with c = {c_max:g} it would store up to {proposals:g} entries a row; it takes up to {MAX_C}"
+    if sampler != "tiles":
+        return f"it has the sampler tiles, not {sampler}"
     return None
 
 
@@ -91,32 +89,24 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str, c_max
 # ---------------------------------------------------------------------------------------------
 
 
-def region(itemsize: int) -> dict:
-    """Rows and keys of the regions which `draw` writes and `key_gradients` reads."""
-    return dict(BM=64, TILE=32 if itemsize == 4 else 64)
-
-
 def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, int]]:
     """(constants, warps, stages) of a kernel to choose from; the first is taken where nothing is measured.
 
-    float32 has three products on the tensor cores for one, and needs smaller tiles for the registers to suffice.
+    float32 has three products on the tensor cores for one, and needs fewer rows at once for the registers to suffice.
     """
     if kernel == "forward":
         if itemsize == 4:
-            return [(dict(BM=32, BN=32), 8, 2)]
-        if D == 128:
-            return [(dict(BM=128, BN=32), 8, 3), (dict(BM=64, BN=64), 4, 2)]
-        return [(dict(BM=128, BN=64), 8, 3), (dict(BM=64, BN=64), 4, 3)]
+            return [(dict(BM=64), 8, 2) if D == 32 else (dict(BM=32), 4, 2)]
+        return [(dict(BM=128), 8, 3), (dict(BM=64), 4, 2 if D == 128 else 3)]
     if kernel == "draw":
-        return [(region(itemsize), 4, 2 if itemsize == 4 else 3)]
-    if kernel == "key_gradients":
+        return [(dict(SOME=8), 1, 1)]
+    if kernel == "tile_gradients":
         if itemsize == 4:
-            return [(region(itemsize) | dict(BLOCKS=4, SOME=8), 8, 2)]
-        other = (dict(BLOCKS=4, SOME=16), 8, 2) if D == 128 else (dict(BLOCKS=2, SOME=16), 4, 2)
-        return [(region(itemsize) | constants, warps, stages) for constants, warps, stages in ((dict(BLOCKS=4, SOME=8), 8, 2), other)]
-    if kernel == "thin":
-        return [({}, 4, 1)]  # its constants follow the slots
-    return [(dict(ROWS=2 if D == 128 else 4, SOME=16), 4, 2)]  # slopes, query_gradients
+            return [(dict(SOME=16), 8, 1)]
+        return [(dict(SOME=32), 8, 1)] if D == 128 else [(dict(SOME=32), 4, 1), (dict(SOME=32), 8, 1)]
+    if kernel == "query_gradients":
+        return [(dict(ROWS=4, SOME=8), 4, 1)]
+    return [({}, 4, 1)]
 
 
 @functools.cache
@@ -147,76 +137,90 @@ def _precision(q: Tensor) -> str:
     return "tf32x3" if q.dtype == torch.float32 else "tf32"
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Exact causal attention. q (B, H, T, D); k, v (B, K, T, D), of any strides. Returns out (B, H, T, D) and the
-    log-sum-exp, float32 (B, H, T), contiguous."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: Tensor, c_max: float, seed: Tensor, u: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact causal attention, and the proposals of the backward if `draws`.
+
+    q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T). Returns out (B, H, T, D),
+    the log-sum-exp, float32 (B, H, T), and tiles and masses: see reference.proposals_like.
+    """
     B, H, T, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    n = tiles_of(T)
+    slots = tile_slots(c_max, T) if draws else 0
+    tiles, masses = proposals_like(q, slots)
+    heads, rows = B * H, T  # of a round
+    if draws:
+        heads = min(heads, max(1, TABLE // (n * T)))
+        rows = min(T, max(1, TABLE // (n * ROWS)) * ROWS)
+        c, seed = c.to(q.device, torch.float32), seed.to(q.device)
+        u = None if u is None else u.int().contiguous()
+    table = q.new_empty(heads * n * rows if draws else 0, dtype=torch.float32)
+    strides = *q.stride(), *k.stride(), *v.stride()
     with torch.cuda.device_of(q):
-        _launch(
-            "forward", q, lambda BM: B * H * cdiv(T, BM),
-            q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), scale, H, k.shape[1], T, D=D, PRECISION=_precision(q),
-        )  # fmt: skip
-    return out, lse
+        for head, row in itertools.product(range(0, B * H, heads), range(0, T, rows)):
+            some, r = min(heads, B * H - head), min(rows, T - row)
+            _launch(
+                "forward", q, lambda BM: some * cdiv(r, BM),  # noqa: B023  (called at once)
+                q, k, v, out, lse, table, *strides, scale, head, row, r, H, k.shape[1], T, DRAWS=draws, D=D, PRECISION=_precision(q),
+            )  # fmt: skip
+            if draws:
+                _launch(
+                    "draw", q, some * cdiv(r, ROWS), table, lse, tiles, masses, c, seed, u, c_max, KAPPA, head, row, r, H, T, slots,
+                    HAS_U=u is not None, ROWS=ROWS,
+                )  # fmt: skip
+    return out, lse, tiles, masses
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, c: Tensor, c_max: float,
-    seed: Tensor, u: Tensor | None, with_stats: bool = False, sampler: str = "strided",
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor, scale: float,
+    c: Tensor, c_max: float, seed: Tensor, with_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v, and stats: see `reference.backward`. c, seed: 0-d; u: None, or int64 (B, H, T).
-
-    A c that isn't > 0 gives NaN gradients.
-    """
+    """The gradients of q, k and v, and stats: see `reference.backward`. c, seed: 0-d. A c that isn't > 0 gives NaN."""
     B, H, T, D = q.shape
-    K = k.shape[1]
-    G, slots = H // K, slots_of(proposal_c(c_max, sampler), T)
+    K, slots = k.shape[1], tiles.shape[3]
+    G, n, words = H // K, tiles_of(T), cdiv(T, 32)
     c, seed = c.to(q.device, torch.float32), seed.to(q.device)
-    thins = sampler in THINNED
-    kappa = KAPPA if thins else 1.0
-    out, lse = out.contiguous(), lse.contiguous()
-    tile = region(q.element_size())
-    blocks, tiles = cdiv(T, tile["BM"]), cdiv(T, tile["TILE"])
+    out, lse, tiles, masses = (x.contiguous() for x in (out, lse, tiles, masses))
+    row_weight = row_weights(grad_out)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # contiguous, whatever the inputs' strides
-    new = functools.partial(torch.empty, device=q.device)
-    importance = [new(0)] * 4
-    if thins or with_stats:
-        square = lambda x: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()  # noqa: E731
-        importance = [row_weights(grad_out), square(grad_out), square(q), square(k)]
-    u = None if u is None else u.int().contiguous()
-    g_strides, q_strides, k_strides, v_strides = (x.stride() for x in (grad_out, q, k, v))
+    of_head = parts_of(c_max, T)
+    heads = min(B * H, max(1, ROUND // (G * of_head * D)) * G)  # of a round
+    jobs = heads * (n + cdiv(of_head, JOB))
     SLOTS = max(16, 1 << (slots - 1).bit_length())
-    ROWS = max(1, 1024 // SLOTS)
-    constants = configurations("slopes", D, q.element_size())[0][0]
-    groups = cdiv(T, constants["ROWS"])
+    thin_rows = max(1, 512 // SLOTS)
+    query_rows = configurations("query_gradients", D, q.element_size())[0][0]["ROWS"]
+    new = functools.partial(torch.empty, device=q.device)
+    w, places = (new(heads, T, slots, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    delta, kept = new(heads, T, dtype=torch.float32), new(heads, cdiv(T, thin_rows), dtype=torch.int32)
+    listed, parts = new(heads * of_head, dtype=torch.int32), new(heads * of_head, D, dtype=torch.float32)
+    dk_parts, dv_parts = (new(jobs, TILE, D, dtype=torch.float32) for _ in range(2))
+    variance = new(jobs, dtype=torch.float32)
+    all_jobs = torch.arange(jobs, dtype=torch.int32, device=q.device)
+    g_strides, q_strides, k_strides, v_strides = (x.stride() for x in (grad_out, q, k, v))
     sums = []
-    heads = min(B * H, max(1, ROUND_ENTRIES // (G * T * slots)) * G)  # of a round
-    keys, order = (new(heads, T, slots, dtype=torch.int32) for _ in range(2))
-    weights, m = (new(heads, T, slots, dtype=torch.float32) for _ in range(2))
-    starts = new(heads, tiles + 1, blocks, dtype=torch.int32)
-    dropped, undefined = new(heads, blocks, dtype=torch.int32), new(heads, T, dtype=torch.float32)
-    kept, variance = (new(heads, cdiv(T, ROWS), dtype=dtype) for dtype in (torch.int32, torch.float32))
     with torch.cuda.device_of(q):
         for first in range(0, B * H, heads):
-            n = min(heads, B * H - first)
-            where = first, H, K, T, slots
+            some = min(heads, B * H - first)
+            regions = some * n
+            bits = torch.zeros(some, n, words, dtype=torch.int32, device=q.device)
+            counts = torch.zeros(regions, dtype=torch.int32, device=q.device)
             _launch(
-                "draw", q, n * blocks, q, k, lse, c, seed, u, keys, order, starts, dropped, *q_strides, *k_strides,
-                scale, c_max, kappa, *where, HAS_U=u is not None, D=D, PRECISION=_precision(q),
+                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept,
+                *g_strides, c_max, KAPPA, first, H, T, slots, words, D=D, SLOTS=SLOTS, ROWS=thin_rows,
             )  # fmt: skip
+            ends = counts.cumsum(0, dtype=torch.int32)
+            job_ends = ((counts + JOB - 1) // JOB).cumsum(0, dtype=torch.int32)
+            job_regions = torch.searchsorted(job_ends, all_jobs, right=True, out_int32=True)
+            _launch("list_rows", q, regions, bits, counts, ends, listed, T, words)
             _launch(
-                "slopes", q, n * groups, grad_out, q, k, v, out, lse, c, keys, weights, m, undefined,
-                *g_strides, *q_strides, *k_strides, *v_strides, scale, *where, D=D,
+                "tile_gradients", q, jobs, grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed,
+                places, parts, dk_parts, dv_parts, variance, *g_strides, *q_strides, *k_strides, *v_strides, scale,
+                first, H, K, T, slots, regions, ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
             )  # fmt: skip
-            _launch(
-                "thin", q, n * cdiv(T, ROWS), keys, weights, m, c, seed, *importance, kept, variance, c_max, kappa,
-                *where, THINS=thins, ESTIMATES=with_stats, SLOTS=SLOTS, ROWS=ROWS,
-            )  # fmt: skip
-            _launch("query_gradients", q, n * groups, k, keys, m, undefined, dq, *k_strides, *where, D=D)
-            _launch(
-                "key_gradients", q, n // G * tiles, grad_out, q, c, keys, weights, m, order, starts, dk, dv,
-                *g_strides, *q_strides, *where, D=D, PRECISION=_precision(q),
-            )  # fmt: skip
+            _launch("query_gradients", q, some * cdiv(T, query_rows), parts, w, places, delta, lse, c, dq, first, H, T, slots, D=D)
+            _launch("key_gradients", q, regions // G, dk_parts, dv_parts, counts, job_ends, c, dk, dv, first, H, K, T, D=D, JOB=JOB)
             if with_stats:
-                sums.append(torch.stack([x.sum(dtype=torch.float32) for x in (kept[:n], dropped[:n], variance[:n])]))
+                sums.append(torch.stack([kept[:some].sum(dtype=torch.float32), q.new_zeros((), dtype=torch.float32), variance.sum()]))
     return dq, dk, dv, sum(sums) if with_stats else q.new_zeros(3, dtype=torch.float32)

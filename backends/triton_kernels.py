@@ -1,21 +1,20 @@
-"""The Triton kernels of the triton backend: an exact forward, and a SUS backward over the kept entries only.
+"""The Triton kernels of the triton backend: an exact forward, and a SUS backward over the tiles kept.
 
-    forward           out and the log-sum-exp of each row's scores, as FlashAttention-2 (Dao, arXiv 2307.08691)
-    draw              the scores once more, now that W is known: each row's entries, and their order by tile of keys
-    slopes            of each entry: scale * (G_i . V_j - delta_i)
-    thin              of each entry: w = W / q and M = w * slope, both 0 where thinning cuts it
-    query_gradients   dQ_i = sum of M K_j
-    key_gradients     dK_j = sum of M Q_i and dV_j = sum of w G_i
+    forward           out and the log-sum-exp of each row's scores, as FlashAttention-2 (Dao, arXiv 2307.08691), and
+                      the log-sum-exp of those in each tile
+    draw              the tiles that each row proposes
+    thin              which of these it keeps, and what each weighs; delta_i = G_i . O_i
+    list_rows         the rows that keep a tile, tile by tile
+    tile_gradients    of one tile and the rows that keep it: P = W times the weight, M = scale * P * (G V^T - delta), and
+                      from these sums over rows, P^T G and M^T Q, and each row's M K
+    query_gradients   dQ_i: the sum of a row's M K
+    key_gradients     dK, dV: sums of tile_gradients' sums
 
-What they have in common. B batch, H query heads, K key/value heads, T positions, D head dim. "local" are the heads of
-one round of the backward, see triton.py; first_head is the first of them among all B * H. A row has `slots` entries, by tile,
-in a tile by key % 8, and then by key: in `keys` int32, -1 in the empty ones, which come last; in `weights` float32, first W,
-then w; in `m` float32, first the slope, then M. All three are (local, T, slots). Blocks are of BM query rows; a pass over the scores takes BN keys at once.
-
-For dK and dV entries are wanted by tile of TILE keys. Each block's entries therefore have a second order, tile after
-tile, in which a tile's are side by side: `order`, int32 (local, T, slots), has their places (row * slots + slot, within the block), and
-`starts`, int32 (local, tiles + 1, blocks), where each tile's begin. The draw walks through its tiles in this order anyway. No
-atomics: sums are the same from run to run.
+What they have in common. B batch, H query heads, K key/value heads, T positions, D head dim. TILE keys make a tile, of
+which there are `all_tiles`. A row proposes up to `slots` tiles. "local" are the heads of one round, see triton.py; first_head
+is the first of them among all B * H. A region is a tile of a local head. What a kept (row, tile)
+gives to dQ waits in `parts`, ordered by region and row, until all tiles are done: no sum depends on which program comes
+first. The only atomic operations are on integers, whose sums have no order.
 """
 
 import triton
@@ -24,7 +23,8 @@ import triton.language as tl
 from backends import reference
 
 UNIT_BITS, UNIT = tl.constexpr(reference.UNIT_BITS), tl.constexpr(reference.UNIT)
-STRIDED, THINNING = tl.constexpr(reference.STREAM_STRIDED), tl.constexpr(reference.STREAM_THINNING)
+PROPOSING, THINNING = tl.constexpr(reference.STREAM_SYSTEMATIC), tl.constexpr(reference.STREAM_THINNING)
+TILE = tl.constexpr(reference.TILE)
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
@@ -40,19 +40,13 @@ def absorb(state, word):
 
 
 @triton.jit
-def row_state(seed, STREAM: tl.constexpr, batch, head, rows):
-    """The hash state of each row, uint32. seed: pointer to an int64."""
+def row_uniforms(seed, STREAM: tl.constexpr, batch, head, rows):
+    """int32 in [0, UNIT). seed: pointer to an int64."""
     words = tl.load(seed)
     state = absorb(tl.zeros([], tl.uint32), words & 0xFFFFFFFF)
     state = absorb(state, (words >> 32) & 0xFFFFFFFF)
     state = absorb(absorb(absorb(state, tl.full([], STREAM, tl.uint32)), batch), head)
-    return absorb(state, rows)
-
-
-@triton.jit
-def uniform(state):
-    """int32 in [0, UNIT)."""
-    return (state >> (32 - UNIT_BITS)).to(tl.int32)
+    return (absorb(state, rows) >> (32 - UNIT_BITS)).to(tl.int32)
 
 
 @triton.jit
@@ -63,40 +57,52 @@ def retention(c, c_max):
 
 
 @triton.jit
-def units_of(x, one):
-    """Inclusion probabilities x = c w in units: rounded up, at least one if `one` is 1, at most UNIT."""
-    return tl.minimum(x, UNIT - 1).to(tl.int32) + one
+def heads_of(program, per_head, first_head, H):
+    """(local head, batch, head) of a program, of which each head has so many."""
+    local = (program // per_head).to(tl.int64)
+    head = first_head + local
+    return local, head // H, head % H
 
 
 # -- the forward ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def forward(
-    q, k, v, out, lse, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale, H, K, T,
-    D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """out (B, H, T, D) and lse (B, H, T), contiguous. One program a block of rows, those with the most keys first.
+def rough_log2(x):
+    """log2 of x > 0, within 0.01, in a few instructions: the exponent, and a parabola for the mantissa."""
+    bits = x.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return ((bits >> 23) - 127).to(tl.float32) + mantissa * (1.3465 - 0.3465 * mantissa)
 
-    A row whose first BN scores are all -inf is NaN, though it is defined; only infinite inputs have such rows.
+
+@triton.jit(do_not_specialize=["first_head", "first_row", "rows"])
+def forward(
+    q, k, v, out, lse, table, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
+    first_head, first_row, rows, H, K, T, DRAWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out (B, H, T, D) and lse (B, H, T), contiguous, for `rows` rows from first_row on of the local heads. One program a
+    block of BM rows, those with the most keys first.
+
+    table, float32 (local, tiles, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
+    A row whose first TILE scores are all -inf is NaN, though it is defined; only infinite inputs have such rows.
     """
-    blocks = tl.cdiv(T, BM)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    blocks, all_tiles = tl.cdiv(rows, BM), tl.cdiv(T, TILE)
+    local, b, h = heads_of(tl.program_id(0), blocks, first_head, H)
     kv = h // (H // K)
-    rows, cols, d = block * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-    rows_ = rows.to(tl.int64)
-    within = rows[:, None] < T
-    q_tile = tl.load(q + b * q_b + h * q_h + rows_[:, None] * q_t + d[None, :] * q_d, mask=within, other=0)
-    k_at = k + b * k_b + kv * k_h + cols[None, :].to(tl.int64) * k_t + d[:, None] * k_d  # (D, BN)
+    first = first_row + (blocks - 1 - tl.program_id(0) % blocks) * BM
+    row, cols, d = first + tl.arange(0, BM), tl.arange(0, TILE), tl.arange(0, D)
+    row_ = row.to(tl.int64)
+    within = row < T
+    q_tile = tl.load(q + b * q_b + h * q_h + row_[:, None] * q_t + d[None, :] * q_d, mask=within[:, None], other=0)
+    k_at = k + b * k_b + kv * k_h + cols[None, :].to(tl.int64) * k_t + d[:, None] * k_d  # (D, TILE)
     v_at = v + b * v_b + kv * v_h + cols[:, None].to(tl.int64) * v_t + d[None, :] * v_d
+    in_table = table + local * all_tiles * rows + (row - first_row)
     top = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    first_masked = block * BM // BN * BN
+    first_masked = first // TILE * TILE
     for MASKED in tl.static_range(2):
-        for start in range(first_masked if MASKED else 0, tl.minimum(block * BM + BM, T) if MASKED else first_masked, BN):
+        for start in range(first_masked if MASKED else 0, tl.minimum(first + BM, T) if MASKED else first_masked, TILE):
             if MASKED:
                 inside = start + cols < T
                 k_tile = tl.load(k_at, mask=inside[None, :], other=0)
@@ -105,293 +111,253 @@ def forward(
                 k_tile, v_tile = tl.load(k_at), tl.load(v_at)
             s = tl.dot(q_tile, k_tile, input_precision=PRECISION) * (scale * LOG2_E)
             if MASKED:
-                s = tl.where((start + cols[None, :] <= rows[:, None]) & inside[None, :], s, float("-inf"))
+                s = tl.where((start + cols[None, :] <= row[:, None]) & inside[None, :], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - new_top[:, None])
             shrink = tl.exp2(top - new_top)
-            norm = norm * shrink + tl.sum(p, 1)
+            mass = tl.sum(p, 1)
+            norm = norm * shrink + mass
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
-            k_at += BN * k_t
-            v_at += BN * v_t
-    row = head.to(tl.int64) * T + rows
-    tl.store(out + row[:, None] * D + d[None, :], (acc / norm[:, None]).to(out.dtype.element_ty), mask=within)
-    tl.store(lse + row, (top + tl.log2(norm)) * LN_2, mask=rows < T)
+            if DRAWS:
+                tl.store(in_table, top + rough_log2(mass), mask=within)
+                in_table += rows
+            k_at += TILE * k_t
+            v_at += TILE * v_t
+    at = (b * H + h) * T + row
+    tl.store(out + at[:, None] * D + d[None, :], (acc / norm[:, None]).to(out.dtype.element_ty), mask=within[:, None])
+    tl.store(lse + at, (top + tl.log2(norm)) * LN_2, mask=within)
+
+
+@triton.jit(do_not_specialize=["first_head", "first_row", "rows"])
+def draw(
+    table, lse, tiles, masses, c, seed, u, c_max, kappa, first_head, first_row, rows, H, T, slots,
+    HAS_U: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
+    """Each row's systematic draw of tiles with kappa * c. tiles, masses: of reference.proposals_like. One program ROWS rows,
+    SOME tiles at once.
+
+    u: int32 (B, H, T) in [0, UNIT) if HAS_U; else the uniforms come from the seed.
+    """
+    groups, all_tiles = tl.cdiv(rows, ROWS), tl.cdiv(T, TILE)
+    local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
+    place = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS)
+    row = first_row + place
+    within = (place < rows) & (row < T)
+    at = (b * H + h) * T + row
+    log_norm = tl.load(lse + at, mask=within, other=0) * LOG2_E
+    units_of_one = retention(c, c_max) * kappa * UNIT
+    if HAS_U:
+        running = tl.load(u + at, mask=within, other=0)
+    else:
+        running = row_uniforms(seed, PROPOSING, b, h, row)
+    count = tl.zeros([ROWS], tl.int32)
+    for first in range(0, tl.cdiv(tl.minimum(first_row + (tl.program_id(0) % groups + 1) * ROWS, T), TILE), SOME):
+        tile = (first + tl.arange(0, SOME))[:, None]
+        seen = within[None, :] & (tile * TILE <= row[None, :])
+        mass = tl.load(table + (local * all_tiles + tile) * rows + place[None, :], mask=seen, other=0)
+        mass = tl.exp2(mass - log_norm[None, :])
+        units = tl.where(seen & (mass > 0), tl.ceil(tl.minimum(mass * units_of_one, UNIT)), 0).to(tl.int32)
+        total = running[None, :] + tl.cumsum(units, 0)
+        slot = count[None, :] + (total >> UNIT_BITS) - 1
+        kept = ((total & (UNIT - 1)) < units) & (slot < slots)
+        tl.store(tiles + at[None, :] * slots + slot, tile + 0 * slot, mask=kept)
+        tl.store(masses + at[None, :] * slots + slot, mass, mask=kept)
+        running += tl.sum(units, 0)
+        count += running >> UNIT_BITS
+        running &= UNIT - 1
+    for first in range(0, slots, SOME):
+        slot = (first + tl.arange(0, SOME))[:, None]
+        behind = within[None, :] & (slot >= count[None, :]) & (slot < slots)
+        tl.store(tiles + at[None, :] * slots + slot, tl.full([SOME, ROWS], -1, tl.int32), mask=behind)
 
 
 # -- the backward -----------------------------------------------------------------------------------
 
 
-@triton.jit
-def step(x, g: tl.constexpr, running, one, crossed, visible, MASKED: tl.constexpr):
-    """Key g of each class: add its units to the running sum, and put the sum's lowest whole bit at bit g of crossed."""
-    units = units_of(tl.exp2(x), one)
-    if MASKED:
-        units = tl.where(8 * g <= visible, units, 0)
-    running += units
-    return running, crossed | ((running >> (UNIT_BITS - g)) & (1 << g))
-
-
-@triton.jit(do_not_specialize=["first_head"])
-def draw(
-    q, k, lse, c, seed, u, keys, order, starts, dropped, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, scale, c_max, kappa,
-    first_head, H, K, T, slots,
-    HAS_U: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The strided draw with kappa * c. lse and u are (B, H, T), u int32 in [0, UNIT) if HAS_U, else from the seed.
-
-    dropped, int32 (local, blocks): entries beyond the slots, of which there are none. A tile's keys are of 8 classes,
-    key % 8. In the layout of a product's result, the keys of a class lie in one thread: the running sums are additions
-    within threads, and what is particular to the draw takes six instructions a score.
-    """
-    blocks = tl.cdiv(T, BM)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    local = (tl.program_id(0) // blocks).to(tl.int64)
-    head = first_head + local
-    b, h = head // H, head % H
-    kv = h // (H // K)
-    rows, cols, d = block * BM + tl.arange(0, BM), tl.arange(0, TILE), tl.arange(0, D)
-    classes = tl.arange(0, 8)[None, :]
-    rows_ = rows.to(tl.int64)
-    within = rows < T
-    q_tile = tl.load(q + b * q_b + h * q_h + rows_[:, None] * q_t + d[None, :] * q_d, mask=within[:, None], other=0)
-    k_at = k + b * k_b + kv * k_h + cols[None, :].to(tl.int64) * k_t + d[:, None] * k_d  # (D, TILE)
-    log_norm = tl.load(lse + head * T + rows, mask=within, other=float("inf"))
-    one = (tl.abs(log_norm) < float("inf")).to(tl.int32)[:, None]  # 0 in rows that keep nothing
-    offset = tl.log2(retention(c, c_max) * kappa * UNIT) - tl.where(one == 1, log_norm[:, None], float("inf")) * LOG2_E
-    if HAS_U:
-        running = tl.load(u + head * T + rows, mask=within, other=0)[:, None] + 0 * classes
-    else:
-        running = uniform(absorb(row_state(seed, STRIDED, b, h, rows)[:, None], classes))
-    block_entries = (local * T + block * BM) * slots
-    place = (tl.arange(0, BM) * slots)[:, None]  # of a row's first slot
-    starts_at = starts + local * (tl.cdiv(T, TILE) + 1) * blocks + block
-    count = tl.zeros([BM], tl.int32)  # of a row's entries
-    placed = tl.zeros([], tl.int32)  # of the block's
-    lost = tl.zeros([BM], tl.int32)
-    first_masked = block * BM // TILE * TILE
-    stop = tl.minimum(block * BM + BM, T)
-    for MASKED in tl.static_range(2):
-        for start in range(first_masked if MASKED else 0, stop if MASKED else first_masked, TILE):
-            if MASKED:
-                k_tile = tl.load(k_at, mask=start + cols[None, :] < T, other=0)
-            else:
-                k_tile = tl.load(k_at)
-            s = tl.dot(q_tile, k_tile, input_precision=PRECISION) * (scale * LOG2_E) + offset
-            visible = rows[:, None] - start - classes  # the classes' keys at 8 g up to this
-            crossed = tl.zeros([BM, 8], tl.int32)
-            # (BM, bits of g, classes) -> (BM, classes, bits of g); splitting takes the last bit first
-            if TILE == 64:
-                s0, s1 = tl.split(tl.permute(tl.reshape(s, [BM, 2, 2, 2, 8]), [0, 4, 1, 2, 3]))
-                s00, s10 = tl.split(s0)
-                s01, s11 = tl.split(s1)
-                g0, g4 = tl.split(s00)
-                g1, g5 = tl.split(s01)
-                g2, g6 = tl.split(s10)
-                g3, g7 = tl.split(s11)
-            else:
-                s0, s1 = tl.split(tl.permute(tl.reshape(s, [BM, 2, 2, 8]), [0, 3, 1, 2]))
-                g0, g2 = tl.split(s0)
-                g1, g3 = tl.split(s1)
-            running, crossed = step(g0, 0, running, one, crossed, visible, MASKED)
-            running, crossed = step(g1, 1, running, one, crossed, visible, MASKED)
-            running, crossed = step(g2, 2, running, one, crossed, visible, MASKED)
-            running, crossed = step(g3, 3, running, one, crossed, visible, MASKED)
-            if TILE == 64:
-                running, crossed = step(g4, 4, running, one, crossed, visible, MASKED)
-                running, crossed = step(g5, 5, running, one, crossed, visible, MASKED)
-                running, crossed = step(g6, 6, running, one, crossed, visible, MASKED)
-                running, crossed = step(g7, 7, running, one, crossed, visible, MASKED)
-            hits = (crossed ^ (crossed << 1)) & ((1 << (TILE // 8)) - 1) & -one  # a whole number was passed
-            n = (running >> UNIT_BITS) * one
-            running &= UNIT - 1
-
-            slot = count[:, None] + tl.cumsum(n, 1) - n
-            wanted = count + tl.sum(n, 1)
-            new = tl.minimum(wanted, slots) - count
-            shift = (placed + tl.cumsum(new, 0) - new - count)[:, None]
-            tl.store(starts_at + start // TILE * blocks, placed)
-            for _ in range(0, tl.max(tl.max(n, 1), 0)):
-                low = hits & -hits
-                g = ((low & 0xF0) != 0).to(tl.int32) * 4 + ((low & 0xCC) != 0).to(tl.int32) * 2 + ((low & 0xAA) != 0).to(tl.int32)
-                kept = (low != 0) & (slot < slots)
-                tl.store(keys + block_entries + place + slot, start + 8 * g + classes, mask=kept)
-                tl.store(order + block_entries + shift + slot, place + slot, mask=kept)
-                hits ^= low
-                slot += 1
-            placed += tl.sum(new, 0)
-            lost += wanted - count - new
-            count += new
-            k_at += TILE * k_t
-    tl.store(starts_at + tl.cdiv(stop, TILE) * blocks, placed)
-    tl.store(dropped + local * blocks + block, tl.sum(lost, 0))
-    for start in range(0, slots, TILE):
-        empty = (start + cols[None, :] >= count[:, None]) & (start + cols[None, :] < slots) & within[:, None]
-        tl.store(keys + block_entries + place + start + cols[None, :], tl.full([BM, TILE], -1, tl.int32), mask=empty)
-
-
-@triton.jit(do_not_specialize=["first_head"])
-def slopes(
-    grad_out, q, k, v, out, lse, c, keys, weights, m, undefined,
-    g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
-    first_head, H, K, T, slots, D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
-):  # fmt: skip
-    """W, and the slopes scale * (G_i . V_j - delta_i). undefined, float32 (local, T): 0, or NaN where dQ is.
-
-    out and lse are whole, contiguous. One program ROWS rows; SOME slots of each at once.
-    """
-    groups = tl.cdiv(T, ROWS)
-    local = (tl.program_id(0) // groups).to(tl.int64)
-    head = first_head + local
-    b, h = head // H, head % H
-    rows, d = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
-    within = rows < T
-    rows_ = rows.to(tl.int64)
-    g_at = grad_out + b * g_b + h * g_h + rows_[:, None] * g_t + d[None, :] * g_d
-    g = tl.load(g_at, mask=within[:, None], other=0).to(tl.float32)
-    out_at = out + (head * T + rows_)[:, None] * D + d[None, :]
-    delta = tl.sum(g * tl.load(out_at, mask=within[:, None], other=0).to(tl.float32), 1)
-    log_norm = tl.load(lse + head * T + rows_, mask=within, other=0)
-    bad = tl.where(tl.load(c) > 0, 0.0, float("nan"))
-    tl.store(undefined + local * T + rows_, (delta + log_norm) * 0 + bad, mask=within)
-    q_at = q + b * q_b + h * q_h + rows_[:, None] * q_t + d[None, :] * q_d
-    q_rows = tl.load(q_at, mask=within[:, None], other=0).to(tl.float32)
-    for start in range(0, slots, SOME):
-        slot = start + tl.arange(0, SOME)
-        at = (local * T + rows_)[:, None] * slots + slot[None, :]
-        key = tl.load(keys + at, mask=within[:, None] & (slot[None, :] < slots), other=-1)
-        used = key >= 0
-        k_at = k + b * k_b + h // (H // K) * k_h + key[:, :, None].to(tl.int64) * k_t + d[None, None, :] * k_d
-        s = tl.sum(q_rows[:, None, :] * tl.load(k_at, mask=used[:, :, None], other=0).to(tl.float32), 2)
-        # the difference first: of large scores, each further product would round away more of it
-        tl.store(weights + at, tl.exp2((s * scale - log_norm[:, None]) * LOG2_E), mask=used)
-        v_at = v + b * v_b + h // (H // K) * v_h + key[:, :, None].to(tl.int64) * v_t + d[None, None, :] * v_d
-        products = tl.sum(g[:, None, :] * tl.load(v_at, mask=used[:, :, None], other=0).to(tl.float32), 2)
-        tl.store(m + at, scale * (products - delta[:, None]), mask=used)
-
-
 @triton.jit(do_not_specialize=["first_head"])
 def thin(
-    keys, weights, m, c, seed, row_weight, g_square, q_square, k_square, kept, variance, c_max, kappa, first_head, H, K, T,
-    slots, THINS: tl.constexpr, ESTIMATES: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept,
+    g_b, g_h, g_t, g_d, c_max, kappa, first_head, H, T, slots, words, D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """W becomes w = W / q, and the slopes M, both 0 where the second draw cuts an entry (if THINS).
+    """What each row keeps. out, lse, tiles, masses, row_weight (B, H, T, ...) are whole. One program ROWS rows.
 
-    row_weight, g_square, q_square (B, H, T) and k_square (B, K, T): see reference.row_weights, and squared norms of
-    rows; unused but to thin or estimate. kept int32, variance float32 (local, groups of rows): sums over each
-    program's entries, the variance as in reference.backward if ESTIMATES. SLOTS: a power of 2, at least slots.
+    w, float32 (local, T, slots): what the entries of a kept tile weigh, 1 / q; 0 where a proposal is cut. bits, int32
+    (local, tiles, words): bit i % 32 of word i / 32 is set where row i keeps the tile. counts, int32 (local, tiles): how
+    many rows do. Both begin as zeros. delta, float32 (local, T). kept, int32 (local, groups of ROWS rows): entries.
+
+    So that `parts` can be bounded, a row's second draw expects at most 1.125 of its c, and one more. SLOTS: a power of 2.
     """
-    groups = tl.cdiv(T, ROWS)
+    groups, all_tiles = tl.cdiv(T, ROWS), tl.cdiv(T, TILE)
     group = tl.program_id(0) % groups
-    local = (tl.program_id(0) // groups).to(tl.int64)
-    head = first_head + local
-    b, h = head // H, head % H
-    rows, slot = group * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
+    local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
+    rows, slot, d = group * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS), tl.arange(0, D)
     within = rows < T
-    at = (local * T + rows)[:, None] * slots + slot[None, :]
-    key = tl.load(keys + at, mask=within[:, None] & (slot[None, :] < slots), other=-1)
-    used = key >= 0
-    keep = used
-    weight, slope = tl.load(weights + at, mask=used, other=0), tl.load(m + at, mask=used, other=0)
-    c_i = retention(c, c_max)
-    units = units_of(weight * (c_i * kappa * UNIT), 1).to(tl.float32)
-    w = tl.where(used, weight * (UNIT / units), 0)
-    if THINS or ESTIMATES:
-        k_at = k_square + (b * K + h // (H // K)) * T + key
-        norms = tl.load(k_at, mask=used, other=0) + tl.load(q_square + head * T + rows, mask=within, other=0)[:, None]
-        g = tl.load(g_square + head * T + rows, mask=within, other=0)
-        square = slope * slope * norms + g[:, None]
-    if THINS:
-        mean = tl.sum(tl.where(used, w * square, 0), 1) / tl.sum(w, 1)
-        factor = tl.sqrt(square / mean[:, None])
-        factor = tl.where(factor < float("inf"), factor, 1)  # and where it is NaN
-        aim = w * (c_i * tl.load(row_weight + head * T + rows, mask=within, other=0) * UNIT)[:, None] * factor
-        aim = tl.where(aim < UNIT, tl.maximum(tl.ceil(aim), 1), UNIT)
-        r = tl.where(used, aim, 0).to(tl.int32)
-        wide: tl.constexpr = tl.int32 if SLOTS < 255 else tl.int64  # which holds a sum of 2^23 over all slots
-        total = uniform(row_state(seed, THINNING, b, h, rows))[:, None].to(wide) + tl.cumsum(r.to(wide), 1)
-        keep = (total & (UNIT - 1)) < r
-        w = tl.where(keep, w * (UNIT / aim), 0)
-    tl.store(weights + at, w, mask=used)
-    tl.store(m + at, tl.where(keep, slope * w, 0), mask=used)
-    tl.store(kept + local * groups + group, tl.sum(tl.sum(keep.to(tl.int32), 1), 0))
-    if ESTIMATES:
-        added = tl.where(keep, w * (w - weight) * square, 0)
-        tl.store(variance + local * groups + group, tl.sum(tl.sum(added, 1), 0))
+    row = (b * H + h) * T + rows
+    g_at = grad_out + b * g_b + h * g_h + rows[:, None].to(tl.int64) * g_t + d[None, :] * g_d
+    g = tl.load(g_at, mask=within[:, None], other=0).to(tl.float32)
+    o = tl.load(out + row[:, None] * D + d[None, :], mask=within[:, None], other=0).to(tl.float32)
+    tl.store(delta + local * T + rows, tl.sum(g * o, 1), mask=within)
+
+    some = within[:, None] & (slot[None, :] < slots)
+    at = row[:, None] * slots + slot[None, :]
+    tile = tl.load(tiles + at, mask=some, other=-1)
+    used = tile >= 0
+    mass = tl.load(masses + at, mask=used, other=0)
+    row_c = retention(c, c_max) * tl.load(row_weight + row, mask=within, other=0)
+    w_drawn = UNIT / tl.ceil(tl.minimum(mass * (retention(c, c_max) * kappa * UNIT), UNIT))
+    aim = mass * w_drawn * (row_c * UNIT)[:, None]
+    aim = tl.where(aim < UNIT, tl.maximum(tl.ceil(aim), 1), UNIT)  # UNIT where it is NaN too
+    aim = tl.where(used, aim, 0)
+    bound = (1.125 * row_c + 1) * UNIT
+    aim = tl.ceil(aim * tl.minimum(bound / tl.sum(aim, 1), 1.0)[:, None])
+    r = tl.where(used, aim, 0).to(tl.int32)
+    wide: tl.constexpr = tl.int32 if SLOTS < 255 else tl.int64  # which holds a sum of 2^23 over all slots
+    total = row_uniforms(seed, THINNING, b, h, rows)[:, None].to(wide) + tl.cumsum(r.to(wide), 1)
+    keep = used & ((total & (UNIT - 1)) < r)
+    tl.store(w + (local * T + rows)[:, None] * slots + slot[None, :], tl.where(keep, w_drawn * (UNIT / aim), 0), mask=some)
+    region = local * all_tiles + tile
+    tl.atomic_add(counts + region, 1, mask=keep, sem="relaxed")
+    tl.atomic_or(bits + region * words + rows[:, None] // 32, 1 << (rows[:, None] % 32), mask=keep, sem="relaxed")
+    entries = tl.minimum(rows[:, None] + 1 - tile * TILE, TILE)
+    tl.store(kept + local * groups + group, tl.sum(tl.sum(tl.where(keep, entries, 0), 1), 0))
+
+
+@triton.jit
+def list_rows(bits, counts, ends, listed, T, words):
+    """listed, int32: the rows that keep a tile, ascending, region after region. One program a region.
+
+    counts, ends, int32 (regions): how many each has, and the sums of these up to and including it.
+    """
+    region = tl.program_id(0)
+    tile = region % tl.cdiv(T, TILE)
+    at = tl.load(ends + region) - tl.load(counts + region)
+    word, bit = tl.arange(0, 32), tl.arange(0, 32)
+    for first in range(tile * TILE // 32, words, 32):
+        found = tl.load(bits + region.to(tl.int64) * words + first + word, mask=first + word < words, other=0)
+        if tl.max((found != 0).to(tl.int32), 0) > 0:
+            hit = tl.reshape((found[:, None] >> bit[None, :]) & 1, [1024])
+            tl.store(listed + at + tl.cumsum(hit, 0) - 1, first * 32 + tl.arange(0, 1024), mask=hit == 1)
+            at += tl.sum(hit, 0)
 
 
 @triton.jit(do_not_specialize=["first_head"])
-def query_gradients(
-    k, keys, m, undefined, dq, k_b, k_h, k_t, k_d, first_head, H, K, T, slots,
-    D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
+def tile_gradients(
+    grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed, places, parts, dk_parts, dv_parts, variance,
+    g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale, first_head, H, K, T, slots, regions,
+    ESTIMATES: tl.constexpr, JOB: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, T, D), contiguous. One program ROWS rows, SOME slots of each at once."""
+    """One job: up to JOB of the rows that keep a tile, SOME at once. job_regions, int32 (jobs): a job's region, or `regions`
+    if it is none. job_ends, int32 (regions): the number of jobs up to and including a region's.
+
+    places, int32 (local, T, slots): where in `parts` a kept (row, tile) is. parts, float32 (listed, D): its M K.
+    dk_parts, dv_parts, float32 (jobs, TILE, D). variance, float32 (jobs): the estimate of reference.backward, if ESTIMATES.
+    """
+    job = tl.program_id(0)
+    region = tl.load(job_regions + job)
+    if region >= regions:
+        if ESTIMATES:
+            tl.store(variance + job, 0.0)
+        return
+    all_tiles = tl.cdiv(T, TILE)
+    tile = region % all_tiles
+    local, b, h = heads_of(region, all_tiles, first_head, H)
+    kv = h // (H // K)
+    count, end = tl.load(counts + region), tl.load(ends + region)
+    job_of_region = job - (tl.load(job_ends + region) - tl.cdiv(count, JOB))
+    begin = end - count + job_of_region * JOB
+    end = tl.minimum(end, begin + JOB)
+    cols, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    cols_, inside = cols[:, None].to(tl.int64), cols[:, None] < T
+    k_tile = tl.load(k + b * k_b + kv * k_h + cols_ * k_t + d[None, :] * k_d, mask=inside, other=0)
+    v_tile = tl.load(v + b * v_b + kv * v_h + cols_ * v_t + d[None, :] * v_d, mask=inside, other=0)
+    g_head, q_head = grad_out + b * g_b + h * g_h + d[None, :] * g_d, q + b * q_b + h * q_h + d[None, :] * q_d
+    lse_head = lse + (b * H + h) * T
+    dk, dv = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
+    if ESTIMATES:
+        k_square = tl.sum(k_tile.to(tl.float32) * k_tile.to(tl.float32), 1)
+        added = tl.zeros([SOME], tl.float32)
+    for at in range(begin, end, SOME):
+        place = at + tl.arange(0, SOME)
+        some = place < end
+        row = tl.load(listed + place, mask=some, other=0)
+        weight, found = tl.zeros([SOME], tl.float32), tl.zeros([SOME], tl.int32)
+        for first in range(0, slots, 16):  # which of the row's slots is this tile's
+            slot = first + tl.arange(0, 16)[None, :]
+            of_row = row[:, None].to(tl.int64) * slots + slot
+            proposed = some[:, None] & (slot < slots)
+            is_tile = tl.load(tiles + (b * H + h) * T * slots + of_row, mask=proposed, other=-1) == tile
+            weight += tl.sum(tl.load(w + local * T * slots + of_row, mask=is_tile, other=0), 1)
+            found += tl.sum(tl.where(is_tile, slot, 0), 1)
+        tl.store(places + (local * T + row) * slots + found, place, mask=some)
+        row_ = row[:, None].to(tl.int64)
+        g = tl.load(g_head + row_ * g_t, mask=some[:, None], other=0)
+        q_rows = tl.load(q_head + row_ * q_t, mask=some[:, None], other=0)
+        log_norm = tl.load(lse_head + row, mask=some, other=0)
+        delta_rows = tl.load(delta + local * T + row, mask=some, other=0)
+        s = tl.dot(q_rows, tl.trans(k_tile), input_precision=PRECISION)
+        # the difference first: of large scores, each further product would round away more of it
+        p = tl.exp2((s * scale - log_norm[:, None]) * LOG2_E)
+        p = tl.where(cols[None, :] <= row[:, None], p, 0)
+        slope = (tl.dot(g, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None]) * scale
+        if ESTIMATES:
+            norms = tl.sum(q_rows.to(tl.float32) * q_rows.to(tl.float32), 1)[:, None] + k_square[None, :]
+            square = tl.sum(g.to(tl.float32) * g.to(tl.float32), 1)[:, None] + slope * slope * norms
+            added += tl.sum(p * p * square, 1) * weight * (weight - 1) * some.to(tl.float32)
+        p *= weight[:, None]
+        m = (p * slope).to(g.dtype)
+        dv = tl.dot(tl.trans(p.to(g.dtype)), g, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(m), q_rows, dk, input_precision=PRECISION)
+        part = tl.dot(m, k_tile, input_precision=PRECISION)
+        tl.store(parts + place[:, None].to(tl.int64) * D + d[None, :], part, mask=some[:, None])
+    of_job = job.to(tl.int64) * TILE * D + tl.arange(0, TILE)[:, None] * D + d[None, :]
+    tl.store(dk_parts + of_job, dk)
+    tl.store(dv_parts + of_job, dv)
+    if ESTIMATES:
+        tl.store(variance + job, tl.sum(added, 0))
+
+
+@triton.jit(do_not_specialize=["first_head"])
+def query_gradients(parts, w, places, delta, lse, c, dq, first_head, H, T, slots, D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr):
+    """dq (B, H, T, D), contiguous; NaN where the row is not defined. One program ROWS rows, SOME slots of each at once."""
     groups = tl.cdiv(T, ROWS)
-    local = (tl.program_id(0) // groups).to(tl.int64)
-    head = first_head + local
-    b, h = head // H, head % H
+    local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
     rows, d = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     within = rows < T
-    rows_ = rows.to(tl.int64)
+    row = (b * H + h) * T + rows
     acc = tl.zeros([ROWS, D], tl.float32)
-    for start in range(0, slots, SOME):
-        slot = start + tl.arange(0, SOME)
-        at = (local * T + rows_)[:, None] * slots + slot[None, :]
-        key = tl.load(keys + at, mask=within[:, None] & (slot[None, :] < slots), other=-1)
-        factor = tl.load(m + at, mask=key >= 0, other=0)
-        k_at = k + b * k_b + h // (H // K) * k_h + key[:, :, None].to(tl.int64) * k_t + d[None, None, :] * k_d
-        used = factor != 0  # NaN too
-        acc += tl.sum(factor[:, :, None] * tl.load(k_at, mask=used[:, :, None], other=0).to(tl.float32), 1)
-    acc += tl.load(undefined + local * T + rows_, mask=within, other=0)[:, None]
-    tl.store(dq + (head * T + rows_)[:, None] * D + d[None, :], acc.to(dq.dtype.element_ty), mask=within[:, None])
+    for first in range(0, slots, SOME):
+        slot = first + tl.arange(0, SOME)[None, :]
+        at = (local * T + rows)[:, None] * slots + slot
+        kept = tl.load(w + at, mask=within[:, None] & (slot < slots), other=0) != 0
+        place = tl.load(places + at, mask=kept, other=0)[:, :, None].to(tl.int64)
+        acc += tl.sum(tl.load(parts + place * D + d[None, None, :], mask=kept[:, :, None], other=0), 1)
+    undefined = (tl.load(delta + local * T + rows, mask=within, other=0) + tl.load(lse + row, mask=within, other=0)) * 0
+    acc += (undefined + tl.where(tl.load(c) > 0, 0.0, float("nan")))[:, None]
+    tl.store(dq + row[:, None] * D + d[None, :], acc.to(dq.dtype.element_ty), mask=within[:, None])
 
 
 @triton.jit(do_not_specialize=["first_head"])
 def key_gradients(
-    grad_out, q, c, keys, weights, m, order, starts, dk, dv, g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d,
-    first_head, H, K, T, slots,
-    D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr, SOME: tl.constexpr,
+    dk_parts, dv_parts, counts, job_ends, c, dk, dv, first_head, H, K, T, D: tl.constexpr, JOB: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (B, K, T, D), contiguous. One program a tile of keys; BLOCKS blocks at once, and SOME entries of each.
-
-    A sum by key is a product with a matrix that has a 1 where the entry is of that key.
-    """
-    tiles, blocks = tl.cdiv(T, TILE), tl.cdiv(T, BM)
-    tile = tl.program_id(0) % tiles
-    local_kv = (tl.program_id(0) // tiles).to(tl.int64)
-    group = H // K
-    kv = first_head // group + local_kv
-    b = kv // K
-    key, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    """dk, dv (B, K, T, D), contiguous: sums over the jobs of a tile. One program a tile of a key/value head."""
+    all_tiles, group = tl.cdiv(T, TILE), H // K
+    tile = tl.program_id(0) % all_tiles
+    local_kv = (tl.program_id(0) // all_tiles).to(tl.int64)
+    within, d = tl.arange(0, TILE)[:, None], tl.arange(0, D)[None, :]
     dk_acc, dv_acc = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
     for member in range(0, group):
-        local = local_kv * group + member
-        h = kv % K * group + member
-        g_head, q_head = grad_out + b * g_b + h * g_h, q + b * q_b + h * q_h
-        starts_at = starts + (local * (tiles + 1) + tile) * blocks
-        for first in range(tile * TILE // BM, blocks, BLOCKS):
-            block = first + tl.arange(0, BLOCKS)
-            start = tl.load(starts_at + block, mask=block < blocks, other=0)
-            stop = tl.load(starts_at + blocks + block, mask=block < blocks, other=0)
-            block_entries = (local * T + block.to(tl.int64) * BM) * slots
-            for done in range(0, tl.max(stop - start, 0), SOME):
-                at = start[:, None] + done + tl.arange(0, SOME)[None, :]
-                some = at < stop[:, None]
-                at = block_entries[:, None] + at
-                place = tl.load(order + at, mask=some, other=0)
-                at = block_entries[:, None] + place
-                row = tl.reshape((block * BM)[:, None] + place // slots, [BLOCKS * SOME]).to(tl.int64)
-                entry_key = tl.reshape(tl.load(keys + at, mask=some, other=-1), [BLOCKS * SOME])
-                w = tl.reshape(tl.load(weights + at, mask=some, other=0), [BLOCKS * SOME])
-                M = tl.reshape(tl.load(m + at, mask=some, other=0), [BLOCKS * SOME])
-                used = (w != 0)[:, None]
-                g = tl.load(g_head + row[:, None] * g_t + d[None, :] * g_d, mask=used, other=0)
-                q_rows = tl.load(q_head + row[:, None] * q_t + d[None, :] * q_d, mask=used, other=0)
-                is_key = (key[:, None] == entry_key[None, :]).to(g.dtype)
-                g, q_rows = w[:, None] * g.to(tl.float32), M[:, None] * q_rows.to(tl.float32)
-                dv_acc = tl.dot(is_key, g.to(is_key.dtype), dv_acc, input_precision=PRECISION)
-                dk_acc = tl.dot(is_key, q_rows.to(is_key.dtype), dk_acc, input_precision=PRECISION)
+        region = (local_kv * group + member) * all_tiles + tile
+        end = tl.load(job_ends + region)
+        begin = end - tl.cdiv(tl.load(counts + region), JOB)
+        at = begin.to(tl.int64) * TILE * D + within * D + d
+        for _ in range(begin, end):
+            dk_acc += tl.load(dk_parts + at)
+            dv_acc += tl.load(dv_parts + at)
+            at += TILE * D
     bad = tl.where(tl.load(c) > 0, 0.0, float("nan"))
-    at = (kv * T + key.to(tl.int64))[:, None] * D + d[None, :]
-    tl.store(dk + at, (dk_acc + bad).to(dk.dtype.element_ty), mask=key[:, None] < T)
-    tl.store(dv + at, (dv_acc + bad).to(dv.dtype.element_ty), mask=key[:, None] < T)
+    key = tile * TILE + within
+    at = ((first_head // group + local_kv) * T + key) * D + d
+    tl.store(dk + at, (dk_acc + bad).to(dk.dtype.element_ty), mask=key < T)
+    tl.store(dv + at, (dv_acc + bad).to(dv.dtype.element_ty), mask=key < T)

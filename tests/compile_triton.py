@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backends import triton
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32
-CS = 3.0, 25.0, 50.0, 100.0, 200.0, 511.0  # the slots of each ask for other constants of `thin`
+CS = 4.0, 10.0, 20.0, 60.0, float("inf")  # the slots of each ask for other constants of `thin`
 
 
 class Driver:
@@ -60,11 +60,11 @@ def main():
 
     def compile(name, q, programs, *args, **constants):
         D, itemsize = q.shape[3], q.element_size()
-        key = name, "" if name == "thin" else str(q.dtype), 0 if name == "thin" else D, *sorted(constants.items())
+        key = name, str(q.dtype), D, *sorted(constants.items())
         if key in seen:
             return
         seen.add(key)
-        kernel = triton._kernel(name, 0 if name == "thin" else D, itemsize, True)
+        kernel = triton._kernel(name, D, itemsize, True)
         all_compiled = kernel.warmup(*args, grid=(1,), **constants, **triton.OPTIONS)
         for (own, warps, stages), compiled in zip(triton.configurations(name, D, itemsize), all_compiled, strict=True):
             line = dict(kernel=name, dtype=str(q.dtype).removeprefix("torch."), D=D, warps=warps, stages=stages,
@@ -74,15 +74,15 @@ def main():
     triton._launch = compile
     for dtype in DTYPES:
         for D in triton.HEAD_DIMS:
-            if triton.spills(dtype, D, divmod(capability, 10)):
-                continue  # refused there
-            q, k = torch.zeros(1, 12, 1024, D, dtype=dtype), torch.zeros(1, 4, 1024, D, dtype=dtype)
+            if dtype == torch.float32 and D == 128:
+                continue  # refused
+            q, k = torch.zeros(1, 12, 8192, D, dtype=dtype), torch.zeros(1, 4, 8192, D, dtype=dtype)
             c, seed = torch.tensor(1.0), torch.tensor(1)
-            out, lse = triton.forward(q, k, k, 0.1)
-            for sampler in triton.SAMPLERS:
+            triton.forward(q, k, k, 0.1, False, c, 8.0, seed, None)
+            for c_max in CS if (dtype, D) == (DTYPES[0], triton.HEAD_DIMS[0]) else [8.0]:
+                saved = triton.forward(q, k, k, 0.1, True, c, c_max, seed, None)
                 for with_stats in (False, True):
-                    for c_max in CS if (dtype, D) == (DTYPES[0], triton.HEAD_DIMS[0]) else [25.0]:
-                        triton.backward(q, q, k, k, out, lse, 0.1, c, c_max, seed, None, with_stats, sampler)
+                    triton.backward(q, q, k, k, *saved, 0.1, c, c_max, seed, with_stats)
 
 
 main()
