@@ -313,7 +313,7 @@ def gpt2(cfg: TrainConfig) -> GPT:
 def describe_backward(cfg: TrainConfig) -> str:
     if cfg.attn_backward != "sus":
         return cfg.attn_backward
-    return f"sus-c{cfg.sus_c if cfg.sus_c == 'auto' else f'{cfg.sus_c:g}'}" + ("" if cfg.sus_sampler == "weighted" else f"-{cfg.sus_sampler}")
+    return f"sus-c{cfg.sus_c if cfg.sus_c == 'auto' else f'{cfg.sus_c:g}'}" + ("" if cfg.sus_sampler == "tiles" else f"-{cfg.sus_sampler}")
 
 
 def describe_attention(cfg: TrainConfig, device: Device) -> str:
@@ -326,7 +326,7 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
     except ValueError as error:
         raise UserError(f"sus_{error}") from None
     c = f"c set by itself for rho = {cfg.sus_rho:g}" if cfg.sus_c == "auto" else f"c = {cfg.sus_c:g}"
-    return f"SUS backward, {c}, {cfg.sus_sampler} draws, {backend} backend ({why})"
+    return f"SUS backward, {c}, sampler {cfg.sus_sampler}, {backend} backend ({why})"
 
 
 def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it):

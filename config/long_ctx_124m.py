@@ -22,7 +22,7 @@ qk_norm = True
 activation_checkpointing = True
 
 attn_backward = "sus"
-sus_c = 25.0
+sus_c = 8.0
 
 learning_rate = 6e-4
 min_lr = 6e-5

@@ -60,7 +60,7 @@ class VarianceConfig:
     dataset: str = key("", "folder under data/; empty: the run's own")
     c: str = key("5,10,20,25,30,50,100", "retention parameters")
     T: str = key("auto", "context lengths; auto: 512,1024,2048,4096 as far as the model's block_size goes")
-    samplers: str = key("poisson,systematic,weighted", f"of {', '.join(SAMPLERS)}")
+    samplers: str = key("poisson,systematic,weighted,tiles", f"of {', '.join(SAMPLERS)}")
     kappa: float = key(0.0, "samplers that thin propose with kappa * c; 0: as they are", low=0)
 
     sequences: int = key(32, "windows of T tokens, evenly spread, validation text first", low=4, section="How")

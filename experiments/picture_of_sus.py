@@ -4,7 +4,7 @@ A picture of SUS at work: one head's attention weights, and those that its backw
     python experiments/picture_of_sus.py --out_dir=out-long-ctx --out=sus.png
 
 The head's queries and keys are those of a trained model on a window of its validation text. The left half shows all
-causal weights, the right half the kept ones, coloured by the weight that they get: W/q = max(W, 1/c).
+causal weights, the right half the kept ones, coloured by the weight that they get, W/q.
 """
 
 import sys
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import checkpoint
-from backends.reference import sus_multiplier
+from backends.reference import Known, row_weights, sus_multiplier
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
 from device import resolve_device
@@ -32,7 +32,7 @@ class PictureConfig:
     dataset: str = key("", "folder under data/; empty: the run's own")
     layer: int = key(1, "layer, from 0", low=0)
     head: int = key(0, "head, from 0", low=0)
-    c: float = key(25.0, "the retention parameter", above=0)
+    c: float = key(8.0, "the retention parameter", above=0)
     seed: int = key(0, "seeds the draw", low=0, high=2**63 - 1)
     out: str = key("sus.png", "the picture: .png, .svg or .pdf")
 
@@ -49,12 +49,13 @@ def main():
     folder = Path(__file__).resolve().parents[1] / "data" / (cfg.dataset or saved["config"]["dataset"])
     corpus = load_corpus(folder, config.block_size)
     x, y = corpus.val_batch(corpus.val_windows(3)[1:2])  # from the middle of the validation text
-    q, k, _, _ = capture(model, cfg.layer, x, y, resolve_device("cpu", "float32"), None)
+    q, k, _, grad_out = capture(model, cfg.layer, x, y, resolve_device("cpu", "float32"), None)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     T, D = q.shape[2:]
     scores = (q[:, [cfg.head]] @ k[:, [cfg.head]].mT) * D**-0.5
     w = torch.softmax(scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf), -1)
-    m, _ = sus_multiplier(torch.tensor(cfg.c), cfg.c, "systematic", torch.tensor(cfg.seed), None, T)(w, range(T))
+    known = Known(row_weights(grad_out)[:, [cfg.head], :, None], None, None)
+    m, _ = sus_multiplier(torch.tensor(cfg.c), cfg.c, "tiles", torch.tensor(cfg.seed), None, T)(w, range(T), known)
     kept = (m > 0).sum().item()
     print(f"layer {cfg.layer}, head {cfg.head}, c = {cfg.c:g}: {kept / T:.1f} of {(T + 1) / 2:.1f} entries a row kept, "
           f"{kept / (T * (T + 1) / 2):.2%}; they hold {(w * (m > 0)).sum() / T:.1%} of the attention")  # fmt: skip
