@@ -1,10 +1,10 @@
 """The CPU backend: numba's kernels (cpu_kernels.py), run on as many threads as PyTorch uses.
 
-The forward draws on the way and stores each row's kept entries, key and weight in 8 bytes; the backward's work is only
-those. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = ceil(c) + 1 of the c which the
-forward draws with: 2c for the weighted sampler, which the backward thins, else c. While it runs, the forward needs
-256 * T bytes a thread more; the backward 16 bytes an entry, of `round_entries` entries at a time, and where it does not
-take a bfloat16 key/value head at once, that head's dK and dV in float32.
+The forward draws on the way and stores each row's proposed tiles; the backward thins them, and its work is only what is
+left. Beside what exact attention stores that is B * H * T * slots * 12 bytes, slots = reference.tile_slots. While it
+runs, the backward needs 4 D bytes for each kept pair of a row and a tile and 16 for each slot of a row, of about
+`round_records` pairs at a time, and where it does not take a bfloat16 key/value head at once, that head's dK and dV in
+float32.
 
 The threads are PyTorch's own, not those of numba's parallel loops: its layers either forbid concurrent calls or don't
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
@@ -29,12 +29,9 @@ import torch
 from torch import Tensor
 
 from backends import reference
-from backends.reference import (
-    STREAM_THINNING, THINNED, proposal_c, row_uniforms, row_weights, seed_state, slot_bound,
-)  # fmt: skip
+from backends.reference import STREAM_THINNING, STREAM_TILES, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
 
-MAX_D, MAX_C = 128, 1024
-SAMPLERS = "systematic", "weighted"
+MAX_D = 128
 
 
 @functools.cache
@@ -48,15 +45,15 @@ def missing() -> str | None:
 
 
 def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
-    """What of these the kernels don't do, or None. They do any c, but store c + 1 entries a row: up to MAX_C that is wise."""
+    """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}".replace("torch.", "")
     if D > MAX_D:
         return f"it takes head dims up to {MAX_D}, not {D}"
     if not is_causal:
         return "it is for causal attention"
-    if sampler not in SAMPLERS:
-        return f"it has the samplers {' and '.join(SAMPLERS)}, not {sampler}"
+    if sampler != "tiles":
+        return f"it has the sampler tiles, not {sampler}"
     return None
 
 
@@ -70,7 +67,7 @@ def kernels():
     from backends import cpu_kernels
 
     specified = hashlib.sha256(Path(reference.__file__).read_bytes()).hexdigest()
-    for name in ("forward", "count_entries", "row_gradients", "key_gradients"):
+    for name in ("forward", "thin", "tile_gradients", "query_gradients"):
         kernel = getattr(cpu_kernels, name)
         if not cpu_kernels.INTERPRETED:
             try:
@@ -219,103 +216,100 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: float, c_max: float, seed: Tensor, u: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Exact causal attention, and the kept entries of the backward if `draws`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact causal attention, and the proposals of the backward if `draws`.
 
     q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. u: None, or the
-    sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T);
-    entry_key int32 and entry_weight float32, both (B, H, T, slots): a row's kept keys in ascending order, then
-    -1, and their weights W, then 0; and dropped, int64 (1,). Without draws, the last three
-    are empty.
+    sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T); and
+    the tiles and weights of `reference.proposals_like`, without draws of no slots.
     """
     ck = kernels()
     q, k, v = _rows(q, k, v)
     B, H, T, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    slots = slot_bound(c_max, T) if draws else 0
-    entry_key, entry_weight = (q.new_empty(B, H, T, slots, dtype=dtype) for dtype in (torch.int32, torch.float32))
-    dropped = q.new_zeros(1 if draws else 0, dtype=torch.int64)
+    slots = tile_slots(c_max, T) if draws else 0
+    tiles, weights = proposals_like(q, slots)
     if not draws:
         u = q.new_empty(0, dtype=torch.int32)
     elif u is None:
-        u = row_uniforms(seed.cpu(), B, H, range(T), "cpu")
+        u = row_uniforms(seed.cpu(), B, H, range(T), "cpu", STREAM_TILES)
     _run(
         ck.forward, B * H * -(-T // ck.ROWS),
         _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
-        _flat(out), _flat(lse), draws, np.float32(c), _flat(u.int().contiguous()), slots, _flat(entry_key), _flat(entry_weight), dropped.numpy(),
+        _flat(out), _flat(lse), np.float32(c), _flat(u.int().contiguous()), slots, _flat(tiles), _flat(weights),
         work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
     )  # fmt: skip
-    return out, lse, entry_key, entry_weight, dropped
+    return out, lse, tiles, weights
 
 
-def round_entries(T: int) -> int:
-    """The most entries of one round of the backward: few enough for a cache, and worth going through all dK and dV."""
-    return max(1 << 18, 32 * T)
+def round_records(T: int) -> int:
+    """About the most records of one round of the backward: few enough for a cache, and worth going through all dK and dV."""
+    return max(1 << 16, 8 * T)
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entry_key: Tensor, entry_weight: Tensor,
-    dropped: Tensor, scale: float, c: float, seed: Tensor, with_stats: bool = False, sampler: str = "systematic",
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, weights: Tensor,
+    scale: float, c: float, seed: Tensor, with_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` drew with proposal_c(c)."""
+    """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed."""
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
-    out, lse, entry_key, entry_weight = (x.detach().contiguous() for x in (out, lse, entry_key, entry_weight))
+    out, lse, tiles, weights = (x.detach().contiguous() for x in (out, lse, tiles, weights))
     B, H, T, D = q.shape
-    K, slots = k.shape[1], entry_key.shape[3]
+    K, slots = k.shape[1], tiles.shape[3]
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
-    chunks, buckets = H // K * ck.chunks_of(T), ck.buckets_of(T)  # chunks of the rows that attend to one key/value head
+    chunks, n_tiles = H // K * ck.chunks_of(T), reference.tiles_of(T)  # chunks of the rows of one key/value head
     shape = (B, H, K, T, D)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
     stats = q.new_zeros(3, dtype=torch.float32)
-    thins = sampler in THINNED
-    row_weight = _flat(row_weights(grad_out)) if thins else np.empty(0, np.float32)
-    thin_state = seed_state(int(seed), STREAM_THINNING)
-    squares = [np.empty(0, np.float32)] * 2
-    if thins or with_stats:
-        squares = [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in (q, k)]
+    row_weight, thin_state = _flat(row_weights(grad_out).float()), seed_state(int(seed), STREAM_THINNING)
+    squares = [np.empty(0, np.float32)] * 3
+    if with_stats:
+        squares = [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in (grad_out, q, k)]
     grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
-    entries = _flat(entry_key), _flat(entry_weight)
+    out_, lse_, tiles_, weights_ = map(_flat, (out, lse, tiles, weights))
+    delta = _flat(torch.empty_like(lse))
 
-    round_chunks = max(1, round_entries(T) // (ck.CHUNK * slots))
+    # a row keeps about c tiles, on average over the rows
+    round_chunks = max(1, int(round_records(T) // (ck.CHUNK * min(slots, c + 1))))
     round_heads = max(1, round_chunks // chunks)
     for head, chunk in itertools.product(range(0, B * K, round_heads), range(0, chunks, round_chunks)):
         heads = min(round_heads, B * K - head)
         round_ = head, heads, chunk, min(round_chunks, chunks - chunk)
         tasks = heads * round_[3]
-        counts = q.new_zeros(heads, round_[3], buckets, dtype=torch.int64)
-        _run(ck.count_entries, tasks, entries[0], shape, slots, round_, _flat(counts))
-        # regions lie side by side by (head, bucket, chunk), and are looked up by (head, chunk, bucket)
-        by_bucket = counts.transpose(1, 2)
-        ends = by_bucket.flatten().cumsum(0).view(by_bucket.shape)
-        starts = (ends - by_bucket).transpose(1, 2).contiguous()
-        places = starts.clone()
-        records = q.new_empty(int(ends[-1, -1, -1]) + ck.AHEAD, 4, dtype=torch.float32)
-        records = _flat(records.view(torch.int32)), _flat(records)
-        task_variance = np.zeros(tasks if with_stats else 0)
+        starts = q.new_empty(tasks, n_tiles + 1, dtype=torch.int32)
+        record_rows, places = (q.new_empty(tasks * ck.CHUNK * slots, dtype=torch.int32) for _ in range(2))
+        record_weights = torch.empty_like(record_rows, dtype=torch.float32)
+        records = _flat(starts), _flat(record_rows), _flat(record_weights)
         _run(
-            ck.row_gradients, tasks,
-            grad_[0], k_[0], v_[0], grad_[1], k_[1], v_[1], shape, float(scale), _flat(out), _flat(lse),
-            np.float32(proposal_c(c, sampler)), np.float32(c), row_weight, thin_state, *entries, slots, round_, _flat(places),
-            *records, _flat(dq), kept, *squares, task_variance,
-            work=[(ck.row_work(D, slots), torch.float32), (2 * slots, torch.int32)],
+            ck.thin, tasks,
+            *grad_, shape, out_, lse_, np.float32(c), row_weight, thin_state, tiles_, weights_, slots, round_,
+            delta, *records, _flat(places), kept,
+            work=[((2 + ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
         )  # fmt: skip
+        counts = starts[:, -1].long()
+        ends = counts.cumsum(0)
+        bases = _flat(ends - counts)
+        parts = _flat(q.new_empty(int(ends[-1]) * ck.padded(D), dtype=torch.float32))
         of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
         if round_chunks >= chunks:
             sums = of_round
         elif chunk == 0:  # several rounds make one head's sums
             sums = [torch.empty_like(x, dtype=torch.float32) for x in of_round]
+        task_variance = np.zeros(heads * n_tiles if with_stats else 0)
         _run(
-            ck.key_gradients, heads * buckets,
-            grad_[0], q_[0], grad_[1], q_[1], shape, round_, _flat(starts), _flat(places), *records, chunk > 0,
-            *map(_flat, sums), work=[(ck.key_work(D), torch.float32)],
+            ck.tile_gradients, heads * n_tiles,
+            grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, float(scale), lse_, delta, slots, round_,
+            records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
+            work=[(ck.tile_work(D), torch.float32), (3 * ck.BATCH, torch.int32)],
         )  # fmt: skip
+        _run(ck.query_gradients, tasks, shape, float(scale), lse_, delta, slots, round_, bases, _flat(places), parts, _flat(dq))
         if chunk + round_[3] == chunks:
             for x, total in zip(of_round, sums):
                 x.copy_(total)
         variance += task_variance.sum()
     if with_stats:
-        stats[0], stats[1], stats[2] = float(kept[0]), float(dropped), variance
+        stats[0], stats[2] = float(kept[0]), variance
     return dq, dk, dv, stats

@@ -29,7 +29,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_jitable, register_model
 
-from backends.reference import UNIT, UNIT_BITS, absorb
+from backends.reference import BLOCK, KAPPA, TILE, UNIT, UNIT_BITS, absorb, tiles_of
 
 # ---------------------------------------------------------------------------------------------
 # The vector language.
@@ -38,7 +38,7 @@ from backends.reference import UNIT, UNIT_BITS, absorb
 LANES = 16
 INTERPRETED = bool(numba.config.DISABLE_JIT)
 # Rows of the matrix product's register tile: 8 of 32 registers of 16 floats, or 4 pairs of 16 registers of 8.
-TILE = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4
+HEIGHT = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4
 
 F32, I32, I64, BIT = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(1)
 
@@ -399,39 +399,39 @@ def _(builder, context, given, args):
     return builder.atomic_rmw("add", p, args[1], "monotonic")
 
 
-def product(c, c0, a, a0, a_row, a_column, b, b0, n, accumulate):
+def product(c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate):
     """C = A B, or C += A B: the matrix product's register tile. c, a, b: float32.
 
-    A (TILE, n) at a[a0 + row * a_row + column * a_column]; B (n, LANES) and C (TILE, LANES) contiguous at b0 and c0;
-    n >= 1. A B is summed by FMAs in order from 0, and then added: over many calls the error stays that of short sums.
+    A (HEIGHT, n) at a[a0 + row * a_row + column * a_column]; B (n, LANES) and C (HEIGHT, LANES) in rows b_row and c_row
+    apart; n >= 1. A B is summed by FMAs in order from 0, and then added: over many calls the error stays that of short sums.
     """
-    for row in range(TILE):
+    for row in range(HEIGHT):
         x = np.zeros(LANES, np.float32)
         for j in range(n):
-            x = fma(splat(a[a0 + row * a_row + j * a_column]), load(b, b0 + j * LANES), x)
-        store(c, c0 + row * LANES, load(c, c0 + row * LANES) + x if accumulate else x)
+            x = fma(splat(a[a0 + row * a_row + j * a_column]), load(b, b0 + j * b_row), x)
+        store(c, c0 + row * c_row, load(c, c0 + row * c_row) + x if accumulate else x)
 
 
-@emission(product, lambda c, c0, a, a0, a_row, a_column, b, b0, n, accumulate:
-          (types.void, c, types.int64, a, *(types.int64,) * 3, b, types.int64, types.int64, types.boolean))  # fmt: skip
+@emission(product, lambda c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate:
+          (types.void, c, *(types.int64,) * 2, a, *(types.int64,) * 3, b, *(types.int64,) * 3, types.boolean))  # fmt: skip
 def _(builder, context, given, args):
-    c, c0, a, a0, a_row, a_column, b, b0, n, accumulate = args
+    c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate = args
 
     def vector_at(p, i):
         return builder.bitcast(builder.gep(p, [i]), floats.ir.as_pointer())
 
-    c, a, b = (_address(builder, context, given[i], args[i], args[i + 1]) for i in (0, 2, 6))
-    a_rows = [builder.gep(a, [builder.mul(a_row, I64(row))]) for row in range(TILE)]
+    c, a, b = (_address(builder, context, given[i], args[i], args[i + 1]) for i in (0, 3, 7))
+    a_rows = [builder.gep(a, [builder.mul(a_row, I64(row))]) for row in range(HEIGHT)]
     start, loop = builder.block, builder.append_basic_block("loop")
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    j, sums = builder.phi(I64), [builder.phi(floats.ir) for _ in range(TILE)]
-    b_j = builder.load(vector_at(b, builder.mul(j, I64(LANES))))
+    j, sums = builder.phi(I64), [builder.phi(floats.ir) for _ in range(HEIGHT)]
+    b_j = builder.load(vector_at(b, builder.mul(j, b_row)))
     b_j.align = 4
     column = builder.mul(j, a_column)
     added = []
-    for row in range(TILE):
+    for row in range(HEIGHT):
         a_j = builder.load(builder.gep(a_rows[row], [column]))
         added.append(intrinsic(builder, f"llvm.fma.v{LANES}f32", floats.ir, broadcast(builder, floats, a_j), b_j, sums[row]))
     next_j = builder.add(j, I64(1))
@@ -442,8 +442,8 @@ def _(builder, context, given, args):
     builder.cbranch(builder.icmp_signed("<", next_j, n), loop, end)
 
     builder.position_at_end(end)
-    for row in range(TILE):
-        p = vector_at(c, I64(row * LANES))
+    for row in range(HEIGHT):
+        p = vector_at(c, builder.mul(c_row, I64(row)))
         before = builder.load(p)
         before.align = 4
         # a select, not a product with 0: C may hold anything before
@@ -455,8 +455,8 @@ def _(builder, context, given, args):
 # The kernels.
 # ---------------------------------------------------------------------------------------------
 
-ROWS = 64  # query rows of one forward task: the products reuse each key ROWS times
-KEYS = 256  # keys of one tile: a tile of K, of V and of the scores stay in the second-level cache
+ROWS = TILE  # query rows of one forward task: the products reuse each key ROWS times, and one tile has their diagonal
+KEYS = 256  # keys of one step of the forward: those of K, of V and their scores stay in the second-level cache
 GROUPS = ROWS // LANES
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -501,9 +501,9 @@ def load_row(a, start, d, D):
 
 
 def forward_work(D, keys):
-    """float32 elements of work space for one thread of `forward` whose buffer of weights holds `keys` keys."""
-    tiles = (keys + KEYS - 1) // KEYS
-    return ROWS * (D + padded(D) + keys + TILE + 3 + tiles) + 2 * KEYS * padded(D)
+    """float32 elements of work space for one thread of `forward` that remembers the masses of `keys` keys."""
+    masses = -(-keys // KEYS) * (1 + KEYS // TILE)
+    return ROWS * (D + padded(D) + KEYS + HEIGHT + 3 + masses) + 2 * KEYS * padded(D)
 
 
 @jit
@@ -515,93 +515,98 @@ def pack(source, start, stride, n, D, target, width):
 
 
 @jit
-def softmax_tile(p, tile, n, top, norm, tile_top, out_t, group, width):
-    """Scores (n, LANES) at p[tile] become weights 2^(score - tile_top); top, norm and the output so far follow."""
+def softmax_step(p, step, n, top, norm, step_top, mass, out_t, group, width):
+    """Scores (n, LANES) at p[step] become weights 2^(score - step_top); top, norm and the output so far follow.
+
+    mass: (KEYS / TILE, ROWS), becomes the sums of the weights in each tile.
+    """
     at = group * LANES
     old = load(top, at)
     new = old
     for j in range(n):
-        new = maximum(load(p, tile + j * LANES), new)
+        new = maximum(load(p, step + j * LANES), new)
     store(top, at, new)
     # rows that have seen nothing but -inf have no maximum to subtract
     base = where(new < splat(np.float32(-3e38)), splat(np.float32(0)), new)
-    store(tile_top, at, base)
-    tile_norm = splat(np.float32(0))
-    for j in range(n):
-        weight = exp2(load(p, tile + j * LANES) - base)
-        store(p, tile + j * LANES, weight)
-        tile_norm = tile_norm + weight
+    store(step_top, at, base)
+    step_norm = splat(np.float32(0))
+    for start in range(0, n, TILE):
+        tile_norm = splat(np.float32(0))
+        for j in range(start, min(start + TILE, n)):
+            weight = exp2(load(p, step + j * LANES) - base)
+            store(p, step + j * LANES, weight)
+            tile_norm = tile_norm + weight
+        store(mass, start // TILE * ROWS + at, tile_norm)
+        step_norm = step_norm + tile_norm
     shrink = exp2(old - base)
-    store(norm, at, fma(load(norm, at), shrink, tile_norm))
+    store(norm, at, fma(load(norm, at), shrink, step_norm))
     for i in range(group * width * LANES, (group + 1) * width * LANES, LANES):
         store(out_t, i, load(out_t, i) * shrink)
 
 
 @jit
-def inclusion_units(weight, c_units):
-    """q = min(1, c W) in fixed point, as reference.inclusion_units specifies it. c_units: c * UNIT, all lanes. 0 for NaN."""
-    return ceil_to_ints(minimum(maximum(weight * c_units, splat(np.float32(0))), splat(np.float32(UNIT))))
+def draw(mass, step_top, top, group, own, n, scratch, row, u, c, bounded, slots, tiles, weights):
+    """Proposals of the first n of 16 rows whose diagonal is in tile `own`: `reference.tile_proposal_units`, and its draw.
 
-
-@jit
-def draw(p, base, n, top, norm, tile_top, group, drawn, first, rows, c, u, slots, entry_key, entry_weight, dropped):
-    """The systematic sample of 16 rows: keep key j where the running sum of q, started at u, passes an integer.
-
-    In fixed point, as specified in reference.inclusion_units and keep_systematic; q depends on the stored W alone.
+    mass: (tiles, ROWS), relative to step_top: (steps, ROWS). row: the first of them, of B * H * T. c: KAPPA * c.
+    bounded: there are fewer slots than tiles. scratch: 2 * LANES floats.
     """
-    unit, fraction, none = splat(np.int32(UNIT)), splat(np.int32(UNIT - 1)), splat(np.int32(0))
-    c_units = splat(np.float32(c * np.float32(UNIT)))
+    zero, one, unit = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(UNIT))
+    whole, fraction, none = splat(np.int32(UNIT)), splat(np.int32(UNIT - 1)), splat(np.int32(0))
+    at, final, c_lanes = group * LANES, load(top, group * LANES), splat(c)
+    used = (1 << n) - 1
+    running, so_far, left = load_first(u, row, n), zero, splat(np.float32(slots - 1))
     count = np.zeros(LANES, np.int64)
-    lanes_used = min(max(rows - group * LANES, 0), LANES)
-    used = (1 << lanes_used) - 1
-    running = none if lanes_used == 0 else load_first(u, first + group * LANES, lanes_used)
-    final, norms = load(top, group * LANES), load(norm, group * LANES)
-    for start in range(0, n, KEYS):
-        factor = exp2(load(tile_top, start // KEYS * ROWS + group * LANES) - final) / norms
-        for j in range(start, min(start + KEYS, n)):
-            weight = load(p, base + j * LANES) * factor
-            running = running + inclusion_units(weight, c_units)
-            hits = bitmap(none < (running & unit)) & used
-            running = running & fraction
-            if hits:
-                store(drawn, 0, weight)
-                while hits:
-                    lane = lowest(hits)
-                    hits &= hits - 1
-                    row = first + group * LANES + lane
-                    if count[lane] < slots:
-                        entry_key[row * slots + count[lane]] = j
-                        entry_weight[row * slots + count[lane]] = drawn[lane]
-                    else:
-                        fetch_add(dropped, 1)
+    behind = weights.size // 2
+    near = own * TILE // BLOCK * (BLOCK // TILE)
+    for visit in range(near, near + own + 1):
+        tile = visit % (own + 1)
+        here = load(mass, tile * ROWS + at)
+        # not the product where nothing is: the maximum known then may be far above the last one, if all was -inf
+        here = where(zero < here, here * exp2(load(step_top, tile * TILE // KEYS * ROWS + at) - final), zero)
+        so_far = so_far + here
+        x = minimum(maximum(here * c_lanes / so_far, zero), one)
+        if bounded:
+            x = minimum(x, left * splat(np.float32(0.25)))
+            left = left - x
+        x = where(zero < here, maximum(x * unit, one), zero)
+        units = ceil_to_ints(x)
+        running = running + units
+        hits = bitmap(none < (running & whole)) & used
+        running = running & fraction
+        if hits:
+            store(scratch, 0, to_floats(units))
+            store(scratch, LANES, here)
+            while hits:
+                lane = lowest(hits)
+                hits &= hits - 1
+                if count[lane] < slots:
+                    slot = (row + lane) * slots + count[lane]
+                    tiles[slot] = tile
+                    weights[slot] = scratch[lane]
+                    weights[behind + slot] = np.log2(scratch[LANES + lane]) + top[at + lane]
                     count[lane] += 1
-    for lane in range(lanes_used):
-        row = first + group * LANES + lane
-        for slot in range(row * slots + min(count[lane], slots), (row + 1) * slots):
-            entry_key[slot] = -1
-            entry_weight[slot] = 0
+    for lane in range(n):
+        for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
+            tiles[slot] = -1
 
 
 @jit
 def forward(
-    q, k, v, q_strides, k_strides, v_strides, shape, scale, out, lse,
-    draws, c, u, slots, entry_key, entry_weight, dropped, counter, work,
+    q, k, v, q_strides, k_strides, v_strides, shape, scale, out, lse, c, u, slots, tiles, weights, counter, work,
 ):  # fmt: skip
-    """Exact causal attention, one pass over the scores; and, if `draws`, each row's systematic sample of its weights.
+    """Exact causal attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles.
 
-    Flash attention's online softmax (Dao et al., arXiv 2205.14135) over tiles of KEYS keys for blocks of ROWS rows, in
-    base 2. A block's weights stay in `work`, each tile relative to the maximum known at its time, until the block's
-    normaliser is known; then one sweep over them draws.
+    Flash attention's online softmax (Dao et al., arXiv 2205.14135) over steps of KEYS keys for blocks of ROWS rows, in
+    base 2. What a block remembers of its weights are their sums in each tile, relative to the maximum known at the time.
 
     shape: (B, H, K, T, D). scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T).
-    c: float32, inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
-    entry_key, entry_weight: int32 and float32 (B, H, T, slots): the kept entries of each row by ascending key, and
-    their weights W; behind them -1 and 0. dropped: int64 (1,), entries beyond the slots.
+    c: float32, inf proposes all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
+    tiles, weights: see reference.proposals_like.
     """
     B, H, K, T, D = shape
     width = padded(D)
-    keys = T if draws else KEYS
-    capacity = keys + TILE
+    capacity = KEYS + HEIGHT
     blocks = (T + ROWS - 1) // ROWS
 
     # the thread's work space; with a lane for each row of the block
@@ -611,11 +616,11 @@ def forward(
     p, end = work[end : end + ROWS * capacity], end + ROWS * capacity  # (GROUPS, capacity, LANES): scores, weights
     top, end = work[end : end + ROWS], end + ROWS  # running maximum of the scores, in base 2
     norm, end = work[end : end + ROWS], end + ROWS  # running sum of the weights
-    drawn, end = work[end : end + ROWS], end + ROWS  # the draw's scratch
-    tiles = (keys + KEYS - 1) // KEYS
-    tile_top, end = work[end : end + ROWS * tiles], end + ROWS * tiles  # (tiles, ROWS): the maximum that a tile knew
-    k_tile, end = work[end : end + KEYS * width], end + KEYS * width
-    v_tile = work[end : end + KEYS * width]
+    scratch, end = work[end : end + ROWS], end + ROWS
+    k_step, end = work[end : end + KEYS * width], end + KEYS * width
+    v_step, end = work[end : end + KEYS * width], end + KEYS * width
+    steps = (T + KEYS - 1) // KEYS if slots else 1
+    step_top, mass = work[end : end + ROWS * steps], work[end + ROWS * steps :]  # (steps, ROWS), (tiles, ROWS)
 
     while True:
         task = fetch_add(counter, 1)
@@ -634,36 +639,35 @@ def forward(
             group, lane = r // LANES, r % LANES
             for d in range(0, D, LANES):
                 n = min(LANES, D - d)
-                store(drawn, 0, load_first(q, q_row + d, n))
+                store(scratch, 0, load_first(q, q_row + d, n))
                 for i in range(n):
-                    q_t[(group * D + d + i) * LANES + lane] = drawn[i] * np.float32(scale * LOG2_E)
+                    q_t[(group * D + d + i) * LANES + lane] = scratch[i] * np.float32(scale * LOG2_E)
         top[:] = -INF
         norm[:] = 0
         out_t[:] = 0
 
         for start in range(0, stop, KEYS):
             n = min(KEYS, stop - start)
-            n_tiled = (n + TILE - 1) // TILE * TILE
-            at = start if draws else 0  # where the tile's weights lie in p
-            pack(k, b * k_strides[0] + kv * k_strides[1] + start * k_strides[2], k_strides[2], n, D, k_tile, width)
-            pack(v, b * v_strides[0] + kv * v_strides[1] + start * v_strides[2], v_strides[2], n, D, v_tile, width)
-            for j in range(0, n_tiled, TILE):
+            n_padded = (n + HEIGHT - 1) // HEIGHT * HEIGHT
+            pack(k, b * k_strides[0] + kv * k_strides[1] + start * k_strides[2], k_strides[2], n, D, k_step, width)
+            pack(v, b * v_strides[0] + kv * v_strides[1] + start * v_strides[2], v_strides[2], n, D, v_step, width)
+            for j in range(0, n_padded, HEIGHT):
                 for group in range(GROUPS):
-                    product(p, (group * capacity + at + j) * LANES, k_tile, j * width, width, 1,
-                            q_t, group * D * LANES, D, False)  # fmt: skip
+                    product(p, (group * capacity + j) * LANES, LANES, k_step, j * width, width, 1,
+                            q_t, group * D * LANES, LANES, D, False)  # fmt: skip
+            at = start if slots else 0  # whose sums are remembered
             for group in range(GROUPS):
-                tile = (group * capacity + at) * LANES
                 row = splat(np.int32(first + group * LANES)) + lanes()
                 for j in range(max(0, first - start), n):  # keys on and beyond the diagonal
-                    s = load(p, tile + j * LANES)
+                    s = load(p, (group * capacity + j) * LANES)
                     future = row < splat(np.int32(start + j))
-                    store(p, tile + j * LANES, where(future, splat(-INF), s))
-                this_top = tile_top[at // KEYS * ROWS :]
-                softmax_tile(p, tile, n, top, norm, this_top, out_t, group, width)
-            for d in range(0, width, TILE):
+                    store(p, (group * capacity + j) * LANES, where(future, splat(-INF), s))
+                softmax_step(p, group * capacity * LANES, n, top, norm, step_top[at // KEYS * ROWS :],
+                             mass[at // TILE * ROWS :], out_t, group, width)  # fmt: skip
+            for d in range(0, width, HEIGHT):
                 for group in range(GROUPS):
-                    product(out_t, (group * width + d) * LANES, v_tile, d, 1, width,
-                            p, (group * capacity + at) * LANES, n, True)  # fmt: skip
+                    product(out_t, (group * width + d) * LANES, LANES, v_step, d, 1, width,
+                            p, group * capacity * LANES, LANES, n, True)  # fmt: skip
 
         for r in range(rows):
             group, lane = r // LANES, r % LANES
@@ -672,39 +676,35 @@ def forward(
             for d in range(0, D, LANES):
                 n = min(LANES, D - d)
                 for i in range(n):
-                    drawn[i] = out_t[(group * width + d + i) * LANES + lane] * inverse
-                store_first(out, out_row + d, load(drawn, 0), n)
+                    scratch[i] = out_t[(group * width + d + i) * LANES + lane] * inverse
+                store_first(out, out_row + d, load(scratch, 0), n)
             lse[head * T + first + r] = (top[r] + np.log2(norm[r])) * LN_2
-        if draws:
-            for group in range(GROUPS):
-                draw(p, group * capacity * LANES, stop, top, norm, tile_top, group, drawn, head * T + first, rows,
-                     c, u, slots, entry_key, entry_weight, dropped)  # fmt: skip
+        if slots:
+            for group in range((rows + LANES - 1) // LANES):
+                row = head * T + first + group * LANES
+                draw(mass, step_top, top, group, block, min(LANES, rows - group * LANES), scratch, row, u,
+                     np.float32(KAPPA) * c, slots < blocks, slots, tiles, weights)  # fmt: skip
 
 
-# The backward's work is its entries, and most of it is waiting for rows of K, V, Q and G from memory. So entries go through
-# in two orders: by query row, where dQ is a sum in registers and each entry's M is found; then by bucket of
-# BUCKET keys, where dK and dV lie in the first-level cache and rows of Q and G come in ascending order. Between the
-# two stands a counting sort by bucket. Its regions, one for each (bucket, chunk of rows), depend on the shape only,
-# and have one owner each: the result is the same for any number of threads.
+# The backward's work is its records: the kept pairs of a row and a tile. By row it is known what is kept, and dQ is
+# summed; by tile K and V stay in the cache, dK and dV are sums, and many rows make dense products. So one kernel thins,
+# row by row, and sorts a chunk's records by tile; a second takes each tile's records, of all chunks, and leaves what each
+# adds to dQ; a third sums that by row. What each task writes has one owner, and the order of every sum depends on
+# the shape only: the result is the same for any number of threads.
 #
 # A call of these kernels does one round, a rectangle of the work: `round_` is (first_head, heads, first_chunk, chunks),
 # key/value heads of the B * K, and of each the same chunks of CHUNK query rows of the G * chunks_of(T) that attend to
-# it. What stands between the two passes is as large as a round, not as the whole.
+# it. What stands between the kernels is as large as a round, not as the whole.
 
-BUCKET = 64  # keys
 CHUNK = 256  # query rows of one task
-AHEAD = 8  # records between a prefetch and its use
-TERMS = 256  # of a key's sum, before it is added to the whole: a key that all rows attend to has very many
+BATCH = 64  # records of one product: with K, V and what they become, they stay in the second-level cache
+
+number_of_tiles = register_jitable(tiles_of)
 
 
 @register_jitable
 def chunks_of(T):
     return (T + CHUNK - 1) // CHUNK
-
-
-@register_jitable
-def buckets_of(T):
-    return (T + BUCKET - 1) // BUCKET
 
 
 @register_jitable
@@ -718,236 +718,251 @@ def chunk_of(task, shape, round_):
 
 
 @jit
-def count_entries(entry_key, shape, slots, round_, counts, counter):
-    """How many entries each region holds. counts: int64 (heads, chunks, buckets) of the round, zero before."""
-    B, H, K, T, D = shape
-    buckets = buckets_of(T)
-    while True:
-        task = fetch_add(counter, 1)
-        if task >= round_[1] * round_[3]:
-            return
-        b, kv, h, first, stop = chunk_of(task, shape, round_)
-        for i in range(first, stop):
-            row = (b * H + h) * T + i
-            for slot in range(row * slots, (row + 1) * slots):
-                if entry_key[slot] < 0:
-                    break
-                counts[task * buckets + entry_key[slot] // BUCKET] += 1
-
-
-@jit
-def thin(keys, weights, w, slopes, squares, units, count, c_units, u):
-    """The second draw: of a row's proposals it keeps each with the probability r of reference.thinning_units.
-
-    w: W / q of the proposals, becomes W / (q r). squares: of their contributions. units: scratch. c_units: the row's
-    c * UNIT. u: its uniform, int in [0, UNIT). What is kept moves to the front of all arrays; returns how many that is.
-    """
-    sums, shares = splat(np.float32(0)), splat(np.float32(0))
-    for e in range(0, count, LANES):
-        share = load_first(w, e, min(LANES, count - e))
-        sums = fma(share, load_first(squares, e, min(LANES, count - e)), sums)
-        shares = shares + share
-    inverse_mean, unit = splat(total(shares) / total(sums)), splat(np.float32(UNIT))
-    for e in range(0, count, LANES):
-        n = min(LANES, count - e)
-        share = load_first(w, e, n)
-        factor = square_root(load_first(squares, e, n) * inverse_mean)
-        aim = share * splat(c_units) * where(factor < splat(INF), factor, splat(np.float32(1)))
-        # never 0: what was proposed may not become impossible; and all where aim is NaN
-        aim = where(aim < unit, maximum(aim, splat(np.float32(1))), unit)
-        r = ceil_to_ints(aim)
-        store_first(units, e, r, n)
-        store_first(w, e, share * (unit / to_floats(r)), n)
-    left, running = 0, u
-    for e in range(count):  # without a branch, which could not be foreseen
-        running += units[e]
-        keys[left], weights[left], w[left] = keys[e], weights[e], w[e]
-        slopes[left], squares[left] = slopes[e], squares[e]
-        left += running >> UNIT_BITS
-        running &= UNIT - 1
-    return left
-
-
-def row_work(D, slots):
-    """float32 elements of work space for one thread of `row_gradients`."""
-    return padded(D) + 5 * slots
-
-
-@jit
-def row_gradients(
-    grad_out, k, v, grad_strides, k_strides, v_strides, shape, scale, out, lse, drawn_c, c, row_weights, thin_state,
-    entry_key, entry_weight, slots, round_, places, record_ints, record_floats, dq, kept, q_squares, k_squares, variance,
-    counter, work, work_ints,
+def thin(
+    grad_out, grad_strides, shape, out, lse, c, row_weights, thin_state, tiles, weights, slots, round_,
+    delta, starts, record_rows, record_weights, places, kept, counter, work, work_ints,
 ):  # fmt: skip
-    """dQ of the round's rows, and a record of every entry for dK and dV, put into its region.
+    """The second draw (reference.thinning_units), and the records that it leaves, sorted by tile in each chunk of rows.
 
-    For a kept entry, with w = W / q: dQ_i += M K_j, M = scale * w * (G_i . V_j - delta_i), delta_i = G_i . O_i.
+    out: contiguous. row_weights: float32 (B, H, T). thin_state: the hash state of seed and stream. tiles, weights: of
+    `forward`. Writes
 
-    drawn_c: what the entries were drawn with. row_weights: float32 (B, H, T); the entries are thinned to c times that,
-    or not if it is empty. thin_state: the hash state of seed and stream.
-    places: int64 (heads, chunks, buckets) of the round, where the regions begin before, and where they end after.
-    record_ints, record_floats: one buffer, (entries, 4): key, row, w, M. dq: contiguous.
-    kept: int64 (1,), grows by the entries left after thinning. q_squares (B, H, T), k_squares (B, K, T): squared norms;
-    needed to thin, and for variance, float64 (heads * chunks), or empty: the estimate of reference.backward, by task.
+    delta: float32 (B, H, T), G_i . O_i.
+    starts: int32 (heads * chunks, tiles + 1), where each tile's records begin among those of a chunk; last, their number.
+    record_rows, record_weights: int32 and float32 (heads * chunks, CHUNK * slots), the row and 1/q.
+    places: int32, the same shape by row and slot: where the row's records are, in the order of its slots, then -1.
+    kept: int64 (1,), grows by the number of entries kept.
     """
     B, H, K, T, D = shape
-    buckets = buckets_of(T)
-    g_i, rest = work[: padded(D)], work[padded(D) :]
-    weights, w, m, squares, k_square = rest[:slots], rest[slots:], rest[2 * slots :], rest[3 * slots :], rest[4 * slots :]
-    keys, units = work_ints[:slots], work_ints[slots:]
-    drawn_units = splat(np.float32(drawn_c * np.float32(UNIT)))
-    thins, estimates = row_weights.size > 0, variance.size > 0
-    weighs = thins or estimates
+    n_tiles = number_of_tiles(T)
+    capacity = CHUNK * slots
+    behind = weights.size // 2
+    units, left = work[:slots], work[slots : 2 * slots]  # r in fixed point, 1/(x r)
+    kept_weights, kept_tiles = work[2 * slots :], work_ints
+    unit = splat(np.float32(UNIT))
     while True:
         task = fetch_add(counter, 1)
         if task >= round_[1] * round_[3]:
             return
         b, kv, h, first, stop = chunk_of(task, shape, round_)
-        k_head, v_head = b * k_strides[0] + kv * k_strides[1], b * v_strides[0] + kv * v_strides[1]
-        task_kept, task_variance = 0, 0.0
+        at = starts[task * (n_tiles + 1) : (task + 1) * (n_tiles + 1)]
+        at[:] = 0
+        chunk = task * capacity
+        entries = 0
         for i in range(first, stop):
             row = (b * H + h) * T + i
             g_row = b * grad_strides[0] + h * grad_strides[1] + i * grad_strides[2]
-            products, squared = splat(np.float32(0)), splat(np.float32(0))
+            products = splat(np.float32(0))
             for d in range(0, D, LANES):
-                g_d = load_row(grad_out, g_row, d, D)
-                store(g_i, d, g_d)
-                products = fma(g_d, load_row(out, row * D, d, D), products)
-                squared = fma(g_d, g_d, squared)
-            delta = total(products)
+                products = fma(load_row(grad_out, g_row, d, D), load_row(out, row * D, d, D), products)
+            delta[row] = total(products)
 
             slot, count = row * slots, 0
-            while count < slots:
-                n = min(LANES, slots - count)
-                key, weight = load_first(entry_key, slot + count, n), load_first(entry_weight, slot + count, n)
-                store_first(keys, count, key, n)
-                store_first(weights, count, weight, n)
-                q = to_floats(inclusion_units(weight, drawn_units))
-                store_first(w, count, weight * (splat(np.float32(UNIT)) / q), n)
-                behind = bitmap(key < splat(np.int32(0)))
-                count += n
-                if behind:
-                    count += lowest(behind) - n
+            while count < slots and tiles[slot + count] >= 0:
+                count += 1
+            aim = splat(c * row_weights[row])
+            log_norm = splat(np.float32(lse[row] * LOG2_E))
+            for s in range(0, count, LANES):
+                n = min(LANES, count - s)
+                share = unit / load_first(weights, slot + s, n)
+                # never 0: what was proposed may not become impossible; and all where it is NaN
+                r = aim * (exp2(load_first(weights, behind + slot + s, n) - log_norm) * share) * unit
+                r = to_floats(ceil_to_ints(where(r < unit, maximum(r, splat(np.float32(1))), unit)))
+                store_first(units, s, r, n)
+                store_first(left, s, share * (unit / r), n)
+            state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), h), i)
+            running = state >> (32 - UNIT_BITS)
+            place = (i - first) * slots
+            for s in range(count):
+                running += int(units[s])
+                if running >> UNIT_BITS:
+                    tile = tiles[slot + s]
+                    kept_tiles[place], kept_weights[place] = tile, left[s]
+                    at[tile + 1] += 1
+                    entries += min(TILE, i + 1 - tile * TILE)
+                    place += 1
+                running &= UNIT - 1
+            if place < (i - first + 1) * slots:
+                kept_tiles[place] = -1
+
+        for tile in range(n_tiles):
+            at[tile + 1] += at[tile]
+        for i in range(first, stop):
+            for place in range((i - first) * slots, (i - first + 1) * slots):
+                tile = kept_tiles[place]
+                if tile < 0:
+                    places[chunk + place] = -1
                     break
+                record = at[tile]
+                at[tile] = record + 1
+                places[chunk + place] = record
+                record_rows[chunk + record], record_weights[chunk + record] = i, kept_weights[place]
+        for tile in range(n_tiles, 0, -1):  # each tile's end becomes the next one's beginning
+            at[tile] = at[tile - 1]
+        at[0] = 0
+        fetch_add(kept, entries)
 
-            for e in range(count):
-                # of the next row: it comes at the right time, and a wrong address does no harm
-                later = entry_key[min(slot + slots + e, entry_key.size - 1)]
-                for d in range(0, D, LANES):
-                    prefetch(k, k_head + later * k_strides[2] + d)
-                    prefetch(v, v_head + later * v_strides[2] + d)
-                at = v_head + keys[e] * v_strides[2]
-                products = splat(np.float32(0))
-                for d in range(0, D, LANES):
-                    products = fma(load(g_i, d), load_row(v, at, d, D), products)
-                m[e] = np.float32(scale) * (total(products) - delta)
-                if weighs:
-                    k_square[e] = k_squares[(b * K + kv) * T + keys[e]]
-            if weighs:
-                g_square = splat(total(squared))
-                for e in range(0, count, LANES):
-                    n = min(LANES, count - e)
-                    slope, norms = load_first(m, e, n), load_first(k_square, e, n) + splat(q_squares[row])
-                    store_first(squares, e, fma(slope * slope, norms, g_square), n)
-            if thins:
-                state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), h), i)
-                row_c = np.float32(c * row_weights[row] * np.float32(UNIT))
-                count = thin(keys, weights, w, m, squares, units, count, row_c, state >> (32 - UNIT_BITS))
-            for e in range(count):
-                m[e] *= w[e]
-            defined = math.isfinite(delta) and math.isfinite(lse[row])
+
+@register_jitable
+def tile_work(D):
+    """float32 elements of work space for one thread of `tile_gradients`."""
+    width = padded(D)
+    return TILE * (5 * width + 1) + BATCH * (3 * width + 2 * TILE + 1)
+
+
+@jit
+def multiply(c, c_row, a, a_row, a_column, b, b_row, rows, columns, n, accumulate):
+    """C = A B, or C += A B, C (rows, columns): rows rounded up to HEIGHT, columns a multiple of LANES."""
+    for row in range(0, rows, HEIGHT):
+        for column in range(0, columns, LANES):
+            product(c, row * c_row + column, c_row, a, row * a_row, a_row, a_column, b, column, b_row, n, accumulate)
+
+
+@jit
+def transpose(a, n, width, target):
+    """(n, width) -> (width, n)"""
+    for i in range(n):
+        for d in range(width):
+            target[d * n + i] = a[i * width + d]
+
+
+@jit
+def tile_gradients(
+    grad_out, q, k, v, grad_strides, q_strides, k_strides, v_strides, shape, scale, lse, delta, slots, round_,
+    starts, bases, record_rows, record_weights, adds, parts, dk, dv, g_squares, q_squares, k_squares, variance,
+    counter, work, work_ints,
+):  # fmt: skip
+    """dK and dV of the round's tiles, and what each record adds to dQ.
+
+    With P_ij = W_ij m_ij and M_ij = P_ij (G_i . V_j - delta_i): dV = P^T G, dK = scale M^T Q, dQ = scale M K.
+
+    delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads * chunks), how many records the chunks
+    before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous (heads of the round, T, D). adds: to what
+    is in them. g_squares, q_squares (B, H, T), k_squares (B, K, T): squared norms, needed for variance, float64 (heads *
+    tiles), or empty: the estimate of reference.backward, by task.
+    """
+    B, H, K, T, D = shape
+    width = padded(D)
+    n_tiles, chunks = number_of_tiles(T), round_[3]
+    end, size = 0, TILE * width
+    k_tile, end = work[end : end + size], end + size  # (TILE, width)
+    k_t, end = work[end : end + size], end + size  # (width, TILE)
+    v_t, end = work[end : end + size], end + size
+    dk_tile, end = work[end : end + size], end + size
+    dv_tile, end = work[end : end + size], end + size
+    k_square, end = work[end : end + TILE], end + TILE
+    size = BATCH * width
+    q_rows, end = work[end : end + size], end + size  # (BATCH, width), scaled as in the forward
+    g_rows, end = work[end : end + size], end + size
+    part, end = work[end : end + size], end + size
+    p, end = work[end : end + BATCH * TILE], end + BATCH * TILE  # (BATCH, TILE)
+    m, end = work[end : end + BATCH * TILE], end + BATCH * TILE
+    multipliers = work[end : end + BATCH]
+    rows, positions, at = work_ints[:BATCH], work_ints[BATCH : 2 * BATCH], work_ints[2 * BATCH :]
+    capacity, q_scale = CHUNK * slots, splat(np.float32(scale * LOG2_E))
+    estimates = variance.size > 0
+    while True:
+        task = fetch_add(counter, 1)
+        if task >= round_[1] * n_tiles:
+            return
+        head, tile = task // n_tiles, task % n_tiles
+        first = tile * TILE
+        n_keys = min(TILE, T - first)
+        b, kv = (round_[0] + head) // K, (round_[0] + head) % K
+        k_tile[n_keys * width :] = 0
+        pack(v, b * v_strides[0] + kv * v_strides[1] + first * v_strides[2], v_strides[2], n_keys, D, k_tile, width)
+        transpose(k_tile, TILE, width, v_t)
+        pack(k, b * k_strides[0] + kv * k_strides[1] + first * k_strides[2], k_strides[2], n_keys, D, k_tile, width)
+        transpose(k_tile, TILE, width, k_t)
+        if estimates:
+            k_square[n_keys:] = 0
+            k_square[:n_keys] = k_squares[(b * K + kv) * T + first : (b * K + kv) * T + first + n_keys]
+        dk_tile[:], dv_tile[:] = 0, 0
+        task_variance = 0.0
+        chunk, after = head * chunks, (head + 1) * chunks
+        done = 0  # records of the chunk
+        while chunk < after:
+            n = 0
+            while chunk < after and n < BATCH:
+                region = chunk * (n_tiles + 1) + tile
+                count = starts[region + 1] - starts[region]
+                taken = min(count - done, BATCH - n)
+                h = chunk_of(chunk, shape, round_)[2]
+                for record in range(starts[region] + done, starts[region] + done + taken):
+                    i = record_rows[chunk * capacity + record]
+                    q_row = b * q_strides[0] + h * q_strides[1] + i * q_strides[2]
+                    g_row = b * grad_strides[0] + h * grad_strides[1] + i * grad_strides[2]
+                    for d in range(0, D, LANES):
+                        store(q_rows, n * width + d, load_row(q, q_row, d, D) * q_scale)
+                        store(g_rows, n * width + d, load_row(grad_out, g_row, d, D))
+                    rows[n], positions[n], at[n] = (b * H + h) * T + i, i, bases[chunk] + record
+                    multipliers[n] = record_weights[chunk * capacity + record]
+                    n += 1
+                done += taken
+                if done == count:
+                    chunk, done = chunk + 1, 0
+            if n == 0:
+                break
+
+            multiply(p, TILE, q_rows, width, 1, k_t, TILE, n, TILE, width, False)
+            multiply(m, TILE, g_rows, width, 1, v_t, TILE, n, TILE, width, False)
+            for e in range(n):
+                row = rows[e]
+                log_norm, delta_e = splat(np.float32(lse[row] * LOG2_E)), splat(delta[row])
+                multiplier, zero = splat(multipliers[e]), splat(np.float32(0))
+                squares = zero
+                for j in range(e * TILE, (e + 1) * TILE, LANES):
+                    key = splat(np.int32(first + j - e * TILE)) + lanes()
+                    future = splat(np.int32(positions[e])) < key
+                    w = where(future, zero, exp2(load(p, j) - log_norm))
+                    slope = where(future, zero, load(m, j) - delta_e)
+                    store(p, j, w * multiplier)
+                    store(m, j, w * multiplier * slope)
+                    if estimates:
+                        norms = load(k_square, j - e * TILE) + splat(q_squares[row])
+                        slope = slope * splat(np.float32(scale))
+                        squares = fma(w * w, fma(slope * slope, norms, splat(g_squares[row])), squares)
+                if estimates:
+                    task_variance += (multipliers[e] - 1) * multipliers[e] * total(squares)
+            multiply(dv_tile, width, p, 1, TILE, g_rows, width, TILE, width, n, True)
+            multiply(dk_tile, width, m, 1, TILE, q_rows, width, TILE, width, n, True)
+            multiply(part, width, m, TILE, 1, k_tile, width, n, width, TILE, False)
+            for e in range(n):
+                for d in range(0, width, LANES):
+                    store(parts, at[e] * width + d, load(part, e * width + d))
+
+        for j in range(n_keys):
+            row = (head * T + first + j) * D
             for d in range(0, D, LANES):
-                dq_d = splat(np.float32(0 if defined else np.nan))
-                for e in range(count):
-                    dq_d = fma(splat(m[e]), load_row(k, k_head + keys[e] * k_strides[2], d, D), dq_d)
-                store_first(dq, row * D + d, dq_d, min(LANES, D - d))
-
-            for e in range(count):
-                j = keys[e]
-                region = task * buckets + j // BUCKET
-                place = places[region]
-                places[region] = place + 1
-                record_ints[4 * place] = j
-                record_ints[4 * place + 1] = i
-                record_floats[4 * place + 2] = w[e]
-                record_floats[4 * place + 3] = m[e]
-            task_kept += count
-            if estimates:
-                for e in range(count):
-                    task_variance += w[e] * (w[e] - weights[e]) * squares[e]
-        fetch_add(kept, task_kept)
+                # LN_2 for the LOG2_E in q_rows
+                lanes_left, dv_j = min(LANES, D - d), load(dv_tile, j * width + d)
+                dk_j = load(dk_tile, j * width + d) * splat(np.float32(LN_2))
+                if adds:
+                    dk_j, dv_j = dk_j + load_row(dk, row, d, D), dv_j + load_row(dv, row, d, D)
+                store_first(dk, row + d, dk_j, lanes_left)
+                store_first(dv, row + d, dv_j, lanes_left)
         if estimates:
             variance[task] = task_variance
 
 
-def key_work(D):
-    """float32 elements of work space for one thread of `key_gradients`."""
-    return 4 * BUCKET * padded(D)
-
-
 @jit
-def move_sums(terms, whole, start, D):
-    """Add the D sums at `start` of terms to those of whole, and begin them anew."""
-    for i in range(start, start + D, LANES):
-        store(whole, i, load(whole, i) + load(terms, i))
-        store(terms, i, splat(np.float32(0)))
-
-
-@jit
-def key_gradients(
-    grad_out, q, grad_strides, q_strides, shape, round_, starts, ends, record_ints, record_floats, adds, dk, dv,
-    counter, work,
-):  # fmt: skip
-    """dK_j = sum of M Q_i and dV_j = sum of w G_i over the round's records of key j.
-
-    dk, dv: contiguous (heads of the round, T, D). adds: to what is in them. A row whose log-sum-exp isn't finite has no
-    entries, and adds nothing.
-    """
+def query_gradients(shape, scale, lse, delta, slots, round_, bases, places, parts, dq, counter):
+    """dQ of the round's rows, from `tile_gradients` and what `thin` wrote. dq: contiguous."""
     B, H, K, T, D = shape
-    chunks, buckets = round_[3], buckets_of(T)
     width = padded(D)
-    size = BUCKET * width
-    dk_terms, dv_terms = work[:size], work[size : 2 * size]
-    dk_bucket, dv_bucket = work[2 * size : 3 * size], work[3 * size : 4 * size]
-    count = np.zeros(BUCKET, np.int64)
     while True:
         task = fetch_add(counter, 1)
-        if task >= round_[1] * buckets:
+        if task >= round_[1] * round_[3]:
             return
-        head, bucket = task // buckets, task % buckets
-        first = bucket * BUCKET
-        work[: 4 * size] = 0
-        count[:] = 0
-        for chunk in range(chunks):
-            b, kv, h, _, _ = chunk_of(head * chunks + chunk, shape, round_)
-            g_head = b * grad_strides[0] + h * grad_strides[1]
-            q_head = b * q_strides[0] + h * q_strides[1]
-            region = (head * chunks + chunk) * buckets + bucket
-            for place in range(starts[region], ends[region]):
-                later = record_ints[4 * (place + AHEAD) + 1]
-                for d in range(0, D, LANES):
-                    prefetch(grad_out, g_head + later * grad_strides[2] + d)
-                    prefetch(q, q_head + later * q_strides[2] + d)
-                i = record_ints[4 * place + 1]
-                w, m = splat(record_floats[4 * place + 2]), splat(record_floats[4 * place + 3])
-                g_row, q_row = g_head + i * grad_strides[2], q_head + i * q_strides[2]
-                key = record_ints[4 * place] - first
-                sums = key * width
-                count[key] += 1
-                if count[key] > TERMS:
-                    count[key] = 1
-                    move_sums(dk_terms, dk_bucket, sums, D)
-                    move_sums(dv_terms, dv_bucket, sums, D)
-                for d in range(0, D, LANES):
-                    store(dk_terms, sums + d, fma(m, load_row(q, q_row, d, D), load(dk_terms, sums + d)))
-                    store(dv_terms, sums + d, fma(w, load_row(grad_out, g_row, d, D), load(dv_terms, sums + d)))
-        for j in range(min(BUCKET, T - first)):
-            move_sums(dk_terms, dk_bucket, j * width, D)
-            move_sums(dv_terms, dv_bucket, j * width, D)
-            row = (head * T + first + j) * D
+        b, _, h, first, stop = chunk_of(task, shape, round_)
+        for i in range(first, stop):
+            row = (b * H + h) * T + i
+            start, end = (task * CHUNK + i - first) * slots, (task * CHUNK + i - first + 1) * slots
+            defined = math.isfinite(delta[row]) and math.isfinite(lse[row])
             for d in range(0, D, LANES):
-                n, dk_j, dv_j = min(LANES, D - d), load(dk_bucket, j * width + d), load(dv_bucket, j * width + d)
-                if adds:
-                    dk_j, dv_j = dk_j + load_row(dk, row, d, D), dv_j + load_row(dv, row, d, D)
-                store_first(dk, row + d, dk_j, n)
-                store_first(dv, row + d, dv_j, n)
+                dq_d = splat(np.float32(0 if defined else np.nan))
+                for place in range(start, end):
+                    if places[place] < 0:
+                        break
+                    dq_d = dq_d + load(parts, (bases[task] + places[place]) * width + d)
+                store_first(dq, row * D + d, dq_d * splat(np.float32(scale)), min(LANES, D - d))
