@@ -1,7 +1,7 @@
 """The CPU backend: numba's kernels (cpu_kernels.py), run on as many threads as PyTorch uses.
 
 The forward draws on the way and stores each row's proposed tiles; the backward thins them, and its work is only what is
-left. Beside what exact attention stores that is B * H * T * slots * 12 bytes, slots = reference.tile_slots. While it
+left. Beside what exact attention stores that is B * H * T * slots * 8 bytes, slots = reference.tile_slots. While it
 runs, the backward needs 4 D bytes for each kept pair of a row and a tile and 16 for each slot of a row, of about
 `round_records` pairs at a time, and where it does not take a bfloat16 key/value head at once, that head's dK and dV in
 float32.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from backends import reference
-from backends.reference import STREAM_THINNING, STREAM_TILES, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
+from backends.reference import KAPPA, STREAM_THINNING, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
 
 MAX_D = 128
 
@@ -221,25 +221,25 @@ def forward(
 
     q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. u: None, or the
     sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T); and
-    the tiles and weights of `reference.proposals_like`, without draws of no slots.
+    the tiles and masses of `reference.proposals_like`, without draws of no slots.
     """
     ck = kernels()
     q, k, v = _rows(q, k, v)
     B, H, T, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
     slots = tile_slots(c_max, T) if draws else 0
-    tiles, weights = proposals_like(q, slots)
+    tiles, masses = proposals_like(q, slots)
     if not draws:
         u = q.new_empty(0, dtype=torch.int32)
     elif u is None:
-        u = row_uniforms(seed.cpu(), B, H, range(T), "cpu", STREAM_TILES)
+        u = row_uniforms(seed.cpu(), B, H, range(T), "cpu")
     _run(
         ck.forward, B * H * -(-T // ck.ROWS),
         _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
-        _flat(out), _flat(lse), np.float32(c), _flat(u.int().contiguous()), slots, _flat(tiles), _flat(weights),
+        _flat(out), _flat(lse), np.float32(KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles), _flat(masses),
         work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
     )  # fmt: skip
-    return out, lse, tiles, weights
+    return out, lse, tiles, masses
 
 
 def round_records(T: int) -> int:
@@ -248,13 +248,13 @@ def round_records(T: int) -> int:
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, weights: Tensor,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
     scale: float, c: float, seed: Tensor, with_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed."""
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
-    out, lse, tiles, weights = (x.detach().contiguous() for x in (out, lse, tiles, weights))
+    out, lse, tiles, masses = (x.detach().contiguous() for x in (out, lse, tiles, masses))
     B, H, T, D = q.shape
     K, slots = k.shape[1], tiles.shape[3]
     if not slots:
@@ -269,7 +269,7 @@ def backward(
     if with_stats:
         squares = [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in (grad_out, q, k)]
     grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
-    out_, lse_, tiles_, weights_ = map(_flat, (out, lse, tiles, weights))
+    lse_, proposals = _flat(lse), (_flat(tiles), _flat(masses))
     delta = _flat(torch.empty_like(lse))
 
     # a row keeps about c tiles, on average over the rows
@@ -285,7 +285,7 @@ def backward(
         records = _flat(starts), _flat(record_rows), _flat(record_weights)
         _run(
             ck.thin, tasks,
-            *grad_, shape, out_, lse_, np.float32(c), row_weight, thin_state, tiles_, weights_, slots, round_,
+            *grad_, shape, _flat(out), np.float32(KAPPA * c), np.float32(c), row_weight, thin_state, *proposals, slots, round_,
             delta, *records, _flat(places), kept,
             work=[((2 + ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
         )  # fmt: skip

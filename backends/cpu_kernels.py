@@ -29,7 +29,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_jitable, register_model
 
-from backends.reference import BLOCK, KAPPA, TILE, UNIT, UNIT_BITS, absorb, tiles_of
+from backends.reference import TILE, UNIT, UNIT_BITS, absorb, tiles_of
 
 # ---------------------------------------------------------------------------------------------
 # The vector language.
@@ -545,46 +545,37 @@ def softmax_step(p, step, n, top, norm, step_top, mass, out_t, group, width):
 
 
 @jit
-def draw(mass, step_top, top, group, own, n, scratch, row, u, c, bounded, slots, tiles, weights):
-    """Proposals of the first n of 16 rows whose diagonal is in tile `own`: `reference.tile_proposal_units`, and its draw.
+def inclusion_units(weight, c_units):
+    """q = min(1, c W) in fixed point, as reference.inclusion_units specifies it. c_units: c * UNIT, all lanes. 0 for NaN."""
+    return ceil_to_ints(minimum(maximum(weight * c_units, splat(np.float32(0))), splat(np.float32(UNIT))))
 
-    mass: (tiles, ROWS), relative to step_top: (steps, ROWS). row: the first of them, of B * H * T. c: KAPPA * c.
-    bounded: there are fewer slots than tiles. scratch: 2 * LANES floats.
+
+@jit
+def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots, tiles, masses):
+    """The systematic sample of the tiles of n of 16 rows: keep one where the running sum of q, started at u, passes an integer.
+
+    In fixed point, as specified in reference.inclusion_units and keep_systematic; q depends on the stored masses alone.
+    mass: (tiles, ROWS), relative to step_top: (steps, ROWS). row: the first of the rows, of B * H * T. scratch: LANES floats.
     """
-    zero, one, unit = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(UNIT))
-    whole, fraction, none = splat(np.int32(UNIT)), splat(np.int32(UNIT - 1)), splat(np.int32(0))
-    at, final, c_lanes = group * LANES, load(top, group * LANES), splat(c)
-    used = (1 << n) - 1
-    running, so_far, left = load_first(u, row, n), zero, splat(np.float32(slots - 1))
+    unit, fraction, none = splat(np.int32(UNIT)), splat(np.int32(UNIT - 1)), splat(np.int32(0))
+    c_units = splat(np.float32(c * np.float32(UNIT)))
+    at, used = group * LANES, (1 << n) - 1
     count = np.zeros(LANES, np.int64)
-    behind = weights.size // 2
-    near = own * TILE // BLOCK * (BLOCK // TILE)
-    for visit in range(near, near + own + 1):
-        tile = visit % (own + 1)
-        here = load(mass, tile * ROWS + at)
-        # not the product where nothing is: the maximum known then may be far above the last one, if all was -inf
-        here = where(zero < here, here * exp2(load(step_top, tile * TILE // KEYS * ROWS + at) - final), zero)
-        so_far = so_far + here
-        x = minimum(maximum(here * c_lanes / so_far, zero), one)
-        if bounded:
-            x = minimum(x, left * splat(np.float32(0.25)))
-            left = left - x
-        x = where(zero < here, maximum(x * unit, one), zero)
-        units = ceil_to_ints(x)
-        running = running + units
-        hits = bitmap(none < (running & whole)) & used
+    running, final, norms = load_first(u, row, n), load(top, at), load(norm, at)
+    for tile in range(n_tiles):
+        factor = exp2(load(step_top, tile * TILE // KEYS * ROWS + at) - final) / norms
+        weight = load(mass, tile * ROWS + at) * factor
+        running = running + inclusion_units(weight, c_units)
+        hits = bitmap(none < (running & unit)) & used
         running = running & fraction
         if hits:
-            store(scratch, 0, to_floats(units))
-            store(scratch, LANES, here)
+            store(scratch, 0, weight)
             while hits:
                 lane = lowest(hits)
                 hits &= hits - 1
                 if count[lane] < slots:
                     slot = (row + lane) * slots + count[lane]
-                    tiles[slot] = tile
-                    weights[slot] = scratch[lane]
-                    weights[behind + slot] = np.log2(scratch[LANES + lane]) + top[at + lane]
+                    tiles[slot], masses[slot] = tile, scratch[lane]
                     count[lane] += 1
     for lane in range(n):
         for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
@@ -593,7 +584,7 @@ def draw(mass, step_top, top, group, own, n, scratch, row, u, c, bounded, slots,
 
 @jit
 def forward(
-    q, k, v, q_strides, k_strides, v_strides, shape, scale, out, lse, c, u, slots, tiles, weights, counter, work,
+    q, k, v, q_strides, k_strides, v_strides, shape, scale, out, lse, c, u, slots, tiles, masses, counter, work,
 ):  # fmt: skip
     """Exact causal attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles.
 
@@ -601,8 +592,8 @@ def forward(
     base 2. What a block remembers of its weights are their sums in each tile, relative to the maximum known at the time.
 
     shape: (B, H, K, T, D). scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T).
-    c: float32, inf proposes all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
-    tiles, weights: see reference.proposals_like.
+    c: of the proposals, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
+    tiles, masses: see reference.proposals_like.
     """
     B, H, K, T, D = shape
     width = padded(D)
@@ -681,9 +672,8 @@ def forward(
             lse[head * T + first + r] = (top[r] + np.log2(norm[r])) * LN_2
         if slots:
             for group in range((rows + LANES - 1) // LANES):
-                row = head * T + first + group * LANES
-                draw(mass, step_top, top, group, block, min(LANES, rows - group * LANES), scratch, row, u,
-                     np.float32(KAPPA) * c, slots < blocks, slots, tiles, weights)  # fmt: skip
+                draw(mass, step_top, top, norm, group, block + 1, min(LANES, rows - group * LANES), scratch,
+                     head * T + first + group * LANES, u, c, slots, tiles, masses)  # fmt: skip
 
 
 # The backward's work is its records: the kept pairs of a row and a tile. By row it is known what is kept, and dQ is
@@ -719,13 +709,13 @@ def chunk_of(task, shape, round_):
 
 @jit
 def thin(
-    grad_out, grad_strides, shape, out, lse, c, row_weights, thin_state, tiles, weights, slots, round_,
+    grad_out, grad_strides, shape, out, drawn_c, c, row_weights, thin_state, tiles, masses, slots, round_,
     delta, starts, record_rows, record_weights, places, kept, counter, work, work_ints,
 ):  # fmt: skip
     """The second draw (reference.thinning_units), and the records that it leaves, sorted by tile in each chunk of rows.
 
-    out: contiguous. row_weights: float32 (B, H, T). thin_state: the hash state of seed and stream. tiles, weights: of
-    `forward`. Writes
+    out: contiguous. drawn_c: what the forward proposed with. row_weights: float32 (B, H, T). thin_state: the hash state of
+    seed and stream. tiles, masses: from `forward`. Writes
 
     delta: float32 (B, H, T), G_i . O_i.
     starts: int32 (heads * chunks, tiles + 1), where each tile's records begin among those of a chunk; last, their number.
@@ -736,10 +726,9 @@ def thin(
     B, H, K, T, D = shape
     n_tiles = number_of_tiles(T)
     capacity = CHUNK * slots
-    behind = weights.size // 2
     units, left = work[:slots], work[slots : 2 * slots]  # r in fixed point, 1/(x r)
     kept_weights, kept_tiles = work[2 * slots :], work_ints
-    unit = splat(np.float32(UNIT))
+    unit, drawn_units = splat(np.float32(UNIT)), splat(np.float32(drawn_c * np.float32(UNIT)))
     while True:
         task = fetch_add(counter, 1)
         if task >= round_[1] * round_[3]:
@@ -761,12 +750,12 @@ def thin(
             while count < slots and tiles[slot + count] >= 0:
                 count += 1
             aim = splat(c * row_weights[row])
-            log_norm = splat(np.float32(lse[row] * LOG2_E))
             for s in range(0, count, LANES):
                 n = min(LANES, count - s)
-                share = unit / load_first(weights, slot + s, n)
+                mass = load_first(masses, slot + s, n)
+                share = unit / to_floats(inclusion_units(mass, drawn_units))
                 # never 0: what was proposed may not become impossible; and all where it is NaN
-                r = aim * (exp2(load_first(weights, behind + slot + s, n) - log_norm) * share) * unit
+                r = aim * (mass * share) * unit
                 r = to_floats(ceil_to_ints(where(r < unit, maximum(r, splat(np.float32(1))), unit)))
                 store_first(units, s, r, n)
                 store_first(left, s, share * (unit / r), n)
