@@ -275,24 +275,25 @@ def backward(
     # a row keeps about c tiles, on average over the rows
     round_chunks = max(1, int(round_records(T) // (ck.CHUNK * min(slots, c + 1))))
     round_heads = max(1, round_chunks // chunks)
+    most = min(round_heads, B * K) * min(round_chunks, chunks)
+    starts = q.new_empty(most * (n_tiles + 1), dtype=torch.int32)
+    record_rows, places = (q.new_empty(most * ck.CHUNK * slots, dtype=torch.int32) for _ in range(2))
+    records = _flat(starts), _flat(record_rows), _flat(torch.empty_like(record_rows, dtype=torch.float32))
+    # once, and NumPy's, which asks for large pages: to get memory by small ones takes longer than to fill it. What isn't
+    # written takes no memory
+    parts = np.empty(most * ck.CHUNK * slots * ck.padded(D), np.float32)
     for head, chunk in itertools.product(range(0, B * K, round_heads), range(0, chunks, round_chunks)):
         heads = min(round_heads, B * K - head)
         round_ = head, heads, chunk, min(round_chunks, chunks - chunk)
         tasks = heads * round_[3]
-        starts = q.new_empty(tasks, n_tiles + 1, dtype=torch.int32)
-        record_rows, places = (q.new_empty(tasks * ck.CHUNK * slots, dtype=torch.int32) for _ in range(2))
-        record_weights = torch.empty_like(record_rows, dtype=torch.float32)
-        records = _flat(starts), _flat(record_rows), _flat(record_weights)
         _run(
             ck.thin, tasks,
             *grad_, shape, _flat(out), np.float32(KAPPA * c), np.float32(c), row_weight, thin_state, *proposals, slots, round_,
             delta, *records, _flat(places), kept,
             work=[((2 + ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
         )  # fmt: skip
-        counts = starts[:, -1].long()
-        ends = counts.cumsum(0)
-        bases = _flat(ends - counts)
-        parts = _flat(q.new_empty(int(ends[-1]) * ck.padded(D), dtype=torch.float32))
+        counts = starts.view(most, n_tiles + 1)[:tasks, -1].long()
+        bases = _flat(counts.cumsum(0) - counts)
         of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
         if round_chunks >= chunks:
             sums = of_round
@@ -303,7 +304,7 @@ def backward(
             ck.tile_gradients, heads * n_tiles,
             grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, float(scale), lse_, delta, slots, round_,
             records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
-            work=[(ck.tile_work(D), torch.float32), (3 * ck.BATCH, torch.int32)],
+            work=list(zip(ck.tile_work(D, round_[3]), (torch.float32, torch.int32))),
         )  # fmt: skip
         _run(ck.query_gradients, tasks, shape, float(scale), lse_, delta, slots, round_, bases, _flat(places), parts, _flat(dq))
         if chunk + round_[3] == chunks:

@@ -451,6 +451,33 @@ def _(builder, context, given, args):
         builder.store(x, p).align = 4
 
 
+def transpose(a, a0, a_row, c, c0, c_row):
+    """C = A^T, LANES x LANES, float32, at a0 and c0 in rows a_row and c_row apart."""
+    rows = np.array([load(a, a0 + i * a_row) for i in range(LANES)])
+    for i in range(LANES):
+        store(c, c0 + i * c_row, rows[:, i])
+
+
+@emission(transpose, lambda a, a0, a_row, c, c0, c_row: (types.void, a, types.int64, types.int64, c, types.int64, types.int64))
+def _(builder, context, given, args):
+    a, a0, a_row, c, c0, c_row = args
+
+    def row_at(array_type, array, start, stride, i):
+        at = builder.add(start, builder.mul(stride, I64(i)))
+        return array_type, array, at
+
+    x = [_load(builder, context, *row_at(given[0], a, a0, a_row, i)) for i in range(LANES)]
+    for w in (8, 4, 2, 1):  # the blocks off the diagonal change places, then those in each block
+        for i in range(LANES):
+            if not i & w:
+                upper = [lane + LANES - w if lane & w else lane for lane in range(LANES)]
+                lower = [lane + LANES if lane & w else lane + w for lane in range(LANES)]
+                x[i], x[i + w] = (builder.shuffle_vector(x[i], x[i + w], ir.Constant(ir.VectorType(I32, LANES), order))
+                                  for order in (upper, lower))  # fmt: skip
+    for i in range(LANES):
+        _store(builder, context, *row_at(given[3], c, c0, c_row, i), x[i])
+
+
 # ---------------------------------------------------------------------------------------------
 # The kernels.
 # ---------------------------------------------------------------------------------------------
@@ -503,7 +530,7 @@ def load_row(a, start, d, D):
 def forward_work(D, keys):
     """float32 elements of work space for one thread of `forward` that remembers the masses of `keys` keys."""
     masses = -(-keys // KEYS) * (1 + KEYS // TILE)
-    return ROWS * (D + padded(D) + KEYS + HEIGHT + 3 + masses) + 2 * KEYS * padded(D)
+    return ROWS * (2 * padded(D) + KEYS + HEIGHT + 3 + masses) + 2 * KEYS * padded(D)
 
 
 @jit
@@ -512,6 +539,14 @@ def pack(source, start, stride, n, D, target, width):
     for i in range(n):
         for d in range(0, D, LANES):
             store(target, i * width + d, load_row(source, start + i * stride, d, D))
+
+
+@jit
+def transpose_all(a, a_row, rows, columns, c, c_row):
+    """C = A^T, A (rows, columns), both multiples of LANES."""
+    for i in range(0, rows, LANES):
+        for j in range(0, columns, LANES):
+            transpose(a, i * a_row + j, a_row, c, j * c_row + i, c_row)
 
 
 @jit
@@ -602,7 +637,7 @@ def forward(
 
     # the thread's work space; with a lane for each row of the block
     end = 0
-    q_t, end = work[end : end + ROWS * D], end + ROWS * D  # (GROUPS, D, LANES): scaled queries, transposed
+    q_t, end = work[end : end + ROWS * width], end + ROWS * width  # (GROUPS, width, LANES): scaled queries, transposed
     out_t, end = work[end : end + ROWS * width], end + ROWS * width  # (GROUPS, width, LANES): unnormalised output
     p, end = work[end : end + ROWS * capacity], end + ROWS * capacity  # (GROUPS, capacity, LANES): scores, weights
     top, end = work[end : end + ROWS], end + ROWS  # running maximum of the scores, in base 2
@@ -624,15 +659,12 @@ def forward(
         rows = min(ROWS, T - first)
         stop = first + rows  # keys that the block sees
 
-        q_t[:] = 0
-        for r in range(rows):
-            q_row = b * q_strides[0] + h * q_strides[1] + (first + r) * q_strides[2]
-            group, lane = r // LANES, r % LANES
-            for d in range(0, D, LANES):
-                n = min(LANES, D - d)
-                store(scratch, 0, load_first(q, q_row + d, n))
-                for i in range(n):
-                    q_t[(group * D + d + i) * LANES + lane] = scratch[i] * np.float32(scale * LOG2_E)
+        pack(q, b * q_strides[0] + h * q_strides[1] + first * q_strides[2], q_strides[2], rows, D, p, width)
+        p[rows * width : ROWS * width] = 0
+        for group in range(GROUPS):
+            transpose_all(p[group * LANES * width :], width, LANES, width, q_t[group * width * LANES :], LANES)
+        for i in range(0, ROWS * width, LANES):
+            store(q_t, i, load(q_t, i) * splat(np.float32(scale * LOG2_E)))
         top[:] = -INF
         norm[:] = 0
         out_t[:] = 0
@@ -645,7 +677,7 @@ def forward(
             for j in range(0, n_padded, HEIGHT):
                 for group in range(GROUPS):
                     product(p, (group * capacity + j) * LANES, LANES, k_step, j * width, width, 1,
-                            q_t, group * D * LANES, LANES, D, False)  # fmt: skip
+                            q_t, group * width * LANES, LANES, D, False)  # fmt: skip
             at = start if slots else 0  # whose sums are remembered
             for group in range(GROUPS):
                 row = splat(np.int32(first + group * LANES)) + lanes()
@@ -660,16 +692,14 @@ def forward(
                     product(out_t, (group * width + d) * LANES, LANES, v_step, d, 1, width,
                             p, group * capacity * LANES, LANES, n, True)  # fmt: skip
 
+        for group in range(GROUPS):
+            transpose_all(out_t[group * width * LANES :], LANES, width, LANES, p[group * LANES * width :], width)
         for r in range(rows):
-            group, lane = r // LANES, r % LANES
-            inverse = np.float32(1) / norm[r]
-            out_row = (head * T + first + r) * D
+            row = head * T + first + r
+            inverse = splat(np.float32(1) / norm[r])
             for d in range(0, D, LANES):
-                n = min(LANES, D - d)
-                for i in range(n):
-                    scratch[i] = out_t[(group * width + d + i) * LANES + lane] * inverse
-                store_first(out, out_row + d, load(scratch, 0), n)
-            lse[head * T + first + r] = (top[r] + np.log2(norm[r])) * LN_2
+                store_first(out, row * D + d, load(p, r * width + d) * inverse, min(LANES, D - d))
+            lse[row] = (top[r] + np.log2(norm[r])) * LN_2
         if slots:
             for group in range((rows + LANES - 1) // LANES):
                 draw(mass, step_top, top, norm, group, block + 1, min(LANES, rows - group * LANES), scratch,
@@ -792,11 +822,10 @@ def thin(
         fetch_add(kept, entries)
 
 
-@register_jitable
-def tile_work(D):
-    """float32 elements of work space for one thread of `tile_gradients`."""
+def tile_work(D, chunks):
+    """float32 and int32 elements of work space for one thread of `tile_gradients`."""
     width = padded(D)
-    return TILE * (5 * width + 1) + BATCH * (3 * width + 2 * TILE + 1)
+    return TILE * (5 * width + 1) + BATCH * (3 * width + 2 * TILE) + chunks * CHUNK, 3 * chunks * CHUNK
 
 
 @jit
@@ -805,14 +834,6 @@ def multiply(c, c_row, a, a_row, a_column, b, b_row, rows, columns, n, accumulat
     for row in range(0, rows, HEIGHT):
         for column in range(0, columns, LANES):
             product(c, row * c_row + column, c_row, a, row * a_row, a_row, a_column, b, column, b_row, n, accumulate)
-
-
-@jit
-def transpose(a, n, width, target):
-    """(n, width) -> (width, n)"""
-    for i in range(n):
-        for d in range(width):
-            target[d * n + i] = a[i * width + d]
 
 
 @jit
@@ -846,8 +867,10 @@ def tile_gradients(
     part, end = work[end : end + size], end + size
     p, end = work[end : end + BATCH * TILE], end + BATCH * TILE  # (BATCH, TILE)
     m, end = work[end : end + BATCH * TILE], end + BATCH * TILE
-    multipliers = work[end : end + BATCH]
-    rows, positions, at = work_ints[:BATCH], work_ints[BATCH : 2 * BATCH], work_ints[2 * BATCH :]
+    # of the tile's records: 1/q, query head, row, and the place in parts
+    size = chunks * CHUNK
+    multipliers = work[end : end + size]
+    heads, positions, places = work_ints[:size], work_ints[size : 2 * size], work_ints[2 * size :]
     capacity, q_scale = CHUNK * slots, splat(np.float32(scale * LOG2_E))
     estimates = variance.size > 0
     while True:
@@ -860,49 +883,51 @@ def tile_gradients(
         b, kv = (round_[0] + head) // K, (round_[0] + head) % K
         k_tile[n_keys * width :] = 0
         pack(v, b * v_strides[0] + kv * v_strides[1] + first * v_strides[2], v_strides[2], n_keys, D, k_tile, width)
-        transpose(k_tile, TILE, width, v_t)
+        transpose_all(k_tile, width, TILE, width, v_t, TILE)
         pack(k, b * k_strides[0] + kv * k_strides[1] + first * k_strides[2], k_strides[2], n_keys, D, k_tile, width)
-        transpose(k_tile, TILE, width, k_t)
+        transpose_all(k_tile, width, TILE, width, k_t, TILE)
         if estimates:
             k_square[n_keys:] = 0
             k_square[:n_keys] = k_squares[(b * K + kv) * T + first : (b * K + kv) * T + first + n_keys]
         dk_tile[:], dv_tile[:] = 0, 0
         task_variance = 0.0
-        chunk, after = head * chunks, (head + 1) * chunks
-        done = 0  # records of the chunk
-        while chunk < after:
-            n = 0
-            while chunk < after and n < BATCH:
-                region = chunk * (n_tiles + 1) + tile
-                count = starts[region + 1] - starts[region]
-                taken = min(count - done, BATCH - n)
-                h = chunk_of(chunk, shape, round_)[2]
-                for record in range(starts[region] + done, starts[region] + done + taken):
-                    i = record_rows[chunk * capacity + record]
-                    q_row = b * q_strides[0] + h * q_strides[1] + i * q_strides[2]
-                    g_row = b * grad_strides[0] + h * grad_strides[1] + i * grad_strides[2]
-                    for d in range(0, D, LANES):
-                        store(q_rows, n * width + d, load_row(q, q_row, d, D) * q_scale)
-                        store(g_rows, n * width + d, load_row(grad_out, g_row, d, D))
-                    rows[n], positions[n], at[n] = (b * H + h) * T + i, i, bases[chunk] + record
-                    multipliers[n] = record_weights[chunk * capacity + record]
-                    n += 1
-                done += taken
-                if done == count:
-                    chunk, done = chunk + 1, 0
-            if n == 0:
-                break
+        count = 0
+        for chunk in range(head * chunks, (head + 1) * chunks):
+            h = chunk_of(chunk, shape, round_)[2]
+            region = chunk * (n_tiles + 1) + tile
+            for record in range(starts[region], starts[region + 1]):
+                heads[count], positions[count] = h, record_rows[chunk * capacity + record]
+                places[count] = bases[chunk] + record
+                multipliers[count] = record_weights[chunk * capacity + record]
+                count += 1
+        for batch in range(0, count, BATCH):
+            n = min(BATCH, count - batch)
+            for e in range(n):
+                h, i = heads[batch + e], positions[batch + e]
+                q_row = b * q_strides[0] + h * q_strides[1] + i * q_strides[2]
+                g_row = b * grad_strides[0] + h * grad_strides[1] + i * grad_strides[2]
+                for d in range(0, D, LANES):
+                    store(q_rows, e * width + d, load_row(q, q_row, d, D) * q_scale)
+                    store(g_rows, e * width + d, load_row(grad_out, g_row, d, D))
 
             multiply(p, TILE, q_rows, width, 1, k_t, TILE, n, TILE, width, False)
             multiply(m, TILE, g_rows, width, 1, v_t, TILE, n, TILE, width, False)
             for e in range(n):
-                row = rows[e]
+                # what the next batch reads and this one writes comes while this one is computed
+                later = min(batch + BATCH + e, count - 1)
+                h, i = heads[later], positions[later]
+                for d in range(0, D, LANES):
+                    prefetch(q, b * q_strides[0] + h * q_strides[1] + i * q_strides[2] + d)
+                    prefetch(grad_out, b * grad_strides[0] + h * grad_strides[1] + i * grad_strides[2] + d)
+                    prefetch(parts, places[batch + e] * width + d)
+                i = positions[batch + e]
+                row = (b * H + heads[batch + e]) * T + i
                 log_norm, delta_e = splat(np.float32(lse[row] * LOG2_E)), splat(delta[row])
-                multiplier, zero = splat(multipliers[e]), splat(np.float32(0))
+                multiplier, zero = splat(multipliers[batch + e]), splat(np.float32(0))
                 squares = zero
                 for j in range(e * TILE, (e + 1) * TILE, LANES):
                     key = splat(np.int32(first + j - e * TILE)) + lanes()
-                    future = splat(np.int32(positions[e])) < key
+                    future = splat(np.int32(i)) < key
                     w = where(future, zero, exp2(load(p, j) - log_norm))
                     slope = where(future, zero, load(m, j) - delta_e)
                     store(p, j, w * multiplier)
@@ -912,13 +937,13 @@ def tile_gradients(
                         slope = slope * splat(np.float32(scale))
                         squares = fma(w * w, fma(slope * slope, norms, splat(g_squares[row])), squares)
                 if estimates:
-                    task_variance += (multipliers[e] - 1) * multipliers[e] * total(squares)
+                    task_variance += (multipliers[batch + e] - 1) * multipliers[batch + e] * total(squares)
             multiply(dv_tile, width, p, 1, TILE, g_rows, width, TILE, width, n, True)
             multiply(dk_tile, width, m, 1, TILE, q_rows, width, TILE, width, n, True)
             multiply(part, width, m, TILE, 1, k_tile, width, n, width, TILE, False)
             for e in range(n):
                 for d in range(0, width, LANES):
-                    store(parts, at[e] * width + d, load(part, e * width + d))
+                    store(parts, places[batch + e] * width + d, load(part, e * width + d))
 
         for j in range(n_keys):
             row = (head * T + first + j) * D
@@ -946,12 +971,16 @@ def query_gradients(shape, scale, lse, delta, slots, round_, bases, places, part
         b, _, h, first, stop = chunk_of(task, shape, round_)
         for i in range(first, stop):
             row = (b * H + h) * T + i
-            start, end = (task * CHUNK + i - first) * slots, (task * CHUNK + i - first + 1) * slots
+            start = (task * CHUNK + i - first) * slots
+            count = 0
+            while count < slots and places[start + count] >= 0:
+                later = places[min(start + slots + count, places.size - 1)]  # of the next row; a wrong address does no harm
+                for d in range(0, D, LANES):
+                    prefetch(parts, (bases[task] + later) * width + d)
+                count += 1
             defined = math.isfinite(delta[row]) and math.isfinite(lse[row])
             for d in range(0, D, LANES):
                 dq_d = splat(np.float32(0 if defined else np.nan))
-                for place in range(start, end):
-                    if places[place] < 0:
-                        break
+                for place in range(start, start + count):
                     dq_d = dq_d + load(parts, (bases[task] + places[place]) * width + d)
                 store_first(dq, row * D + d, dq_d * splat(np.float32(scale)), min(LANES, D - d))
