@@ -68,7 +68,7 @@ def figures(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("bench")
     result = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "bench_attention.py", *SMALL, "--T=128,64", "--c=4,inf", "--memory=False",
+        [sys.executable, ROOT / "experiments" / "bench_attention.py", *SMALL, "--T=128,64", "--c=0.4,inf", "--memory=False",
          "--backend=reference", "--json=all.json", "--out=a.png"],
         cwd=folder,
         text=True,
@@ -87,7 +87,7 @@ def test_the_table(figures):
     titles, *rows = table_in(out)
     assert titles == ["T", "c", "exact fwd", "exact bwd", "SUS fwd", "of it draw", "SUS bwd", "of it sparse", "fwd ratio",
                       "bwd ratio", "fwd+bwd ratio", "kept/row", "exact MiB", "SUS MiB"]  # fmt: skip
-    assert [row[:2] for row in rows] == [["64", "4"], ["64", "inf"], ["128", "4"], ["128", "inf"]]
+    assert [row[:2] for row in rows] == [["64", "0.4"], ["64", "inf"], ["128", "0.4"], ["128", "inf"]]
     assert rows[0][5] == "in bwd" and ".." in rows[0][8]
     for text in (
         "threads 1",
@@ -95,7 +95,7 @@ def test_the_table(figures):
         "SDPA flash",
         "SDPA math",
         "a matrix product took",
-        "SUS c = 4, weighted draws, by the reference backend (asked for)",
+        "SUS c = 0.4, sampler tiles, by the reference backend (asked for)",
         "left out: FlexAttention at T = 64, 128: FlexAttention does not support backward on CPU",
         "Time grows as T to the power of: exact backward",
     ):
@@ -107,7 +107,7 @@ def test_the_json_holds_every_figure(figures):
     assert sorted(path.name for path in folder.iterdir()) == ["a.png", "all.json"]
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((folder / "all.json").read_text())
-    names = ["SDPA flash", "SDPA math", "SUS c=4", "SUS c=inf", "SUS undrawn"]
+    names = ["SDPA flash", "SDPA math", "SUS c=0.4", "SUS c=inf", "SUS undrawn"]
     assert sorted((row["T"], row["name"]) for row in data["results"]) == [
         (T, name) for T in (64, 128) for name in names
     ]
@@ -115,7 +115,7 @@ def test_the_json_holds_every_figure(figures):
     assert all(time > 0 for row in data["results"] for time in row["forward_ms"])
     sus = [row for row in data["results"] if row["kind"] == "sus"]
     assert [row["kept_per_row"] for row in sus if row["c"] == "inf"] == [32.5, 64.5] and all(
-        3 < row["kept_per_row"] <= 4 for row in sus if row["c"] == 4
+        5 < row["kept_per_row"] < 30 for row in sus if row["c"] == 0.4
     )
     assert data["inputs"] == {
         "from": "normal random numbers",
@@ -123,14 +123,14 @@ def test_the_json_holds_every_figure(figures):
         "key_heads": 2,
         "dtype": "float32",
     }
-    assert data["config"]["c"] == "4,inf" and {row["backend"] for row in sus} == {"reference"}
+    assert data["config"]["c"] == "0.4,inf" and {row["backend"] for row in sus} == {"reference"}
     assert len(data["idle"]["product_ms"]) == 3 and data["environment"]["threads"] == 1
     assert len(data["checks"]) >= 12 and all(check["value"] <= check["limit"] for check in data["checks"])
     for line in data["comparisons"]:
         for part in ("forward", "backward", "both"):
             assert line[part]["low"] <= line[part]["median"] <= line[part]["high"]
     assert {fit["name"] for fit in data["fits"]} == {
-        f"{name} {part}" for name in ("exact", "SUS c=4", "SUS c=inf") for part in ("forward", "backward")
+        f"{name} {part}" for name in ("exact", "SUS c=0.4", "SUS c=inf") for part in ("forward", "backward")
     }
 
 
@@ -176,7 +176,7 @@ def made_up(Ts=(1024, 4096), cs=(10.0, 25.0), draws=True):
             "left_out": [],
             "idle": measure.idleness([10.0, 12.0]),
             "checks": [],
-            "config": {"sampler": "weighted"},
+            "config": {"sampler": "tiles"},
             "inputs": {"from": "nowhere", "shape": [1, 4, "T", 64], "key_heads": 2, "dtype": "float32"},
             "comparisons": bench_attention.compare(rows, list(Ts)),
             "fits": bench_attention.fits(rows),
@@ -374,7 +374,7 @@ def test_what_is_not_worth_measuring_is_left_out_by_name(monkeypatch):
         "SUS c=30",
         "SUS undrawn",
         "FlexAttention",
-        "reference c=30",
+        "reference c=10",
     ]
     running, reasons = bench_attention.choose(members, INPUTS, 1e-9, CPU)
     assert running[0].kind == "exact" and [m.kind for m in running[1:]] == ["sus", "sus", "undrawn"]

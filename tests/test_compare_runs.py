@@ -183,8 +183,8 @@ def test_the_order_and_the_names_of_a_sweep(config, monkeypatch):
 def test_what_makes_another_run(config, tmp_path, main):
     """What matters to SUS alone doesn't matter to exact; the names of the run and of its project never do."""
     made_sweep(config, tmp_path / "out-sweep", "exact-seed1", "sus-c4-seed1", sus_c=9.0, wandb_project="other", log_interval=3)
-    main(config, "--sweep=exact,4", "--seeds=1", "--sus_sampler=weighted")
-    with pytest.raises(UserError, match="sus-c4-seed1 has a run with sus_sampler=weighted, not poisson"):
+    main(config, "--sweep=exact,4", "--seeds=1", "--sus_sampler=tiles")
+    with pytest.raises(UserError, match="sus-c4-seed1 has a run with sus_sampler=tiles, not poisson"):
         main(config, "--sweep=exact,4", "--seeds=1", "--sus_sampler=poisson")
     main(config, "--sweep=exact", "--seeds=1", "--sus_sampler=poisson")
     with pytest.raises(UserError, match="exact-seed1 has a run with max_iters=200, not 400"):

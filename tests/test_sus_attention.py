@@ -114,9 +114,9 @@ def test_same_seed_nearly_the_same_mask_at_any_dtype(dtype):
     """The mask is a function of float32 weights; those of float64 round differently in a few places only."""
     q, k, v, grad_out = inputs(1, 2, 2, 200, 8, dtype)
     stats, exact_stats = torch.zeros(3), torch.zeros(3)
-    low = grads(q, k, v, grad_out, 8.0, seed=2, stats=stats)[3].double()
+    low = grads(q, k, v, grad_out, 0.8, seed=2, stats=stats)[3].double()
     x64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    high = grads(*x64, grad_out.double(), 8.0, seed=2, stats=exact_stats)[3]
+    high = grads(*x64, grad_out.double(), 0.8, seed=2, stats=exact_stats)[3]
     assert abs(stats[0] - exact_stats[0]) / exact_stats[0] < 0.02
     assert (low - high).norm() / high.norm() < 0.05
 
@@ -124,17 +124,17 @@ def test_same_seed_nearly_the_same_mask_at_any_dtype(dtype):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_blocks_of_any_size_give_the_same(monkeypatch, is_causal):
     q, k, v, grad_out = inputs(2, 4, 2, 70, 8)
-    whole = grads(q, k, v, grad_out, 3.0, seed=1, is_causal=is_causal)
+    whole = grads(q, k, v, grad_out, 0.4, seed=1, is_causal=is_causal)
     for entries in (1, 2 * 4 * 70 * 3, 2 * 4 * 70 * 11):
         monkeypatch.setattr(reference, "CPU_BLOCK_ENTRIES", entries)
-        for a, b in zip(grads(q, k, v, grad_out, 3.0, seed=1, is_causal=is_causal), whole):
+        for a, b in zip(grads(q, k, v, grad_out, 0.4, seed=1, is_causal=is_causal), whole):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_strided_inputs():
     q, k, v, grad_out = inputs(2, 2, 2, 20, 8)
-    want = grads(q, k, v, grad_out, 3.0, seed=1)
-    got = grads(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad_out)), 3.0, seed=1)
+    want = grads(q, k, v, grad_out, 0.4, seed=1)
+    got = grads(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad_out)), 0.4, seed=1)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -146,6 +146,7 @@ def test_strided_inputs():
 @pytest.mark.parametrize("Hkv, is_causal", [(2, True), (1, False)])
 def test_unbiased_over_seeds(sampler, Hkv, is_causal):
     """z-scores of the mean of random projections of dQ, dK, dV over 50 seeds x 40 batch entries."""
+    c = 0.4 if sampler == "tiles" else 2.0  # all 24 keys are of one tile
     q, k, v, grad_out = inputs(1, 2, Hkv, 24, 4)
     exact = naive(q, k, v, grad_out, is_causal=is_causal)[1:4]
     g = torch.Generator().manual_seed(1)
@@ -153,7 +154,7 @@ def test_unbiased_over_seeds(sampler, Hkv, is_causal):
     project = lambda gradients: torch.cat([x.flatten(1) @ p.mT for p, x in zip(projections, gradients)], 1)  # noqa: E731
     many = [x.expand(40, -1, -1, -1) for x in (q, k, v, grad_out)]
     draws = torch.cat([
-        project(grads(*many, 2.0, seed=s, sampler=sampler, is_causal=is_causal)[1:]) for s in range(50)
+        project(grads(*many, c, seed=s, sampler=sampler, is_causal=is_causal)[1:]) for s in range(50)
     ])  # fmt: skip
     z = (draws.mean(0) - project(exact)[0]) / (draws.std(0) / math.sqrt(len(draws)))
     assert z.abs().max() < 4.5
@@ -194,6 +195,24 @@ def test_stats_count_the_mask(sampler):
     assert stats.tolist() == [2 * 4 * 90 * 91 / 2, 0, 0]
 
 
+def test_a_tile_is_kept_or_cut_as_one():
+    """And so that its inclusion probability is c_i times its sum of weights, seen by many seeds."""
+    q, k, v, grad_out = inputs(1, 1, 1, 200, 4)
+    w = naive(q, k, v, grad_out)[-1]
+    row_weight = reference.row_weights(grad_out).unsqueeze(-1)
+    known = reference.Known(row_weight, None, None)
+    mass = reference.tile_masses(w)
+    seen = torch.zeros_like(mass)
+    for seed in range(400):
+        m = reference.sus_multiplier(torch.tensor(0.9), 0.9, "tiles", torch.tensor(seed), None, 200)(w, range(200), known)[0]
+        first = m[..., ::64]  # of each tile
+        assert torch.equal(m, first.repeat_interleave(64, -1)[..., :200].tril())
+        seen += first > 0
+    q_tiles = torch.minimum(1.8 * mass, 0.9 * row_weight * mass).clamp(max=1)
+    z = (seen / 400 - q_tiles) / (q_tiles * (1 - q_tiles) / 400).sqrt().clamp_min(1e-2)
+    assert z.abs().max() < 4.5 and 0.1 < q_tiles[..., 128:, :].mean() < 0.4
+
+
 def test_added_variance_is_the_variance_of_poisson_draws():
     """The estimate's mean over seeds against the variance seen over the same seeds: within 4 standard errors."""
     q, k, v, grad_out = inputs(1, 2, 2, 20, 4)
@@ -214,10 +233,10 @@ def test_added_variance_is_the_variance_of_poisson_draws():
 
 def test_same_seed_bitwise_other_seed_different():
     q, k, v, grad_out = inputs(1, 2, 2, 40, 8, torch.float32)
-    a, b, other = (grads(q, k, v, grad_out, 2.0, seed=s) for s in (1, 1, 2))
+    a, b, other = (grads(q, k, v, grad_out, 0.4, seed=s) for s in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert torch.equal(a[0], other[0]) and not torch.equal(a[1], other[1])
-    assert all(torch.equal(x, y) for x, y in zip(a, grads(q, k, v, grad_out, 2.0, seed=torch.tensor(1))))
+    assert all(torch.equal(x, y) for x, y in zip(a, grads(q, k, v, grad_out, 0.4, seed=torch.tensor(1))))
 
 
 def test_seed_none_comes_from_the_default_generator():
@@ -225,16 +244,16 @@ def test_seed_none_comes_from_the_default_generator():
     draws = []
     for s in (1, 1, 2):
         torch.manual_seed(s)
-        draws.append(grads(q, k, v, grad_out, 2.0)[1])
+        draws.append(grads(q, k, v, grad_out, 0.4)[1])
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_seed_and_c_may_change_in_place_between_forward_and_backward():
     q, k, v, grad_out = inputs(1, 2, 2, 40, 8)
-    seed, c = torch.tensor(1), torch.tensor(2.0)
+    seed, c = torch.tensor(1), torch.tensor(0.4)
     out = sus_attention(q, k, v, c, c_max=50.0, seed=seed)
-    seed.fill_(2), c.fill_(20)
-    assert torch.equal(torch.autograd.grad(out, q, grad_out)[0], grads(q, k, v, grad_out, 2.0, seed=1)[1])
+    seed.fill_(2), c.fill_(0.3)
+    assert torch.equal(torch.autograd.grad(out, q, grad_out)[0], grads(q, k, v, grad_out, 0.4, seed=1)[1])
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -242,9 +261,9 @@ def test_seed_and_c_may_change_in_place_between_forward_and_backward():
 def test_activation_checkpointing_draws_the_same_mask(use_reentrant, seed):
     q, k, v, grad_out = inputs(1, 2, 2, 40, 8)
     torch.manual_seed(3)
-    want = grads(q, k, v, grad_out, 2.0, seed=seed)
+    want = grads(q, k, v, grad_out, 0.4, seed=seed)
     torch.manual_seed(3)
-    out = checkpoint(lambda q, k, v: sus_attention(q, k, v, 2.0, seed=seed), q, k, v, use_reentrant=use_reentrant)
+    out = checkpoint(lambda q, k, v: sus_attention(q, k, v, 0.4, seed=seed), q, k, v, use_reentrant=use_reentrant)
     out.backward(grad_out)
     assert torch.equal(out, want[0]) and torch.equal(q.grad, want[1])
 
@@ -253,10 +272,10 @@ def test_activation_checkpointing_draws_the_same_mask(use_reentrant, seed):
 def test_autocast(dtype):
     q, k, v, grad_out = inputs(1, 2, 1, 40, 8, torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        out = sus_attention(q, k, v.to(dtype), 3.0, seed=1)  # mixed, as rotary embeddings make them
+        out = sus_attention(q, k, v.to(dtype), 0.4, seed=1)  # mixed, as rotary embeddings make them
         got = torch.autograd.grad(out, (q, k, v), grad_out.to(dtype))
     low = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-    want = grads(*low, grad_out.to(dtype), 3.0, seed=1)
+    want = grads(*low, grad_out.to(dtype), 0.4, seed=1)
     assert out.dtype == dtype and torch.equal(out, want[0])
     for a, b in zip(got, want[1:]):
         assert a.dtype == torch.float32 and torch.equal(a, b.float())
@@ -298,7 +317,7 @@ def test_compiles_without_a_break_and_a_changing_c_recompiles_nothing():
 
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for c, seed in [(2.0, 1), (3.5, 2), (50.0, 3), (2.0, 2**40)]:
+        for c, seed in [(0.3, 1), (0.45, 2), (50.0, 3), (0.3, 2**40)]:
             q, k, v, grad_out = inputs(1, 4, 2, 40, 8, seed=seed % 100)
             args = q, k, v, torch.tensor(c), torch.tensor(seed)
             out, want = compiled(*args), f(*args)
@@ -330,8 +349,8 @@ def test_gradients_of_some_inputs_only(which):
     tensors = [x.detach() for x in inputs(1, 2, 2, 20, 4)]
     tensors[which].requires_grad_()
     *qkv, grad_out = tensors
-    got = torch.autograd.grad(sus_attention(*qkv, 2.0, seed=1), qkv[which], grad_out)[0]
-    assert torch.equal(got, grads(*(x.detach().requires_grad_() for x in qkv), grad_out, 2.0, seed=1)[1 + which])
+    got = torch.autograd.grad(sus_attention(*qkv, 0.4, seed=1), qkv[which], grad_out)[0]
+    assert torch.equal(got, grads(*(x.detach().requires_grad_() for x in qkv), grad_out, 0.4, seed=1)[1 + which])
 
 
 # -- errors ------------------------------------------------------------------------------------
