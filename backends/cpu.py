@@ -278,7 +278,8 @@ def backward(
     most = min(round_heads, B * K) * min(round_chunks, chunks)
     starts = q.new_empty(most * (n_tiles + 1), dtype=torch.int32)
     record_rows, places = (q.new_empty(most * ck.CHUNK * slots, dtype=torch.int32) for _ in range(2))
-    records = _flat(starts), _flat(record_rows), _flat(torch.empty_like(record_rows, dtype=torch.float32))
+    record_weights = q.new_empty(2 * len(record_rows), dtype=torch.float32)
+    records = _flat(starts), _flat(record_rows), _flat(record_weights)
     # once, and NumPy's, which asks for large pages: to get memory by small ones takes longer than to fill it. What isn't
     # written takes no memory
     parts = np.empty(most * ck.CHUNK * slots * ck.padded(D), np.float32)
@@ -290,7 +291,7 @@ def backward(
             ck.thin, tasks,
             *grad_, shape, _flat(out), np.float32(KAPPA * c), np.float32(c), row_weight, thin_state, *proposals, slots, round_,
             delta, *records, _flat(places), kept,
-            work=[((2 + ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
+            work=[((2 + 2 * ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
         )  # fmt: skip
         counts = starts.view(most, n_tiles + 1)[:tasks, -1].long()
         bases = _flat(counts.cumsum(0) - counts)

@@ -749,8 +749,8 @@ def thin(
 
     delta: float32 (B, H, T), G_i . O_i.
     starts: int32 (heads * chunks, tiles + 1), where each tile's records begin among those of a chunk; last, their number.
-    record_rows, record_weights: int32 and float32 (heads * chunks, CHUNK * slots), the row and 1/q.
-    places: int32, the same shape by row and slot: where the row's records are, in the order of its slots, then -1.
+    record_rows, record_weights: int32 (heads * chunks, CHUNK * slots) and float32 (the same, 2), the row; 1/q and W_iJ.
+    places: int32, by row and slot: where the row's records are, in the order of its slots, then -1.
     kept: int64 (1,), grows by the number of entries kept.
     """
     B, H, K, T, D = shape
@@ -796,7 +796,8 @@ def thin(
                 running += int(units[s])
                 if running >> UNIT_BITS:
                     tile = tiles[slot + s]
-                    kept_tiles[place], kept_weights[place] = tile, left[s]
+                    kept_tiles[place] = tile
+                    kept_weights[2 * place], kept_weights[2 * place + 1] = left[s], masses[slot + s]
                     at[tile + 1] += 1
                     entries += min(TILE, i + 1 - tile * TILE)
                     place += 1
@@ -815,7 +816,9 @@ def thin(
                 record = at[tile]
                 at[tile] = record + 1
                 places[chunk + place] = record
-                record_rows[chunk + record], record_weights[chunk + record] = i, kept_weights[place]
+                record_rows[chunk + record] = i
+                record_weights[2 * (chunk + record)] = kept_weights[2 * place]
+                record_weights[2 * (chunk + record) + 1] = kept_weights[2 * place + 1]
         for tile in range(n_tiles, 0, -1):  # each tile's end becomes the next one's beginning
             at[tile] = at[tile - 1]
         at[0] = 0
@@ -825,7 +828,7 @@ def thin(
 def tile_work(D, chunks):
     """float32 and int32 elements of work space for one thread of `tile_gradients`."""
     width = padded(D)
-    return TILE * (5 * width + 1) + BATCH * (3 * width + 2 * TILE) + chunks * CHUNK, 3 * chunks * CHUNK
+    return TILE * (5 * width + 1) + BATCH * (3 * width + 2 * TILE) + 2 * chunks * CHUNK, 3 * chunks * CHUNK
 
 
 @jit
@@ -867,9 +870,9 @@ def tile_gradients(
     part, end = work[end : end + size], end + size
     p, end = work[end : end + BATCH * TILE], end + BATCH * TILE  # (BATCH, TILE)
     m, end = work[end : end + BATCH * TILE], end + BATCH * TILE
-    # of the tile's records: 1/q, query head, row, and the place in parts
+    # of the tile's records: 1/q, W_iJ, query head, row, and the place in parts
     size = chunks * CHUNK
-    multipliers = work[end : end + size]
+    multipliers, masses = work[end : end + size], work[end + size : end + 2 * size]
     heads, positions, places = work_ints[:size], work_ints[size : 2 * size], work_ints[2 * size :]
     capacity, q_scale = CHUNK * slots, splat(np.float32(scale * LOG2_E))
     estimates = variance.size > 0
@@ -898,7 +901,8 @@ def tile_gradients(
             for record in range(starts[region], starts[region + 1]):
                 heads[count], positions[count] = h, record_rows[chunk * capacity + record]
                 places[count] = bases[chunk] + record
-                multipliers[count] = record_weights[chunk * capacity + record]
+                multipliers[count] = record_weights[2 * (chunk * capacity + record)]
+                masses[count] = record_weights[2 * (chunk * capacity + record) + 1]
                 count += 1
         for batch in range(0, count, BATCH):
             n = min(BATCH, count - batch)
@@ -923,12 +927,20 @@ def tile_gradients(
                 i = positions[batch + e]
                 row = (b * H + heads[batch + e]) * T + i
                 log_norm, delta_e = splat(np.float32(lse[row] * LOG2_E)), splat(delta[row])
-                multiplier, zero = splat(multipliers[batch + e]), splat(np.float32(0))
-                squares = zero
+                zero = splat(np.float32(0))
+                sums, squares = zero, zero
                 for j in range(e * TILE, (e + 1) * TILE, LANES):
-                    key = splat(np.int32(first + j - e * TILE)) + lanes()
-                    future = splat(np.int32(i)) < key
+                    future = splat(np.int32(i)) < splat(np.int32(first + j - e * TILE)) + lanes()
                     w = where(future, zero, exp2(load(p, j) - log_norm))
+                    store(p, j, w)
+                    sums = sums + w
+                # their sum is known, and better than the log-sum-exp: in its last place is much where it is large
+                all_keys = total(sums)
+                share = splat(masses[batch + e] / all_keys if all_keys != 0 else all_keys)
+                multiplier = splat(multipliers[batch + e])
+                for j in range(e * TILE, (e + 1) * TILE, LANES):
+                    future = splat(np.int32(i)) < splat(np.int32(first + j - e * TILE)) + lanes()
+                    w = load(p, j) * share
                     slope = where(future, zero, load(m, j) - delta_e)
                     store(p, j, w * multiplier)
                     store(m, j, w * multiplier * slope)
