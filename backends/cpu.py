@@ -243,7 +243,7 @@ def forward(
 
 
 def round_records(T: int) -> int:
-    """About the most records of one round of the backward: few enough for a cache, and worth going through all dK and dV."""
+    """About the most kept pairs of one round of the backward: few enough for a cache, and worth a pass over dK and dV."""
     return max(1 << 16, 8 * T)
 
 
@@ -264,7 +264,7 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
     stats = q.new_zeros(3, dtype=torch.float32)
-    row_weight, thin_state = _flat(row_weights(grad_out).float()), seed_state(int(seed), STREAM_THINNING)
+    row_weight, thin_state = _flat(row_weights(grad_out)), seed_state(int(seed), STREAM_THINNING)
     squares = [np.empty(0, np.float32)] * 3
     if with_stats:
         squares = [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in (grad_out, q, k)]
@@ -280,8 +280,8 @@ def backward(
     record_rows, places = (q.new_empty(most * ck.CHUNK * slots, dtype=torch.int32) for _ in range(2))
     record_weights = q.new_empty(2 * len(record_rows), dtype=torch.float32)
     records = _flat(starts), _flat(record_rows), _flat(record_weights)
-    # once, and NumPy's, which asks for large pages: to get memory by small ones takes longer than to fill it. What isn't
-    # written takes no memory
+    # once, and from NumPy, which asks for large pages: by small ones, to get memory takes longer than to fill it. It is
+    # of the size that is never exceeded; what isn't written takes no memory
     parts = np.empty(most * ck.CHUNK * slots * ck.padded(D), np.float32)
     for head, chunk in itertools.product(range(0, B * K, round_heads), range(0, chunks, round_chunks)):
         heads = min(round_heads, B * K - head)
@@ -307,7 +307,10 @@ def backward(
             records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
             work=list(zip(ck.tile_work(D, round_[3]), (torch.float32, torch.int32))),
         )  # fmt: skip
-        _run(ck.query_gradients, tasks, shape, float(scale), lse_, delta, slots, round_, bases, _flat(places), parts, _flat(dq))
+        _run(
+            ck.query_gradients, tasks,
+            shape, float(scale), lse_, delta, slots, round_, bases, _flat(places), parts, _flat(dq),
+        )  # fmt: skip
         if chunk + round_[3] == chunks:
             for x, total in zip(of_round, sums):
                 x.copy_(total)

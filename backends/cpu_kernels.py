@@ -6,16 +6,17 @@ instructions, which LLVM turns into those of any CPU. Then the kernels, written 
 
 The layout that the forward rests on: **a lane is a query row**. 16 rows stand side by side, and every loop runs over
 keys or over the head dim. So maxima, sums and the draw's running total need nothing across lanes, and both matrix
-products take the scalars of K and V as they lie in memory.
+products take the scalars of K and V as they lie in memory. In the backward a lane is a key or an element of the head
+dim: the rows that keep a tile come from anywhere, and are taken as they lie in memory.
 
-One file, because numba's cache of compiled code looks at changes of a function's own file only (and, see backends/cpu.py,
-of reference.py).
+One file, because numba's cache of compiled code looks at changes of a function's own file only (and, see
+backends/cpu.py, of reference.py).
 
 Dims: B batch, H query heads, K key/value heads, G = H / K, T positions, D head dim. Arrays are flat; where they are
 views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as uint16.
 
 Deliberately missing: threads (backends/cpu.py runs these functions on several; they release the GIL, and share the
-work through a counter), and everything but causal attention with the systematic draw, thinned or not.
+work through a counter), and everything but causal attention with the sampler tiles.
 """
 
 import math
@@ -235,10 +236,6 @@ def minimum(a, b):
     return np.where(a < b, a, b)
 
 
-def square_root(x):
-    return np.sqrt(x)
-
-
 def ceil_to_ints(x):
     """x in [0, 2^31), rounded up."""
     return np.ceil(x).astype(np.int32)
@@ -329,11 +326,6 @@ def _(builder, context, given, args):
     return builder.select(builder.fcmp_ordered("<", *args), *args)
 
 
-@emission(square_root, lambda x: (floats, floats))
-def _(builder, context, given, args):
-    return intrinsic(builder, f"llvm.sqrt.v{LANES}f32", floats.ir, *args)
-
-
 @emission(ceil_to_ints, lambda x: (ints, floats))
 def _(builder, context, given, args):
     return builder.fptosi(intrinsic(builder, f"llvm.ceil.v{LANES}f32", floats.ir, *args), ints.ir)
@@ -402,8 +394,9 @@ def _(builder, context, given, args):
 def product(c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate):
     """C = A B, or C += A B: the matrix product's register tile. c, a, b: float32.
 
-    A (HEIGHT, n) at a[a0 + row * a_row + column * a_column]; B (n, LANES) and C (HEIGHT, LANES) in rows b_row and c_row
-    apart; n >= 1. A B is summed by FMAs in order from 0, and then added: over many calls the error stays that of short sums.
+    A (HEIGHT, n) at a[a0 + row * a_row + column * a_column]; B (n, LANES) and C (HEIGHT, LANES) at b0 and c0, in rows
+    b_row and c_row apart; n >= 1. A B is summed by FMAs in order from 0, and then added: over many calls the error
+    stays that of short sums.
     """
     for row in range(HEIGHT):
         x = np.zeros(LANES, np.float32)
@@ -581,16 +574,17 @@ def softmax_step(p, step, n, top, norm, step_top, mass, out_t, group, width):
 
 @jit
 def inclusion_units(weight, c_units):
-    """q = min(1, c W) in fixed point, as reference.inclusion_units specifies it. c_units: c * UNIT, all lanes. 0 for NaN."""
+    """q = min(1, c W) in fixed point, as in reference.inclusion_units. c_units: c * UNIT, all lanes. 0 for NaN."""
     return ceil_to_ints(minimum(maximum(weight * c_units, splat(np.float32(0))), splat(np.float32(UNIT))))
 
 
 @jit
 def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots, tiles, masses):
-    """The systematic sample of the tiles of n of 16 rows: keep one where the running sum of q, started at u, passes an integer.
+    """The systematic sample of 16 rows' tiles: keep one where the running sum of q, started at u, passes an integer.
 
     In fixed point, as specified in reference.inclusion_units and keep_systematic; q depends on the stored masses alone.
-    mass: (tiles, ROWS), relative to step_top: (steps, ROWS). row: the first of the rows, of B * H * T. scratch: LANES floats.
+    mass: (tiles, ROWS), relative to step_top: (steps, ROWS). row: the first of the rows, of B * H * T. n: how many of
+    the 16 there are. scratch: LANES floats.
     """
     unit, fraction, none = splat(np.int32(UNIT)), splat(np.int32(UNIT - 1)), splat(np.int32(0))
     c_units = splat(np.float32(c * np.float32(UNIT)))
@@ -624,7 +618,7 @@ def forward(
     """Exact causal attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles.
 
     Flash attention's online softmax (Dao et al., arXiv 2205.14135) over steps of KEYS keys for blocks of ROWS rows, in
-    base 2. What a block remembers of its weights are their sums in each tile, relative to the maximum known at the time.
+    base 2. Of its weights a block remembers the sums in each tile, relative to the maximum known at the time.
 
     shape: (B, H, K, T, D). scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T).
     c: of the proposals, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
@@ -708,13 +702,13 @@ def forward(
 
 # The backward's work is its records: the kept pairs of a row and a tile. By row it is known what is kept, and dQ is
 # summed; by tile K and V stay in the cache, dK and dV are sums, and many rows make dense products. So one kernel thins,
-# row by row, and sorts a chunk's records by tile; a second takes each tile's records, of all chunks, and leaves what each
-# adds to dQ; a third sums that by row. What each task writes has one owner, and the order of every sum depends on
-# the shape only: the result is the same for any number of threads.
+# row by row, and sorts a chunk's records by tile; a second takes each tile's records, of all chunks, and leaves what
+# each adds to dQ; a third sums that by row. What each task writes has one owner, and the order of every sum is that of
+# chunks and rows: the result is the same for any number of threads.
 #
 # A call of these kernels does one round, a rectangle of the work: `round_` is (first_head, heads, first_chunk, chunks),
-# key/value heads of the B * K, and of each the same chunks of CHUNK query rows of the G * chunks_of(T) that attend to
-# it. What stands between the kernels is as large as a round, not as the whole.
+# key/value heads of the B * K, and of each the same chunks of CHUNK query rows of the G * chunks_of(T) that attend
+# to it. What stands between the kernels is as large as a round, not as the whole.
 
 CHUNK = 256  # query rows of one task
 BATCH = 64  # records of one product: with K, V and what they become, they stay in the second-level cache
@@ -744,13 +738,13 @@ def thin(
 ):  # fmt: skip
     """The second draw (reference.thinning_units), and the records that it leaves, sorted by tile in each chunk of rows.
 
-    out: contiguous. drawn_c: what the forward proposed with. row_weights: float32 (B, H, T). thin_state: the hash state of
-    seed and stream. tiles, masses: from `forward`. Writes
+    out: contiguous. drawn_c: what the forward proposed with. row_weights: float32 (B, H, T). thin_state: the hash state
+    of seed and stream. tiles, masses: from `forward`. Writes
 
     delta: float32 (B, H, T), G_i . O_i.
-    starts: int32 (heads * chunks, tiles + 1), where each tile's records begin among those of a chunk; last, their number.
+    starts: int32 (heads * chunks, tiles + 1), where each tile's records begin among those of a chunk; last, how many.
     record_rows, record_weights: int32 (heads * chunks, CHUNK * slots) and float32 (the same, 2), the row; 1/q and W_iJ.
-    places: int32, by row and slot: where the row's records are, in the order of its slots, then -1.
+    places: int32 (heads * chunks, CHUNK, slots), where a row's records are among the chunk's, then -1.
     kept: int64 (1,), grows by the number of entries kept.
     """
     B, H, K, T, D = shape
@@ -833,7 +827,7 @@ def tile_work(D, chunks):
 
 @jit
 def multiply(c, c_row, a, a_row, a_column, b, b_row, rows, columns, n, accumulate):
-    """C = A B, or C += A B, C (rows, columns): rows rounded up to HEIGHT, columns a multiple of LANES."""
+    """C = A B, or C += A B, for C (rows, columns): rows are rounded up to HEIGHT, columns a multiple of LANES."""
     for row in range(0, rows, HEIGHT):
         for column in range(0, columns, LANES):
             product(c, row * c_row + column, c_row, a, row * a_row, a_row, a_column, b, column, b_row, n, accumulate)
@@ -851,8 +845,8 @@ def tile_gradients(
 
     delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads * chunks), how many records the chunks
     before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous (heads of the round, T, D). adds: to what
-    is in them. g_squares, q_squares (B, H, T), k_squares (B, K, T): squared norms, needed for variance, float64 (heads *
-    tiles), or empty: the estimate of reference.backward, by task.
+    is in them. g_squares, q_squares (B, H, T), k_squares (B, K, T): squared norms, float32, or empty with variance,
+    float64 (heads * tiles): the estimate of reference.backward, by task.
     """
     B, H, K, T, D = shape
     width = padded(D)
@@ -934,7 +928,7 @@ def tile_gradients(
                     w = where(future, zero, exp2(load(p, j) - log_norm))
                     store(p, j, w)
                     sums = sums + w
-                # their sum is known, and better than the log-sum-exp: in its last place is much where it is large
+                # their sum is known, and not by the log-sum-exp, whose last place is worth much where it is large
                 all_keys = total(sums)
                 share = splat(masses[batch + e] / all_keys if all_keys != 0 else all_keys)
                 multiplier = splat(multipliers[batch + e])
@@ -986,7 +980,8 @@ def query_gradients(shape, scale, lse, delta, slots, round_, bases, places, part
             start = (task * CHUNK + i - first) * slots
             count = 0
             while count < slots and places[start + count] >= 0:
-                later = places[min(start + slots + count, places.size - 1)]  # of the next row; a wrong address does no harm
+                # of the next row; a wrong address does no harm
+                later = places[min(start + slots + count, places.size - 1)]
                 for d in range(0, D, LANES):
                     prefetch(parts, (bases[task] + later) * width + d)
                 count += 1

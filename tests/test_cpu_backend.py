@@ -125,7 +125,7 @@ CASES = [  # B, H, K, T, D, weights
         (2, 4, 2, 63, 16, "random"), (1, 4, 1, 63, 128, "peaked"), (1, 4, 1, 64, 40, "flat"),
         (2, 2, 2, 64, 64, "high"), (1, 2, 1, 64, 17, "low"), (2, 2, 2, 65, 64, "one-hot"),
         (1, 2, 1, 65, 128, "sink"), (1, 4, 4, 65, 3, "peaked"), (2, 2, 1, 65, 40, "high"),
-        (1, 2, 2, 127, 24, "random"), (2, 2, 1, 128, 16, "peaked"), (1, 4, 2, 129, 33, "sink"), (1, 6, 2, 300, 64, "random"),
+        (1, 2, 2, 127, 24, "random"), (2, 2, 1, 128, 16, "peaked"), (1, 4, 2, 129, 33, "random"), (1, 6, 2, 300, 64, "random"),
         (1, 1, 1, 1000, 64, "random"), (1, 1, 1, 1000, 1, "random"), (1, 2, 1, 1000, 40, "peaked"),
         (1, 1, 1, 1000, 128, "flat"), (2, 1, 1, 1000, 40, "one-hot"), (1, 2, 1, 1000, 16, "sink"),
         (1, 1, 1, 1000, 16, "high"), (1, 1, 1, 1000, 64, "low"),
@@ -153,7 +153,8 @@ def test_forward_error_within_twice_that_of_sdpa(B, H, K, T, D, weights, dtype, 
 def test_backward_error_within_twice_that_of_naive_pytorch(B, H, K, T, D, weights, dtype, monkeypatch, poisoned):
     """Under the mask that was drawn."""
     tensors = shaped(weights, B, H, K, T, D, dtype)
-    for c in (0.7, 5.0)[weights in ("high", "low") :]:  # scores of 1e4: few entries have all the error, whose is more is chance
+    # with scores of 1e4 a few entries have all the error: whose is larger is chance, and more so if few are kept
+    for c in (5.0,) if weights in ("high", "low") else (0.7, 5.0):
         _, (*got, stats), m = masked(monkeypatch, tensors, c)
         truth, plain = naive(*float64(tensors), m.double()), naive(*tensors, m.to(dtype))
         check_errors(["dq", "dk", "dv"], got, plain[1:4], truth[1:4], dtype, beside=torch.finfo(torch.float32).eps)
