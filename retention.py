@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sus_attn import fold_in
 
-START, LOW, HIGH = 8.0, 1.0, 32.0  # of c
+START, LOW, HIGH = 4.0, 1.0, 32.0  # of c
 STEER, CALIBRATE = 10, 50  # iterations
 # Of the running means, a calibration. They are of logarithms: a batch's gradient may be ten times another's, and all fall a
 # hundredfold as training begins. So c follows the usual batch; rho, a quotient of means, is what odd ones make of it.

@@ -59,7 +59,7 @@ def sus_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    c: float | Tensor = 8.0,
+    c: float | Tensor = 4.0,
     *,
     is_causal: bool = True,
     scale: float | None = None,
@@ -124,7 +124,7 @@ def sus_attention(
 
 def resolve_backend(
     backend: str, device_type: str, dtype: torch.dtype, D: int, *,
-    is_causal: bool = True, sampler: str = "tiles", c_max: float = 8.0,
+    is_causal: bool = True, sampler: str = "tiles", c_max: float = 4.0,
 ) -> tuple[str, str]:  # fmt: skip
     """The backend that `backend` means for such a call, and the reason, for a line to print.
 

@@ -17,7 +17,7 @@ norm = "rmsnorm"
 qk_norm = True
 
 attn_backward = "sus"
-sus_c = 8.0
+sus_c = 4.0
 
 learning_rate = 1.5e-3
 min_lr = 1.5e-4

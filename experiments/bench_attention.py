@@ -2,7 +2,7 @@
 The cost of attention alone, forward and backward apart: exact beside SUS, and their peers.
 
     python experiments/bench_attention.py --json=attention.json --out=attention.png     # minutes on a CPU
-    python experiments/bench_attention.py --T=2048,8192 --c=8 --wandb
+    python experiments/bench_attention.py --T=2048,8192 --c=4 --wandb
     python experiments/bench_attention.py --inputs=out-long-ctx       # q, k, v of a trained model instead of randn
     python experiments/bench_attention.py --from_json=attention.json --out=attention.png
 
@@ -63,7 +63,7 @@ DRAWS, BLOCKS, SIGMAS = 32, 8, 6.0  # of the check of the mean; some hundred num
 @dataclass
 class BenchConfig:
     T: str = key("auto", "context lengths; auto: 2048,8192,32768, on CUDA 8192,32768,131072", section="What")
-    c: str = key("4,8,16", "SUS's retention parameters")
+    c: str = key("2,4,8", "SUS's retention parameters")
     sampler: str = key("tiles", "how SUS draws", choices=SAMPLERS)
     H: int = key(0, "heads; 0: 4, on CUDA 12", low=0)
     D: int = key(64, "head dimension", low=1)
@@ -148,7 +148,7 @@ def label(backend: str) -> str:
 
 def contenders(device: Device, backends: dict[float, str], sampler: str = "tiles") -> list[Contender]:
     """Everything there is for the device. backends: SUS's, of each c."""
-    typical = min(backends, key=lambda c: abs(c - 8))
+    typical = min(backends, key=lambda c: abs(c - 4))
     backend = backends[typical]
     members = [Contender(f"SDPA {label(name)}", "exact", name) for name in SDPA.get(device.type, ("MATH",))]
     members += [Contender(f"SUS c={c:g}", "sus", how, c, sampler) for c, how in backends.items()]

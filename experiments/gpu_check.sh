@@ -33,7 +33,7 @@ status=0
 timeout 300 "$PYTHON" -m pytest -q -m "not slow" tests/test_triton.py tests/test_cuda.py tests/test_reference.py \
     tests/test_sus_attention.py tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
 
-timeout 150 "$PYTHON" experiments/bench_attention.py --device=cuda --T=8192,32768 --c=4,8,16 --repeats=5 --peer_seconds=2 \
+timeout 150 "$PYTHON" experiments/bench_attention.py --device=cuda --T=8192,32768 --c=2,4,8 --repeats=5 --peer_seconds=2 \
     --json="$folder/attention.json" 2>&1 | tee "$folder/attention.txt" || status=1
 
 # Exact first: what a limit cuts off is then the slower one.

@@ -32,7 +32,7 @@ class PictureConfig:
     dataset: str = key("", "folder under data/; empty: the run's own")
     layer: int = key(1, "layer, from 0", low=0)
     head: int = key(0, "head, from 0", low=0)
-    c: float = key(8.0, "the retention parameter", above=0)
+    c: float = key(4.0, "the retention parameter", above=0)
     seed: int = key(0, "seeds the draw", low=0, high=2**63 - 1)
     out: str = key("sus.png", "the picture: .png, .svg or .pdf")
 

@@ -382,7 +382,7 @@ def test_what_is_not_worth_measuring_is_left_out_by_name(monkeypatch):
     assert all(reason["T"] == 256 for reason in reasons) and "above --peer_seconds" in reasons[-1]["why"]
     monkeypatch.setattr(bench_attention, "free_memory", lambda device: 1000)
     running, reasons = bench_attention.choose(members, INPUTS, 60, CPU)
-    assert "SDPA math" not in [m.name for m in running] and "reference c=30" in [m.name for m in running]
+    assert "SDPA math" not in [m.name for m in running] and "reference c=10" in [m.name for m in running]
     assert reasons[0]["name"] == "SDPA math" and "GiB" in reasons[0]["why"]
 
 

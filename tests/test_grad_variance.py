@@ -372,7 +372,7 @@ def test_a_whole_run(run, monkeypatch, capsys, tmp_path):
         ("--T=32,64", "T=64 is above the 32 tokens"),
         ("--T=x", "write integers >= 8"),
         ("--c=0", "write numbers > 0"),
-        ("--samplers=poisson,nosuch", "'nosuch' is none of weighted, rows"),
+        ("--samplers=poisson,nosuch", "'nosuch' is none of tiles, weighted"),
         ("--samplers=", "'' is none of"),
         ("--kappa=2", "--kappa is for the samplers that thin"),
         ("--sequences=100000", "give fewer --sequences"),
