@@ -1,7 +1,7 @@
 """
 What the Triton kernels should take on a GPU, from what they do and what the chip can do; nothing is measured.
 
-    python experiments/cost_model.py [--T=8192,32768,131072,1048576] [--D=64] [--H=12] [--c=25]
+    python experiments/cost_model.py [--T=8192,32768,131072,1048576] [--D=64] [--H=12] [--c=4]
 
 docs/performance.md has the sources of the rates, and what is assumed. Time is the sum of the kernels' times, a kernel's
 the largest of what its instructions, its products and its bytes take.
@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from backends import reference, triton
 from configurator import UserError, key, load_config, run_main
 from measure import numbers
 from output import print_table
@@ -24,7 +25,7 @@ class Config:
     T: str = key("8192,32768,131072,1048576", "positions")
     D: int = key(64, "head dim", choices=(64, 128))
     H: int = key(12, "query heads; as many key/value heads", low=1)
-    c: float = key(25.0, "the retention parameter, of the weighted sampler", above=0)
+    c: float = key(4.0, "the retention parameter", above=0)
 
 
 # NVIDIA H200 SXM
@@ -37,33 +38,33 @@ L2, HBM = 5.5e12, 4.8e12  # bytes a second
 EXACT = {64: dict(forward=413e12, backward=433e12), 128: dict(forward=595e12, backward=516e12)}
 TRITON_FORWARD = {64: 403e12, 128: 395e12}
 
-# Instructions of a thread for each score, counted in the compiled loop over tiles (tests/compile_triton.py), and for each
-# turn of the loop that stores what was kept, of which a tile takes about two.
-FORWARD, DRAW, DRAW_TURN, TURNS = 11, 16.3, 3.6, 2
-TILE, BLOCKS, SOME = 64, 4, 8  # of key_gradients: keys, and entries at once
-LEFT = 0.5  # of the proposals, after thinning
+# Instructions of a thread, counted in the compiled loops (tests/compile_triton.py): for each score, without and with what
+# the draw needs of the forward; for each row and tile; and for each score of a kept row and tile.
+FORWARD, FORWARD_NOTING, DRAW, LIST, GRADIENTS = 10.9, 11.6, 31.5, 46, {64: 43, 128: 65}
+TILE = reference.TILE
+LAUNCHES, LAUNCH = 11, 4e-6  # of each round of the backward, and what one takes at least, seconds
 
 
 def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
     """Milliseconds by kernel, and of exact attention."""
     pairs, rows = H * T * T / 2, H * T
-    proposals = rows * min(2 * c, T / 2)
-    left, vector = LEFT * proposals, 2 * D  # bytes of a row of K, V, Q or G
+    all_tiles, kept, proposed = pairs / TILE, rows * min(c, T / TILE / 2), rows * min(2 * c, T / TILE / 2)
+    vector, slots = 2 * D, reference.tile_slots(c, T)  # a row of K, V, Q or G in bytes
     # what part of the lanes' rate a loop over tiles reaches: as much as the forward, whose rate is published
     efficiency = (FORWARD / LANES) / (4 * D / TRITON_FORWARD[D])
-    regions = max(proposals / (BLOCKS * SOME), H * (T / TILE) ** 2 / 2 / BLOCKS)
+    lanes = lambda instructions: instructions / LANES / efficiency  # noqa: E731
+    jobs = kept / triton.JOB + H * T / TILE
+    rounds = -(-H * triton.parts_of(c, T) * D // triton.ROUND)
     seconds = dict(
         exact_forward=4 * D * pairs / EXACT[D]["forward"],
         exact_backward=10 * D * pairs / EXACT[D]["backward"],
-        forward=4 * D * pairs / TRITON_FORWARD[D],
-        draw=max(pairs * (DRAW + DRAW_TURN * TURNS) / LANES / efficiency, 2 * D * pairs / BF16),
-        slopes=(proposals * (2 * vector + 16) + rows * 3 * vector) / L2,
-        thin=proposals * 24 / HBM,
-        query_gradients=(left * vector + proposals * 8 + rows * vector) / L2,
-        key_gradients=max(
-            (left * 2 * vector + proposals * 16) / L2,
-            regions * BLOCKS * SOME * TILE * D * 4 / BF16 / efficiency,
-        ),
+        forward=4 * D * pairs / TRITON_FORWARD[D] * FORWARD_NOTING / FORWARD,
+        draw=max(lanes(all_tiles * DRAW), all_tiles * 4 * 2 / HBM),
+        thin=(rows * (2 * vector + slots * 12) + proposed * 64) / L2,
+        list_rows=max(lanes(all_tiles * LIST), 2 * 2 * all_tiles / 8 / HBM),
+        tile_gradients=max(lanes(kept * TILE * GRADIENTS[D]), kept * TILE * 10 * D / BF16, kept * (2 * vector + 4 * D + slots * 8) / L2),
+        sums=(kept * 4 * D + jobs * TILE * D * 16 + rows * vector) / HBM,
+        launches=rounds * LAUNCHES * LAUNCH,
     )
     return {name: 1e3 * x for name, x in seconds.items()}
 
@@ -72,15 +73,15 @@ def main():
     cfg = load_config(Config, sys.argv[1:], usage=__doc__)
     if any(not arg.startswith("--") for arg in sys.argv[1:]):
         raise UserError("cost_model.py takes keys only, such as --T=32768")
-    kernels = ["forward", "draw", "slopes", "thin", "query_gradients", "key_gradients"]
+    kernels = ["forward", "draw", "thin", "list_rows", "tile_gradients", "sums", "launches"]
     table = [["T", "exact fwd", "exact bwd", *kernels, "bwd ratio", "fwd+bwd ratio"]]
     for T in numbers("T", cfg.T, int, 16):
         ms = predict(T, cfg.D, cfg.H, cfg.c)
-        backward = sum(ms[name] for name in kernels[1:])
+        backward = sum(ms[name] for name in kernels[2:])
         exact = ms["exact_forward"], ms["exact_backward"]
         table.append([f"{T:,}", *(f"{x:,.3g}" for x in (*exact, *(ms[name] for name in kernels))),
-                      f"{exact[1] / backward:.2f}", f"{sum(exact) / (ms['forward'] + backward):.2f}"])  # fmt: skip
-    print(f"predicted, not measured: ms on an H200, bf16, H = {cfg.H}, D = {cfg.D}, c = {cfg.c:g}, weighted draws")
+                      f"{exact[1] / backward:.2f}", f"{sum(exact) / (ms['forward'] + ms['draw'] + backward):.2f}"])  # fmt: skip
+    print(f"predicted, not measured: ms on an H200, bf16, H = {cfg.H}, D = {cfg.D}, c = {cfg.c:g}")
     print_table(table)
 
 

@@ -43,7 +43,7 @@ from probe import capture, time_attention
 from record import plain
 from sus_attn import BACKENDS, SAMPLERS, fold_in, sus_attention
 
-TYPICAL_C = 4.0  # the map, and the check of the estimate, are made at the c nearest to it
+TYPICAL_C = 25.0  # the map, and the check of the estimate, are made at the c nearest to it
 SIGNS = 8  # random directions of the self-check
 FALSE_ALARM = 1e-3  # how often a right estimator may fail it
 ESTIMATE_DRAWS = 64
@@ -58,9 +58,9 @@ class VarianceConfig:
     init_from: str = key("resume", "the checkpoint in out_dir, or GPT-2",
                          choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))  # fmt: skip
     dataset: str = key("", "folder under data/; empty: the run's own")
-    c: str = key("2,4,8,25", "retention parameters")
+    c: str = key("2,4,8,25,50", "retention parameters")
     T: str = key("auto", "context lengths; auto: 512,1024,2048,4096 as far as the model's block_size goes")
-    samplers: str = key("poisson,systematic,weighted,tiles", f"of {', '.join(SAMPLERS)}")
+    samplers: str = key("poisson,systematic,tiles", f"of {', '.join(SAMPLERS)}")
     kappa: float = key(0.0, "samplers that thin propose with kappa * c; 0: as they are", low=0)
 
     sequences: int = key(32, "windows of T tokens, evenly spread, validation text first", low=4, section="How")
