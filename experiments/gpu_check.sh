@@ -3,8 +3,9 @@
 #
 #     experiments/gpu_check.sh [FOLDER]      # default: experiments/results/<GPU>-<date>
 #
-# The operator's and the model's tests on the GPU, then the benchmark of attention alone, then a short training at 4096
-# tokens with the exact and with the SUS backward from the same seed, and their comparison. FOLDER gets environment.txt,
+# The operator's and the model's tests on the GPU, then the benchmark of attention alone, then whole steps of a model of
+# GPT-2's size at 32k tokens, then a short training of a small one at 4096 with the exact and with the SUS backward from
+# the same seed, and their comparison. Each has its own time limit, and the most valuable comes first. FOLDER gets environment.txt,
 # tests.txt, attention.txt, attention.json, training.txt, exact.jsonl, sus.jsonl and comparison.png: commit them. Exit
 # status 0 only if all of it passed.
 # PYTHON=... chooses the interpreter (default: python3; it needs torch with CUDA, pytest, matplotlib).
@@ -33,11 +34,16 @@ status=0
 timeout 300 "$PYTHON" -m pytest -q -m "not slow" tests/test_triton.py tests/test_cuda.py tests/test_reference.py \
     tests/test_sus_attention.py tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
 
-timeout 150 "$PYTHON" experiments/bench_attention.py --device=cuda --T=8192,32768 --c=2,4,8 --repeats=5 --peer_seconds=2 \
+timeout 150 "$PYTHON" experiments/bench_attention.py --device=cuda --T=8192,32768,131072 --c=2,4,8 --repeats=5 --peer_seconds=2 \
     --json="$folder/attention.json" 2>&1 | tee "$folder/attention.txt" || status=1
+timeout 80 "$PYTHON" experiments/bench_attention.py --device=cuda --D=128 --T=8192,32768 --c=4 --repeats=5 --peer_seconds=2 \
+    2>&1 | tee -a "$folder/attention.txt" || status=1
+# bytes, as the data come along; the model is that of GPT-2 tokens but for the embedding
+[ -e data/stdlib/train.bin ] || "$PYTHON" data/stdlib/prepare.py
+timeout 150 "$PYTHON" experiments/bench_train.py config/long_ctx_124m.py --T=32768 --dataset=stdlib --repeats=3 \
+    --gradient_accumulation_steps=1 2>&1 | tee "$folder/training.txt" || status=1
 
 # Exact first: what a limit cuts off is then the slower one.
-: > "$folder/training.txt"
 for backward in exact sus; do
     timeout 110 "$PYTHON" train.py config/long_ctx.py --block_size=4096 --batch_size=4 --gradient_accumulation_steps=1 \
         --n_layer=6 --n_head=6 --n_embd=384 --max_iters=200 --lr_decay_iters=200 --learning_rate=1e-3 --min_lr=1e-4 \
