@@ -22,7 +22,7 @@ qk_norm = True
 activation_checkpointing = True
 
 attn_backward = "sus"
-sus_c = 8.0
+sus_c = 8.0  # tiles a row: at this length more of them cost little
 
 learning_rate = 6e-4
 min_lr = 6e-5

@@ -664,7 +664,7 @@ def draw_over_T(ax, rows) -> None:
 
 def draw_over_kept(ax, rows) -> None:
     T = rows[-1]["T"]
-    ax.set(title=f"samplers at equal work, T = {T:,}", xlabel="kept entries a row", ylabel="rho, %")
+    ax.set(title=f"samplers by kept entries, T = {T:,}", xlabel="kept entries a row", ylabel="rho, %")
     for sampler, color in zip(each(rows, "sampler"), COLORS):
         points = [p for p in drawable(pick(rows, T=T, sampler=sampler)) if p["kept_per_row"] > 0]
         if points:
