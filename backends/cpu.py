@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from backends import reference
-from backends.reference import KAPPA, STREAM_THINNING, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
+from backends.reference import STREAM_THINNING, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
 
 MAX_D = 128
 
@@ -236,7 +236,7 @@ def forward(
     _run(
         ck.forward, B * H * -(-T // ck.ROWS),
         _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
-        _flat(out), _flat(lse), np.float32(KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles), _flat(masses),
+        _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles), _flat(masses),
         work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
     )  # fmt: skip
     return out, lse, tiles, masses
@@ -289,7 +289,7 @@ def backward(
         tasks = heads * round_[3]
         _run(
             ck.thin, tasks,
-            *grad_, shape, _flat(out), np.float32(KAPPA * c), np.float32(c), row_weight, thin_state, *proposals, slots, round_,
+            *grad_, shape, _flat(out), np.float32(reference.KAPPA * c), np.float32(c), row_weight, thin_state, *proposals, slots, round_,
             delta, *records, _flat(places), kept,
             work=[((2 + 2 * ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
         )  # fmt: skip

@@ -608,7 +608,7 @@ def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots
                     count[lane] += 1
     for lane in range(n):
         for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
-            tiles[slot] = -1
+            tiles[slot], masses[slot] = -1, 0
 
 
 @jit

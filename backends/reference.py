@@ -190,7 +190,7 @@ def proposals_like(q: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Room for the proposals which a forward on q (B, H, T, D) hands to its backward.
 
     tiles, int32 (B, H, T, slots): each row's proposed tiles, ascending, then -1. masses, float32 of that shape: their W_iJ,
-    of which x_iJ = inclusion_units(W_iJ, KAPPA * c) is made; behind the last proposal anything.
+    of which x_iJ = inclusion_units(W_iJ, KAPPA * c) is made, then 0.
     """
     shape = *q.shape[:3], slots
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)

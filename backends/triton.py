@@ -23,11 +23,13 @@ import os
 import torch
 from torch import Tensor
 
-from backends.reference import KAPPA, TILE, proposals_like, row_weights, tile_slots, tiles_of
+from backends import reference
+from backends.reference import TILE, proposals_like, row_weights, tile_slots, tiles_of
 
 HEAD_DIMS = 32, 64, 128
 ROUND = 1 << 26
-TABLE = 1 << 26
+TABLE = 1 << 26  # floats, of a round of the forward,
+PROGRAMS = 264  # or what so many blocks of ROWS rows need: two for each of an H200's multiprocessors
 ROWS = 128  # of one program of draw
 JOB = 1024  # rows of one program of tile_gradients, at most
 # s * scale + offset in one instruction, whatever Triton's default: two would round twice
@@ -152,8 +154,9 @@ def forward(
     tiles, masses = proposals_like(q, slots)
     heads, rows = B * H, T  # of a round
     if draws:
-        heads = min(heads, max(1, TABLE // (n * T)))
-        rows = min(T, max(1, TABLE // (n * ROWS)) * ROWS)
+        room = max(TABLE, n * ROWS * PROGRAMS)
+        heads = min(heads, max(1, room // (n * T)))
+        rows = min(T, room // (n * ROWS) * ROWS)
         c, seed = c.to(q.device, torch.float32), seed.to(q.device)
         u = None if u is None else u.int().contiguous()
     table = q.new_empty(heads * n * rows if draws else 0, dtype=torch.float32)
@@ -167,7 +170,7 @@ def forward(
             )  # fmt: skip
             if draws:
                 _launch(
-                    "draw", q, some * cdiv(r, ROWS), table, lse, tiles, masses, c, seed, u, c_max, KAPPA, head, row, r, H, T, slots,
+                    "draw", q, some * cdiv(r, ROWS), table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, head, row, r, H, T, slots,
                     HAS_U=u is not None, ROWS=ROWS,
                 )  # fmt: skip
     return out, lse, tiles, masses
@@ -180,6 +183,8 @@ def backward(
     """The gradients of q, k and v, and stats: see `reference.backward`. c, seed: 0-d. A c that isn't > 0 gives NaN."""
     B, H, T, D = q.shape
     K, slots = k.shape[1], tiles.shape[3]
+    if not slots:
+        raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
     G, n, words = H // K, tiles_of(T), cdiv(T, 32)
     c, seed = c.to(q.device, torch.float32), seed.to(q.device)
     out, lse, tiles, masses = (x.contiguous() for x in (out, lse, tiles, masses))
@@ -208,7 +213,7 @@ def backward(
             counts = torch.zeros(regions, dtype=torch.int32, device=q.device)
             _launch(
                 "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept,
-                *g_strides, c_max, KAPPA, first, H, T, slots, words, D=D, SLOTS=SLOTS, ROWS=thin_rows,
+                *g_strides, c_max, reference.KAPPA, first, H, T, slots, words, D=D, SLOTS=SLOTS, ROWS=thin_rows,
             )  # fmt: skip
             ends = counts.cumsum(0, dtype=torch.int32)
             job_ends = ((counts + JOB - 1) // JOB).cumsum(0, dtype=torch.int32)

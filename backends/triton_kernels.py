@@ -156,7 +156,8 @@ def draw(
         tile = (first + tl.arange(0, SOME))[:, None]
         seen = within[None, :] & (tile * TILE <= row[None, :])
         mass = tl.load(table + (local * all_tiles + tile) * rows + place[None, :], mask=seen, other=0)
-        mass = tl.exp2(mass - log_norm[None, :])
+        # less than it may be by rough_log2: the masses of a row may not add up to more than 1, for which there are slots
+        mass = tl.exp2(mass - log_norm[None, :] - 0.01)
         units = tl.where(seen & (mass > 0), tl.ceil(tl.minimum(mass * units_of_one, UNIT)), 0).to(tl.int32)
         total = running[None, :] + tl.cumsum(units, 0)
         slot = count[None, :] + (total >> UNIT_BITS) - 1
@@ -170,6 +171,7 @@ def draw(
         slot = (first + tl.arange(0, SOME))[:, None]
         behind = within[None, :] & (slot >= count[None, :]) & (slot < slots)
         tl.store(tiles + at[None, :] * slots + slot, tl.full([SOME, ROWS], -1, tl.int32), mask=behind)
+        tl.store(masses + at[None, :] * slots + slot, tl.zeros([SOME, ROWS], tl.float32), mask=behind)
 
 
 # -- the backward -----------------------------------------------------------------------------------
@@ -300,6 +302,7 @@ def tile_gradients(
         p = tl.exp2((s * scale - log_norm[:, None]) * LOG2_E)
         p = tl.where(cols[None, :] <= row[:, None], p, 0)
         slope = (tl.dot(g, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None]) * scale
+        slope = tl.where(cols[None, :] <= row[:, None], slope, 0)  # it may be NaN
         if ESTIMATES:
             norms = tl.sum(q_rows.to(tl.float32) * q_rows.to(tl.float32), 1)[:, None] + k_square[None, :]
             square = tl.sum(g.to(tl.float32) * g.to(tl.float32), 1)[:, None] + slope * slope * norms

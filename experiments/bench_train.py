@@ -2,7 +2,7 @@
 Whole training steps, exact against SUS: tokens a second, attention's share, memory.
 
     python experiments/bench_train.py config/long_ctx.py                    # T = 2048, 4096, 8192; minutes on a CPU
-    python experiments/bench_train.py config/long_ctx.py --T=8192 --sus_c=10 --json=train.json
+    python experiments/bench_train.py config/long_ctx.py --T=8192 --sus_c=2 --json=train.json
 
 Takes train.py's config files and keys, with each T in turn as block_size. One model takes exact and SUS steps by turns,
 each step on the same batch as the other's and as train.py's. Times are medians, ratios those of steps of the same

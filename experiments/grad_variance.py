@@ -2,7 +2,7 @@
 What c costs: the variance that SUS adds to a model's gradient, beside the variance which that has anyway.
 
     python experiments/grad_variance.py --out_dir=out-long-ctx --json=variance.json --out=variance.png
-    python experiments/grad_variance.py --init_from=gpt2 --dataset=NAME --T=1024 --c=10,25,50
+    python experiments/grad_variance.py --init_from=gpt2 --dataset=NAME --T=1024 --c=2,4,8
     python experiments/grad_variance.py --from_json=variance.json --out=variance.png
 
     rho(c, T) = E|ghat_s - g_s|^2 / E|g_s - gbar|^2

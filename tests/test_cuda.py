@@ -24,10 +24,10 @@ def grads(q, k, v, grad_out, c, **kwargs):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("sampler", ["systematic", "poisson"])
-def test_the_same_seed_gives_the_same_gradient_as_on_the_cpu(sampler, is_causal):
+@pytest.mark.parametrize("sampler, c", [("tiles", 0.8), ("systematic", 8.0), ("poisson", 8.0)])
+def test_the_same_seed_gives_the_same_gradient_as_on_the_cpu(sampler, c, is_causal):
     """In float64 the masks agree but for a stray rounding of an exp."""
-    kwargs = dict(c=8.0, seed=3, sampler=sampler, is_causal=is_causal)
+    kwargs = dict(c=c, seed=3, sampler=sampler, is_causal=is_causal)
     for a, b in zip(grads(*inputs("cuda", torch.float64), **kwargs), grads(*inputs("cpu", torch.float64), **kwargs)):
         assert (a.cpu() - b).norm() / b.norm() < 1e-3
 
@@ -53,7 +53,7 @@ def test_unbiased_over_seeds():
     q, k, v, grad_out = (x[:1, :, :48].detach().expand(256, -1, -1, -1) for x in inputs("cuda", torch.float32))
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     exact = grads(q[:1], k[:1], v[:1], grad_out[:1], math.inf, seed=0)[1:]
-    draws = [grads(q, k, v, grad_out, 3.0, seed=s)[1:] for s in range(8)]
+    draws = [grads(q, k, v, grad_out, 0.4, seed=s)[1:] for s in range(8)]
     for i, x in enumerate(exact):
         p = torch.randn(16, x.numel(), device="cuda")
         d = torch.cat([one[i].flatten(1) for one in draws]) @ p.T
@@ -67,7 +67,7 @@ def test_compiled_training_under_autocast(dtype):
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = GPTConfig(block_size=256, vocab_size=257, n_layer=2, n_head=4, n_embd=128, pos="rope", norm="rmsnorm",
-                       qk_norm=True, n_kv_head=2, bias=False, attn_backward="sus", sus_c=16.0,
+                       qk_norm=True, n_kv_head=2, bias=False, attn_backward="sus", sus_c=0.8,
                        activation_checkpointing=True)  # fmt: skip
     model = GPT(config).cuda()
     compiled = torch.compile(model)
@@ -88,5 +88,5 @@ def test_compiled_training_under_autocast(dtype):
 def test_memory_does_not_grow_with_t_squared():
     q, k, v, grad_out = inputs("cuda", torch.bfloat16, B=1, Hq=2, Hkv=2, T=32768)
     torch.cuda.reset_peak_memory_stats()
-    grads(q, k, v, grad_out, 25.0, seed=1)
+    grads(q, k, v, grad_out, 4.0, seed=1)
     assert torch.cuda.max_memory_allocated() < 2 * 32768**2 * 4 / 8  # an eighth of the scores in float32

@@ -207,8 +207,9 @@ def test_unbiased_draws_in_general(run):
     assert data["check"]["holds"] and reference.KAPPA == 2.0
 
 
-def test_kappa_is_that_of_the_proposals(run):
-    rows = [measure(run, "--c=2", "--samplers=weighted", "--sequences=4", f"--kappa={k}")["results"][0] for k in (0, 2, 8)]
+@pytest.mark.parametrize("sampler, c", [("weighted", 2), ("tiles", 0.3)])
+def test_kappa_is_that_of_the_proposals(run, sampler, c):
+    rows = [measure(run, f"--c={c}", f"--samplers={sampler}", "--sequences=4", f"--kappa={k}")["results"][0] for k in (0, 2, 8)]
     assert rows[0]["rho"] == rows[1]["rho"] != rows[2]["rho"]
 
 

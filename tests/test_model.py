@@ -225,7 +225,7 @@ def test_forward_is_exact_and_evaluation_does_not_draw():
     assert torch.equal(gradient(sus, x, y), gradient(exact, x, y))  # in eval mode even the gradient is exact
 
 
-@pytest.mark.parametrize("sampler", ["systematic", "poisson"])
+@pytest.mark.parametrize("sampler", ["tiles", "systematic", "poisson"])
 def test_whole_model_gradient_is_unbiased_with_the_seeds_of_training(sampler):
     """z-scores of random projections of the mean gradient over 400 (iteration, micro-batch) seeds as train.py makes them."""
     assert max_z(sampler) < 4.5
@@ -239,7 +239,7 @@ def test_one_seed_for_all_layers_would_be_seen(monkeypatch):
 
 def max_z(sampler):
     torch.manual_seed(1)
-    config = GPTConfig(block_size=24, vocab_size=13, n_layer=2, n_head=1, n_embd=16, attn_backward="sus", sus_c=1.0,
+    config = GPTConfig(block_size=24, vocab_size=13, n_layer=2, n_head=1, n_embd=16, attn_backward="sus", sus_c=0.4 if sampler == "tiles" else 1.0,
                        sus_sampler=sampler, pos="rope", bias=False)  # fmt: skip
     model = GPT(config).double()
     with torch.no_grad():  # layers that do much, and peaked attention
@@ -260,13 +260,13 @@ def max_z(sampler):
 @pytest.mark.parametrize("keys", ARCHITECTURES)
 def test_activation_checkpointing_changes_nothing(keys):
     x, seed = tokens(), torch.tensor(5)
-    plain = gradient(tiny(**keys, attn_backward="sus", sus_c=2.0), x, x, sus_seed=seed)
-    model = tiny(**keys, attn_backward="sus", sus_c=2.0, activation_checkpointing=True)
+    plain = gradient(tiny(**keys, attn_backward="sus", sus_c=0.4), x, x, sus_seed=seed)
+    model = tiny(**keys, attn_backward="sus", sus_c=0.4, activation_checkpointing=True)
     assert torch.equal(gradient(model, x, x, sus_seed=seed), plain)
 
 
 COMPILERS = [
-    ("aot_eager", 2.0),
+    ("aot_eager", 0.4),
     # inductor rounds differently, which flips a few entries of the mask: compared where nothing is cut
     pytest.param("inductor", math.inf, marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")),
 ]
