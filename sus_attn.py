@@ -10,7 +10,7 @@ SUS replaces W by W * m wherever it stands in these lines: m_ij = 1/q_ij with pr
     q_ij = min(1, c * W_ij)
 
 The gradients are linear in m and E[m] = 1, so they stay unbiased for any draw that includes entry ij with
-probability q_ij. The rows of W sum to one, so at most c entries of a row are kept in expectation: the
+probability q_ij. The rows of W sum to one, so at most c entries of a row (below: tiles) are kept in expectation: the
 backward needs O(T c D) work instead of O(T^2 D). c is the attention retention parameter; c = inf keeps all.
 
 Samplers. The default keeps or cuts the weights of a row in 64 neighbouring keys, a tile J, as one:
@@ -84,11 +84,12 @@ def sus_attention(
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
     sampler: "tiles", or one of the reference's, see above.
     backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, causal, D <= 128);
-        "triton" (CUDA: float32, bfloat16 and float16, causal, D = 32, 64, 128; the same bits every time, in one
-        process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
-    stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries,
-        of dropped entries (0 by construction), and an estimate of the added gradient variance, summed over
-        the call (Poisson: unbiased; the others: a proxy).
+        "triton" (CUDA: bfloat16, float16 and float32, causal, D = 32, 64, and 128 but in float32; the same bits every
+        time, in one process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that
+        can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
+    stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries (of a
+        kept tile, the keys that the row sees), of dropped entries (0 by construction), and an estimate of the added
+        gradient variance, summed over the call (Poisson: unbiased; the others: a proxy).
     u: for tests: the uniforms of the systematic draw, in [0, 1), a float or a tensor that broadcasts to (B, Hq, T).
 
     Raises TypeError or ValueError that names the argument. Double backward is not supported and says so.

@@ -2,13 +2,13 @@
 
 It is the truth that faster kernels are tested against, and the fallback where there is none. Three
 things are specified here, once, for every backend: the hash behind all random draws, the fixed-point
-inclusion probabilities, and the two samplers.
+inclusion probabilities, and the samplers.
 
 Dims: B batch, H query heads, K key/value heads, G = H / K query heads a key/value head, T positions,
 R query rows of one block, N keys that the block sees (those up to its last row if causal, else T), D
 head dim. All work goes in blocks of R rows, so nothing of size T x T is ever stored: O(R * T) scratch.
 
-Deliberately missing: speed. A block's masked products are dense; kernels visit kept entries only.
+Deliberately missing: speed. A block's masked products are dense; kernels visit kept tiles only.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The Triton backend: the kernels of triton_kernels.py on a CUDA device, or interpreted on CPU tensors.
 
-The forward proposes tiles as it goes through the keys, and stores them for the backward: 12 * slots bytes a query row
-and head, slots = 4 c + 2 or the number of tiles if that is less. The backward works on the tiles kept of these. It goes in
+The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row
+and head, slots = ceil(2c) + 1, or the number of tiles if that is less. The backward works on the tiles kept of these. It goes in
 rounds of so many key/value heads, with their query heads, as have ROUND floats of `parts`, but at least one. While a
 round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots, and T / 512 of a bitmap.
 
@@ -170,8 +170,8 @@ def forward(
             )  # fmt: skip
             if draws:
                 _launch(
-                    "draw", q, some * cdiv(r, ROWS), table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, head, row, r, H, T, slots,
-                    HAS_U=u is not None, ROWS=ROWS,
+                    "draw", q, some * cdiv(r, ROWS),
+                    table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, head, row, r, H, T, slots, HAS_U=u is not None, ROWS=ROWS,
                 )  # fmt: skip
     return out, lse, tiles, masses
 

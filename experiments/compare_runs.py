@@ -1,7 +1,7 @@
 """
 Train runs to compare, or compare those there are: one picture, and tables of the gaps beside those of seeds.
 
-    python experiments/compare_runs.py config/long_ctx.py --sweep=exact,5,25 --seeds=1,2,3 [--key=value of train.py ...]
+    python experiments/compare_runs.py config/long_ctx.py --sweep=exact,2,4 --seeds=1,2,3 [--key=value of train.py ...]
     python experiments/compare_runs.py out-sweep [--out=curves.png]          # all the runs in a folder
     python experiments/compare_runs.py OUT_DIR [OUT_DIR ...]                 # these runs; they may still be training
 
@@ -48,7 +48,7 @@ MANY = 8  # more runs than these are shown as groups only
 @dataclasses.dataclass
 class CompareConfig(TrainConfig):
     out: str = key("curves.png", "the picture: .png, .svg or .pdf", section="Comparison")
-    sweep: str = key("", "train these: exact, and SUS by its c, a number or auto; e.g. exact,5,25,auto")
+    sweep: str = key("", "train these: exact, and SUS by its c, a number or auto; e.g. exact,2,4,auto")
     seeds: str = key("1,2,3", "of the sweep: integers, each for all of it")
     runs: str = key("out-sweep", "folder of the sweep's runs")
 
