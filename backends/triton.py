@@ -105,7 +105,10 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
     if kernel == "tile_gradients":
         if itemsize == 4:
             return [(dict(SOME=16), 8, 1)]
-        return [(dict(SOME=32), 8, 1)] if D == 128 else [(dict(SOME=32), 4, 1), (dict(SOME=32), 8, 1)]
+        if D == 128:
+            return [(dict(SOME=32), 8, 1)]
+        some = dict(SOME=16 if D == 32 else 32)
+        return [(some, 4, 1), (some, 8, 1)]
     if kernel == "query_gradients":
         return [(dict(ROWS=4, SOME=8), 4, 1)]
     return [({}, 4, 1)]
