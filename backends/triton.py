@@ -1,9 +1,9 @@
 """The Triton backend: the kernels of triton_kernels.py on a CUDA device, or interpreted on CPU tensors.
 
-The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row
-and head, slots = ceil(2c) + 1, or the number of tiles if that is less. The backward works on the tiles kept of these. It goes in
-rounds of so many key/value heads, with their query heads, as have ROUND floats of `parts`, but at least one. While a
-round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots, and T / 512 of a bitmap.
+The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, slots = ceil(2c) + 1,
+or the number of tiles if that is less. It goes in rounds of heads and rows, see TABLE. The backward works on the tiles
+kept of these, in rounds of so many key/value heads, with their query heads, as have ROUND floats of `parts`, but at least
+one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots, and T / 512 of a bitmap.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
 seed are tensors on the device, after a first call with that dtype and head dim. Then the fastest configuration of the

@@ -57,6 +57,12 @@ def retention(c, c_max):
 
 
 @triton.jit
+def inclusion_units(mass, c_units):
+    """reference.inclusion_units, as floats: draw and thin must agree on them to the bit. c_units: c * UNIT."""
+    return tl.ceil(tl.minimum(mass * c_units, UNIT))
+
+
+@triton.jit
 def heads_of(program, per_head, first_head, H):
     """(local head, batch, head) of a program, of which each head has so many."""
     local = (program // per_head).to(tl.int64)
@@ -146,7 +152,7 @@ def draw(
     within = (place < rows) & (row < T)
     at = (b * H + h) * T + row
     log_norm = tl.load(lse + at, mask=within, other=0) * LOG2_E
-    units_of_one = retention(c, c_max) * kappa * UNIT
+    drawn_units = retention(c, c_max) * kappa * UNIT
     if HAS_U:
         running = tl.load(u + at, mask=within, other=0)
     else:
@@ -158,7 +164,7 @@ def draw(
         mass = tl.load(table + (local * all_tiles + tile) * rows + place[None, :], mask=seen, other=0)
         # less than it may be by rough_log2: the masses of a row may not add up to more than 1, for which there are slots
         mass = tl.exp2(mass - log_norm[None, :] - 0.01)
-        units = tl.where(seen & (mass > 0), tl.ceil(tl.minimum(mass * units_of_one, UNIT)), 0).to(tl.int32)
+        units = tl.where(seen & (mass > 0), inclusion_units(mass, drawn_units), 0).to(tl.int32)
         total = running[None, :] + tl.cumsum(units, 0)
         slot = count[None, :] + (total >> UNIT_BITS) - 1
         kept = ((total & (UNIT - 1)) < units) & (slot < slots)
@@ -206,8 +212,9 @@ def thin(
     tile = tl.load(tiles + at, mask=some, other=-1)
     used = tile >= 0
     mass = tl.load(masses + at, mask=used, other=0)
-    row_c = retention(c, c_max) * tl.load(row_weight + row, mask=within, other=0)
-    w_drawn = UNIT / tl.ceil(tl.minimum(mass * (retention(c, c_max) * kappa * UNIT), UNIT))
+    all_c = retention(c, c_max)
+    row_c = all_c * tl.load(row_weight + row, mask=within, other=0)
+    w_drawn = UNIT / inclusion_units(mass, all_c * kappa * UNIT)
     aim = mass * w_drawn * (row_c * UNIT)[:, None]
     aim = tl.where(aim < UNIT, tl.maximum(tl.ceil(aim), 1), UNIT)  # UNIT where it is NaN too
     aim = tl.where(used, aim, 0)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does everything work on this CUDA machine, and what does it cost? Under ten minutes, no network.
+# Does everything work on this CUDA machine, and what does it cost? No network; 16 minutes at most.
 #
 #     experiments/gpu_check.sh [FOLDER]      # default: experiments/results/<GPU>-<date>
 #

@@ -16,6 +16,13 @@ def case(B, H, K, T, D, dtype=torch.float32, seed=0):
     return [x.detach() for x in inputs(B, H, K, T, D, dtype, seed)]
 
 
+def spoiled(which, value, at, *shape):
+    """Those of `case`, but for one element of row `at` of one of them."""
+    tensors = case(*shape)
+    tensors[("q", "k", "v", "grad_out").index(which)][0, 0, at, 3] = value
+    return tensors
+
+
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, case, check_errors, check_unbiased, float64, rms, same, shaped
+from cases import LAYOUTS, case, check_errors, check_unbiased, float64, rms, same, shaped, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sus_attention import naive
@@ -526,9 +526,7 @@ def test_interpreted_kernels_do_the_same(tmp_path):
 @pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
 def test_what_is_not_finite_is_not_hidden(which, value, poisoned):
     T, at = 100, 70
-    tensors = dict(zip(("q", "k", "v", "grad_out"), case(1, 2, 1, T, 16)))
-    tensors[which][0, 0, at, 3] = value
-    tensors = list(tensors.values())
+    tensors = spoiled(which, value, at, 1, 2, 1, T, 16)
     out, lse, dq, dk, dv, _ = both(tensors)
     exact, *exact_grads, _ = naive(*tensors)
     earlier = torch.arange(T) < 64  # blocks before; in the block itself a weight of 0 times NaN is NaN

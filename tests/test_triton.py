@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, case, check_errors, check_unbiased, float64, inf, nan, rms, same, shaped
+from cases import LAYOUTS, case, check_errors, check_unbiased, float64, inf, nan, rms, same, shaped, spoiled
 from test_sus_attention import naive
 from torch import Tensor
 
@@ -274,9 +274,7 @@ def test_a_tile_that_many_rows_keep_is_several_jobs(monkeypatch, poisoned):
 @pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
 def test_what_is_not_finite_is_not_hidden(which, value, poisoned):
     T, at = 100, 80
-    tensors = dict(zip(("q", "k", "v", "grad_out"), case(1, 1, 1, T, 32)))
-    tensors[which][0, 0, at, 3] = value
-    tensors = list(tensors.values())
+    tensors = spoiled(which, value, at, 1, 1, 1, T, 32)
     ours = run(tensors)
     assert ours.lse[:, :, :at].isfinite().all()
     assert all(x[:, :, :64].isfinite().all() for x in (ours.out, ours.dq))  # rows of another block
