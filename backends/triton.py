@@ -109,6 +109,8 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
             return [(dict(SOME=32), 8, 1)]
         some = dict(SOME=16 if D == 32 else 32)
         return [(some, 4, 1), (some, 8, 1)]
+    if kernel == "list_rows":
+        return [(dict(SOME=256), 4, 1)]
     if kernel == "query_gradients":
         return [(dict(ROWS=4, SOME=8), 4, 1)]
     return [({}, 4, 1)]

@@ -233,21 +233,33 @@ def thin(
 
 
 @triton.jit
-def list_rows(bits, counts, ends, listed, T, words):
-    """listed, int32: the rows that keep a tile, ascending, region after region. One program a region.
+def ones_of(x):
+    """How many bits of x, uint32, are set (int32)."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
+    """listed, int32: the rows that keep a tile, ascending, region after region. One program a region, SOME words at once.
 
     counts, ends, int32 (regions): how many each has, and the sums of these up to and including it.
     """
     region = tl.program_id(0)
     tile = region % tl.cdiv(T, TILE)
     at = tl.load(ends + region) - tl.load(counts + region)
-    word, bit = tl.arange(0, 32), tl.arange(0, 32)
-    for first in range(tile * TILE // 32, words, 32):
-        found = tl.load(bits + region.to(tl.int64) * words + first + word, mask=first + word < words, other=0)
-        if tl.max((found != 0).to(tl.int32), 0) > 0:
-            hit = tl.reshape((found[:, None] >> bit[None, :]) & 1, [1024])
-            tl.store(listed + at + tl.cumsum(hit, 0) - 1, first * 32 + tl.arange(0, 1024), mask=hit == 1)
-            at += tl.sum(hit, 0)
+    for first in range(tile * TILE // 32, words, SOME):
+        word = first + tl.arange(0, SOME)
+        found = tl.load(bits + region.to(tl.int64) * words + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
+        ones = ones_of(found)
+        place = at + tl.cumsum(ones, 0) - ones
+        for i in range(0, tl.max(ones, 0)):  # most words have a bit or two: a word's lowest at a time
+            lowest = found & (~found + 1)
+            bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # a power of 2 is its exponent
+            tl.store(listed + place + i, word * 32 + bit, mask=found != 0)
+            found ^= lowest
+        at += tl.sum(ones, 0)
 
 
 @triton.jit(do_not_specialize=["first_head"])

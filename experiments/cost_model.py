@@ -39,8 +39,9 @@ EXACT = {64: dict(forward=413e12, backward=433e12), 128: dict(forward=595e12, ba
 TRITON_FORWARD = {64: 403e12, 128: 395e12}
 
 # Instructions of a thread, counted in the compiled loops (tests/compile_triton.py): for each score, without and with what
-# the draw needs of the forward; for each row and tile; and for each score of a kept row and tile.
-FORWARD, FORWARD_NOTING, DRAW, LIST, GRADIENTS = 10.9, 11.6, 31.5, 46, {64: 43, 128: 65}
+# the draw needs of the forward; for each row and tile; for each word of bits, and more for each bit of the fullest of 256;
+# and for each score of a kept row and tile.
+FORWARD, FORWARD_NOTING, DRAW, WORD, BIT, GRADIENTS = 10.9, 11.6, 31.5, 46.5, 24.5, {64: 43, 128: 65}
 TILE = reference.TILE
 LAUNCHES, LAUNCH = 11, 4e-6  # of each round of the backward, and what one takes at least, seconds
 
@@ -53,6 +54,8 @@ def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
     # what part of the lanes' rate a loop over tiles reaches: as much as the forward, whose rate is published
     efficiency = (FORWARD / LANES) / (4 * D / TRITON_FORWARD[D])
     lanes = lambda instructions: instructions / LANES / efficiency  # noqa: E731
+    bits = 32 * kept / all_tiles  # of a word
+    fullest = bits + 3 * bits**0.5 + 1
     jobs = kept / triton.JOB + H * T / TILE
     rounds = -(-H * triton.parts_of(c, T) * D // triton.ROUND)
     seconds = dict(
@@ -61,7 +64,7 @@ def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
         forward=4 * D * pairs / TRITON_FORWARD[D] * FORWARD_NOTING / FORWARD,
         draw=max(lanes(all_tiles * DRAW), all_tiles * 4 * 2 / HBM),
         thin=(rows * (2 * vector + slots * 12) + proposed * 64) / L2,
-        list_rows=max(lanes(all_tiles * LIST), 2 * 2 * all_tiles / 8 / HBM),
+        list_rows=max(lanes(all_tiles / 32 * (WORD + BIT * fullest)), 2 * 2 * all_tiles / 8 / HBM),
         tile_gradients=max(lanes(kept * TILE * GRADIENTS[D]), kept * TILE * 10 * D / BF16, kept * (2 * vector + 4 * D + slots * 8) / L2),
         sums=(kept * 4 * D + jobs * TILE * D * 16 + rows * vector) / HBM,
         launches=rounds * LAUNCHES * LAUNCH,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backends import reference, triton
 from backends.reference import KAPPA, TILE, UNIT
+from backends.triton import cdiv
 from model import GPT, GPTConfig
 from sus_attn import resolve_backend, sus_attention
 
@@ -268,6 +269,23 @@ def test_a_tile_that_many_rows_keep_is_several_jobs(monkeypatch, poisoned):
     monkeypatch.setattr(triton, "JOB", 64)
     for a, b in zip(grads(tensors), whole):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max())
+
+
+def test_lists_of_rows_at_a_long_context():
+    T, tiles = 20_000, (0, 1, 100, 311)  # more words than are looked at in one go
+    regions = cdiv(T, TILE)
+    keeps = torch.rand(T, len(tiles), generator=torch.Generator().manual_seed(1)) < torch.tensor([1.0, 0.5, 0.02, 0.3])
+    keeps &= torch.arange(T)[:, None] >= torch.tensor(tiles) * TILE
+    bits = torch.zeros(regions, cdiv(T, 32), dtype=torch.int64)
+    for tile, column in zip(tiles, keeps.T):
+        bits[tile] = (torch.nn.functional.pad(column, (0, -T % 32)).view(-1, 32) << torch.arange(32)).sum(1)
+    counts = torch.zeros(regions, dtype=torch.int32)
+    counts[list(tiles)] = keeps.sum(0, dtype=torch.int32)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    listed = torch.full((int(ends[-1]) + 1,), -1, dtype=torch.int32, device=DEVICE)
+    q = torch.zeros(1, 1, T, 32, device=DEVICE)
+    triton._launch("list_rows", q, regions, bits.int().to(DEVICE), counts.to(DEVICE), ends.to(DEVICE), listed, T, bits.shape[1])
+    assert listed.tolist() == torch.cat([*(column.nonzero()[:, 0] for column in keeps.T), torch.tensor([-1])]).tolist()
 
 
 @pytest.mark.parametrize("value", [nan, inf])
