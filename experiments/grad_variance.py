@@ -43,7 +43,8 @@ from probe import capture, time_attention
 from record import plain
 from sus_attn import BACKENDS, SAMPLERS, fold_in, sus_attention
 
-TYPICAL_C = 25.0  # the map, and the check of the estimate, are made at the c nearest to it
+PAPER_C = 25.0  # with which the paper has a rho of about 1 %
+DEFAULT = "tiles"
 SIGNS = 8  # random directions of the self-check
 FALSE_ALARM = 1e-3  # how often a right estimator may fail it
 ESTIMATE_DRAWS = 64
@@ -334,9 +335,9 @@ def measure(cfg: VarianceConfig) -> dict:
                     of_exact["forward_ms"], of_exact["backward_ms"] = times["exact"]
                     bar.update(unit[T] * len(methods) * repeats / subject.parts.L)
                 if T == Ts[0]:
-                    c = nearest(cs, TYPICAL_C)
-                    estimates = [{"T": T, "layer": config.n_layer // 2, "sampler": method[0], "c": c,
-                                  **check_estimate(method, inputs)} for method in methods if method[1] == c]  # fmt: skip
+                    estimates = [{"T": T, "layer": config.n_layer // 2, "sampler": sampler, "c": c,
+                                  **check_estimate((sampler, c, backends[sampler, c][0]), inputs)}
+                                 for sampler in samplers for c in [typical(pick(of_T, sampler=sampler))["c"]]]  # fmt: skip
                 attention.append({"T": T, **look_at_attention(subject, x[:: max(1, len(x) // LOOKED_AT)][:LOOKED_AT], cs)})
                 rows += of_T
                 exact.append({"T": T, "windows": texts[T][2], **of_exact})
@@ -475,8 +476,9 @@ def look_at_attention(subject: Subject, x: Tensor, cs: list[float]) -> dict:
 # -- what follows from it ---------------------------------------------------------------------------
 
 
-def nearest(cs, c: float) -> float:
-    return min(map(float, cs), key=lambda other: abs(other - c))
+def typical(rows: list[dict]) -> dict:
+    """The row whose rho is nearest to 1 %, in logarithms: what the map shows, and where the estimate is checked."""
+    return min(rows, key=lambda row: abs(math.log(max(float(row["rho"][0]), ROUNDING) / 0.01)))
 
 
 def each(rows: list[dict], name: str) -> list:
@@ -673,11 +675,9 @@ def draw_over_kept(ax, rows) -> None:
 
 
 def draw_map(ax, rows) -> None:
-    T, sampler = rows[-1]["T"], leading(rows)
-    c = nearest(each(rows, "c"), TYPICAL_C)
-    row = next(row for row in pick(rows, T=T, sampler=sampler) if float(row["c"]) == c)
+    row = typical(pick(rows, T=rows[-1]["T"], sampler=DEFAULT if pick(rows, sampler=DEFAULT) else leading(rows)))
     table = [[100 * float(cell[0]) for cell in (layer, *heads)] for layer, heads in zip(row["layers"], row["heads"])]
-    ax.set(title=f"rho in % by layer and head, {sampler}, T = {T:,}, c = {c:g}", xlabel="head", ylabel="layer")
+    ax.set(title=f"rho in % by layer and head, {row['sampler']}, T = {row['T']:,}, c = {float(row['c']):g}", xlabel="head", ylabel="layer")
     ax.imshow(table, cmap="YlGnBu", aspect="auto", vmin=0)
     largest = max(max(line) for line in table)
     size = 9.5 if len(table[0]) <= 9 else 7.5 if len(table[0]) <= 17 else 5
@@ -707,8 +707,8 @@ def draw_weights(ax, attention) -> None:
         ax.stairs([100 * share for share in shares], edges, color=color, fill=True, alpha=0.35)
         ax.stairs([100 * share for share in shares], edges, color=color, label=label)
     ax.set_xscale("log")
-    ax.axvline(1 / TYPICAL_C, color="dimgrey", linewidth=1, linestyle="--")
-    ax.text(1.15 / TYPICAL_C, 0.99, "1/c for\nc = 25", transform=ax.get_xaxis_transform(), va="top", fontsize=9, color="dimgrey")
+    ax.axvline(1 / PAPER_C, color="dimgrey", linewidth=1, linestyle="--")
+    ax.text(1.15 / PAPER_C, 0.99, f"1/c for\nc = {PAPER_C:g}", transform=ax.get_xaxis_transform(), va="top", fontsize=9, color="dimgrey")
     ax.set_xlim(10**LOWEST, 1)
     ax.margins(y=0.2)
     ax.grid(alpha=0.25)
