@@ -1,32 +1,104 @@
 """
-The shared core of the prepare.py scripts: documents to train.bin, val.bin and meta.json in one folder.
+The shared core of the prepare.py scripts: documents to a corpus, four files of tokens and one of meta data in one folder.
 
-    train.bin, val.bin   token ids, headerless, uint16 (uint32 above 65536 ids): the documents one after the other, each
-                         followed by end-of-text where the tokenizer has one
-    meta.json            tokenizer, dtype, counts and checksums: all that the loader and the model need to know
+    train.bin, val.bin              token ids, headerless, uint16 (uint32 above 65536 ids): the documents one after the
+                                    other, each followed by end-of-text where the tokenizer has one
+    train_ends.bin, val_ends.bin    uint64: where in these each document ends, so the last is the number of tokens
+    meta.json                       tokenizer, dtype, counts, checksums, document lengths: all else that others need to know
 
-A corpus is whole or it isn't one: the files are written in a folder aside and moved into place at the end; while they
-move, meta.json says so. A preparation that fails or is killed before leaves an earlier corpus as it was.
+Text is read, encoded and written a piece at a time, whatever its size. Threads encode (tiktoken leaves them free to), and
+what they made is written in order: the files don't depend on how many there are.
+
+A corpus is whole or it isn't one. It grows in the folder `unfinished` aside, with a journal, and is moved into place at
+the end; while it moves, meta.json says so. A preparation that was killed is continued by the same command, with the same
+bytes as if it never had been; an earlier corpus stays as it was until then.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
 
-ASIDE = "unfinished-"  # prefix of the folder aside
+ASIDE = "unfinished"  # the folder aside
+SPLITS = "train", "val"
 LONG = {"2k": 2048, "8k": 8192, "32k": 32768, "128k": 131072}  # tokens
 WORD_START = re.compile(r"(?<=\S) (?=\S)")
+PIECE = 1 << 20  # characters
+BATCH = 1 << 18  # characters that a thread encodes at once, or a piece if that is more
+SAVE = 5.0  # seconds between two entries of the journal
+ROOM = 1.1  # of the disk space that a corpus is guessed to need
+
+
+# -- documents ---------------------------------------------------------------------------------
+
+
+class Document(NamedTuple):
+    """split: train or val; or None: of those kept, the first and every n-th after it are for validation.
+    texts: the text, in pieces that end where a token does, see `pieces`."""
+
+    split: str | None
+    name: str
+    texts: Iterable[str]
+
+
+class Source:
+    """
+    Where documents come from, in an order that is always the same.
+
+    describe       a dict for meta.json
+    fingerprint    what else must be the same for an unfinished preparation to be continued
+    total_bytes    about how many bytes of text there are, or None
+    """
+
+    fingerprint = ""
+    total_bytes = None
+
+    def __init__(self, describe):
+        self.describe = describe
+
+    def documents(self, state=None) -> Iterator[Document]:
+        """All documents; or those after the one that had come when `state` was asked for."""
+        raise NotImplementedError
+
+    def state(self):
+        """Where the iteration stands, as JSON."""
+        raise NotImplementedError
+
+
+class Texts(Source):
+    """Documents at hand: train and val are lists of (name, text)."""
+
+    def __init__(self, train, val, describe):
+        super().__init__(describe)
+        self.all = [(split, name, text) for split, pairs in zip(SPLITS, (train, val)) for name, text in pairs]
+        raw = [text.encode("utf-8", "surrogatepass") for _, _, text in self.all]
+        self.total_bytes = sum(map(len, raw))
+        self.fingerprint = hashlib.sha256(b"\0".join(raw)).hexdigest()
+
+    def documents(self, state=None):
+        for self.count in range((state or 0) + 1, len(self.all) + 1):
+            split, name, text = self.all[self.count - 1]
+            yield Document(split, name, pieces(text))
+
+    def state(self):
+        return self.count
+
+
+# -- reading text ------------------------------------------------------------------------------
 
 
 def files_under(folder, skip=()):
@@ -47,6 +119,11 @@ def read_text(path):
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
+    return decode_text(raw, path)
+
+
+def decode_text(raw, path):
+    """read_text's of these bytes, which are the file's."""
     if b"\0" in raw:
         raise UserError(f"{path} is not text: byte {raw.index(0):,} is NUL")
     try:
@@ -56,116 +133,373 @@ def read_text(path):
                         "(if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW)") from None
 
 
-def pieces(text, size=1 << 20):
+def pieces(text, size=PIECE):
     """
     text in pieces of about size characters, so that a huge document needs little memory. A cut is only made before a
     single space between two words, where every tokenizer begins a token: the pieces' ids are the whole text's ids.
+    text: a string, or an iterable of strings, which are joined.
     """
-    start = 0
-    while start < len(text):
-        cut = WORD_START.search(text, start + size)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
+    rest, searched = "", 0
+    for part in [text] if isinstance(text, str) else text:
+        rest += part
+        start = 0
+        while cut := WORD_START.search(rest, max(start + size, searched)):
+            yield rest[start : cut.start()]
+            start = cut.start()
+        rest = rest[start:]
+        searched = len(rest) - 1  # a space there may begin a word of the next part
+    if rest:
+        yield rest
 
 
-def write_corpus(folder, train_docs, val_docs, tokenizer, *, source, total_bytes=None):
+# -- encoding, in threads and in order ---------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """items: (document, piece of its text), and (document, None) where it ends. Then the source's state after its last
+    whole document, and how many pieces of the next one have come."""
+
+    items: list
+    state: object
+    count: int
+
+
+def _batches(source, state, skip):
+    """What comes after state, without the first `skip` pieces."""
+    items, size, done = [], 0, state
+    for document in source.documents(state):
+        count = 0
+        for count, text in enumerate(document.texts, 1):  # noqa: B007  (it is used after the loop, too)
+            if count <= skip:
+                continue
+            items.append((document, text))
+            size += len(text)
+            if size >= BATCH:
+                yield Batch(items, done, count)
+                items, size = [], 0
+        items.append((document, None))
+        skip, done = 0, source.state()
+        if size >= BATCH or len(items) >= BATCH // 16:
+            yield Batch(items, done, 0)
+            items, size = [], 0
+    if items:
+        yield Batch(items, done, 0)
+
+
+def _encode(batch, tokenizer, dtype):
+    """(batch, the ids of each item as bytes or None, how many bytes of text)"""
+    found, size = [], 0
+    for _, text in batch.items:
+        if text is None:
+            found.append(None)
+            continue
+        ids = tokenizer.encode(text)
+        if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.n_vocab:  # a cast to dtype would wrap in silence
+            raise ValueError(f"ids from {ids.min()} to {ids.max()}, but n_vocab is {tokenizer.n_vocab}")
+        found.append(ids.astype(dtype).tobytes())
+        size += len(text) if text.isascii() else len(text.encode())
+    return batch, found, size
+
+
+def _in_order(batches, encode, workers):
+    """encode(batch) of each, some ahead of what is taken."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(encode, batch))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+class _Unfinished:
+    """The files of a corpus that grows, and their journal. `entry` is what the journal says."""
+
+    def __init__(self, folder, key):
+        self.folder = folder
+        self.journal = folder / "journal.json"
+        self.entry = self._read(key) or self._new(key)
+        self.files, self.checksums = {}, {}
+        for name, size in self.entry["sizes"].items():
+            path = folder / name
+            self.checksums[name] = _checksum(path, size)
+            self.files[name] = open(path, "r+b" if size else "wb")
+            self.files[name].truncate(size)
+            self.files[name].seek(size)
+
+    def _new(self, key):
+        for path in self.folder.iterdir():
+            path.unlink()
+        return {"key": key, "state": None, "skip": 0, "open": None, "kept": 0, "dropped": 0, "bytes": 0,
+                "sizes": {f"{split}{kind}.bin": 0 for kind in ("", "_ends") for split in SPLITS}}
+
+    def _read(self, key):
+        """The journal's entry, if it is of this preparation and the files are there."""
+        try:
+            entry = json.loads(self.journal.read_bytes())
+            sizes = {name: (self.folder / name).stat().st_size for name in entry["sizes"]}
+            whole = all(sizes[name] >= size for name, size in entry["sizes"].items())
+            return entry if entry["key"] == key and whole else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def begun(self):
+        """Whether there is something to go on from."""
+        return self.journal.exists()
+
+    def write(self, name, data):
+        self.files[name].write(data)
+        self.checksums[name].update(data)
+        self.entry["sizes"][name] += len(data)
+
+    def save(self):
+        for file in self.files.values():
+            _to_disk(file)
+        with _synced(self.folder / "journal.new") as file:
+            file.write(json.dumps(self.entry).encode())
+        os.replace(self.folder / "journal.new", self.journal)
+
+    def finish(self):
+        for file in self.files.values():
+            _to_disk(file)
+            file.close()
+
+    def abandon(self):
+        for file in self.files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+class _Writer:
+    """Puts what was encoded into the files: which document goes where, and whether it is kept."""
+
+    def __init__(self, unfinished, tokenizer, dtype, min_tokens, every):
+        self.unfinished, self.entry, self.dtype = unfinished, unfinished.entry, dtype
+        self.min_bytes, self.every = min_tokens * dtype.itemsize, every
+        self.eot = b"" if tokenizer.eot is None else np.array([tokenizer.eot], dtype).tobytes()
+        self.held = []  # of a document that may still turn out too short
+
+    def tokens(self, split):
+        return self.entry["sizes"][f"{split}.bin"] // self.dtype.itemsize
+
+    def add(self, document, data):
+        if data is not None:
+            if data:
+                self.held.append(data)
+            if not self.entry["open"] and sum(map(len, self.held)) < max(1, self.min_bytes - len(self.eot)):
+                return
+            self._flush(document)
+            return
+        if self.held and sum(map(len, self.held)) + len(self.eot) >= self.min_bytes:
+            self._flush(document)
+        if self.entry["open"]:
+            split = self.entry["open"]
+            self.unfinished.write(f"{split}.bin", self.eot)
+            self.unfinished.write(f"{split}_ends.bin", np.uint64(self.tokens(split)).tobytes())
+            self.entry["kept"] += 1
+        elif self.held:
+            self.entry["dropped"] += 1
+        self.entry["open"], self.held = None, []
+
+    def _flush(self, document):
+        if not self.entry["open"]:
+            self.entry["open"] = document.split or ("train" if self.entry["kept"] % self.every else "val")
+        for data in self.held:
+            self.unfinished.write(f"{self.entry['open']}.bin", data)
+        self.held = []
+
+
+def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, val_every=200, workers=0):
     """
-    Encode documents, iterables of (name, text) that are read once and one document at a time, into folder; an earlier
-    corpus there is replaced. Prints counts and document lengths and returns them as meta.json's dict.
+    Encode the documents of a Source into folder; an earlier corpus there is replaced at the end. Prints counts and
+    document lengths and returns them as meta.json's dict.
 
-    source       a dict for meta.json: where the documents come from
-    total_bytes  about how many bytes of text there are, for the progress bar's ETA
-    UserError    nothing to write, disk full; the folder is then as it was
+    max_tokens       no further document is begun when there are so many, training and validation together; 0: no limit
+    min_doc_tokens   shorter documents are left out, end-of-text counted
+    val_every        of documents with no split of their own, one in so many is for validation
+    workers          threads; 0: one for each CPU
+    UserError        nothing to write, disk full, another preparation there. An earlier corpus is then as it was; what is
+                     done so far is kept where the same command could go on from it
     """
     folder = Path(folder)
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    meta = {"vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "tokenizer": tokenizer.to_meta(), "source": source}
+    meta = {"vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "tokenizer": tokenizer.to_meta(), "source": source.describe}
+    key = hashlib.sha256(json.dumps([meta, source.fingerprint, max_tokens, min_doc_tokens, val_every]).encode()).hexdigest()
+    aside = folder / ASIDE
+    unfinished = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        with (tempfile.TemporaryDirectory(prefix=ASIDE, dir=folder) as aside,
-              tqdm(total=total_bytes, unit="B", unit_scale=True, desc=folder.name, disable=None) as bar):
-            for split, docs in ("train", train_docs), ("val", val_docs):
-                with _synced(Path(aside, f"{split}.bin")) as file:
-                    lengths, checksum = _encode(docs, tokenizer, dtype, file, bar)
-                if not lengths:
-                    raise UserError(f"{folder}: there is no text for {split}.bin; more text is needed, "
-                                    "or another share of it for validation")
-                meta |= {f"{split}_tokens": sum(lengths), f"{split}_documents": len(lengths),
-                         f"{split}_sha256": checksum}
-                if split == "train":
-                    meta["document_lengths"] = _statistics(lengths)
-            for name, content in ("meta.json", meta), ("moving.json", {"unfinished": True}):
-                with _synced(Path(aside, name)) as file:
-                    file.write(json.dumps(content, indent=1).encode())
-            os.replace(Path(aside, "moving.json"), folder / "meta.json")  # no corpus from here ...
-            for name in "train.bin", "val.bin", "meta.json":
-                os.replace(Path(aside, name), folder / name)  # ... to the last of these
+        aside.mkdir(parents=True, exist_ok=True)
+        with _locked(aside):
+            try:
+                unfinished = _Unfinished(aside, key)
+                _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder)
+                unfinished.finish()
+                meta |= _summary(unfinished, folder)
+                _move_into_place(aside, folder, meta)
+                shutil.rmtree(aside)
+            except BaseException as error:
+                if unfinished is not None:
+                    unfinished.abandon()
+                if unfinished is None or not (unfinished.begun and _passes(error)):
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise
     except OSError as error:
-        raise UserError(f"can't write the corpus {folder}: {error.strerror or error}") from error
+        on = f"; the same command goes on from what is in {aside}, or delete that" if aside.exists() else ""
+        raise UserError(f"can't write the corpus {folder}: {error.strerror or error}{on}") from error
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # only an empty folder goes: nothing came of it
     _report(folder, meta)
+    _draw_lengths(folder, meta)
     return meta
 
 
-def _encode(docs, tokenizer, dtype, file, bar):
-    """Write the ids of docs to file: ([tokens of each document, with its end-of-text], sha256 of what was written)."""
-    lengths, checksum, total = [], hashlib.sha256(), 0
+def _passes(error):
+    """Whether the same command may get further another time: the disk was full, the network away, the user in a hurry."""
+    return isinstance(error, OSError | KeyboardInterrupt | SystemExit | Interrupted)
 
-    def write(ids):
-        nonlocal total
-        if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.n_vocab:  # a cast to dtype would wrap in silence
-            raise ValueError(f"ids from {ids.min()} to {ids.max()}, but n_vocab is {tokenizer.n_vocab}")
-        data = ids.astype(dtype).tobytes()
-        checksum.update(data)
-        file.write(data)
-        total += ids.size
 
-    for name, text in docs:
-        if not text:
-            continue
-        start = total
-        for piece in pieces(text):
-            write(tokenizer.encode(piece))
-            bar.update(len(piece.encode()))
-            bar.set_postfix_str(f"{total:,} tokens, {name}", refresh=False)
-        if tokenizer.eot is not None:
-            write(np.array([tokenizer.eot]))
-        lengths.append(total - start)
-    return lengths, checksum.hexdigest()
+class Interrupted(UserError):
+    """What a source raises when it can't go on for now."""
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """No other process may be in here; the system frees it when this one ends, however it does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is preparing {folder.parent} just now") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder):
+    """Encode and write all that is still to come."""
+    entry, writer = unfinished.entry, _Writer(unfinished, tokenizer, dtype, min_doc_tokens, val_every)
+    written = lambda: sum(map(writer.tokens, SPLITS))  # noqa: E731
+    if unfinished.begun:
+        print(f"going on with the preparation of {folder}: {written():,} tokens are there")
+    by_bytes = source.total_bytes is not None
+    total, unit = (source.total_bytes, "B") if by_bytes else (max_tokens or None, "tok")
+    batches = _batches(source, entry["state"], entry["skip"])
+    first, saved, began, had = True, time.monotonic(), time.monotonic(), written()
+    with (contextlib.closing(_in_order(batches, lambda batch: _encode(batch, tokenizer, dtype), workers)) as encoded,
+          tqdm(total=total, initial=entry["bytes"] if by_bytes else had, unit=unit, unit_scale=True, desc=folder.name,
+               disable=None) as bar):  # fmt: skip
+        for batch, found, size in encoded:
+            if first:
+                _check_space(unfinished.folder, source, entry["bytes"], size, sum(len(ids) for ids in found if ids),
+                             (max_tokens - had) * dtype.itemsize if max_tokens else None)  # fmt: skip
+                first = False
+            for (document, _), ids in zip(batch.items, found):
+                if max_tokens and not entry["open"] and not writer.held and written() >= max_tokens:
+                    return
+                writer.add(document, ids)
+            entry["bytes"] += size
+            bar.update(size if by_bytes else written() - bar.n)
+            bar.set_postfix_str(f"{written():,} tokens, {(written() - had) / (time.monotonic() - began):,.0f}/s, {document.name[-40:]}",
+                                refresh=False)  # fmt: skip
+            if time.monotonic() - saved > SAVE and not writer.held:
+                entry["state"], entry["skip"] = batch.state, batch.count
+                unfinished.save()
+                saved = time.monotonic()
+
+
+def _check_space(folder, source, done, size, encoded, most):
+    """UserError if the disk hasn't room for what is to come, guessed from `size` bytes of text that became `encoded`."""
+    guesses = [most] if most is not None else []
+    if source.total_bytes is not None:
+        guesses.append((source.total_bytes - done) * encoded / max(size, 1))
+    need, free = ROOM * min(guesses, default=0), shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"the corpus needs about {need / 1e9:.1f} GB more, and {folder} has {free / 1e9:.1f} GB free")
+
+
+def _summary(unfinished, folder):
+    """meta.json's entries on what was written."""
+    meta = {}
+    for split in SPLITS:
+        ends = np.fromfile(unfinished.folder / f"{split}_ends.bin", np.uint64)
+        if not len(ends):
+            short = f" ({unfinished.entry['dropped']:,} documents were too short)" if unfinished.entry["dropped"] else ""
+            raise UserError(f"{folder}: there is no text for {split}.bin{short}; more text is needed, "
+                            "or another share of it for validation")
+        meta |= {f"{split}_tokens": int(ends[-1]), f"{split}_documents": len(ends),
+                 f"{split}_sha256": unfinished.checksums[f"{split}.bin"].hexdigest(),
+                 f"{split}_ends_sha256": unfinished.checksums[f"{split}_ends.bin"].hexdigest()}
+        if split == "train":
+            meta["document_lengths"] = _statistics(np.diff(ends, prepend=np.uint64(0)).astype(np.int64))
+    return meta | {"left_out_as_too_short": unfinished.entry["dropped"]}
+
+
+def _move_into_place(aside, folder, meta):
+    for name, content in ("meta.json", meta), ("moving.json", {"unfinished": True}):
+        with _synced(aside / name) as file:
+            file.write(json.dumps(content, indent=1).encode())
+    os.replace(aside / "moving.json", folder / "meta.json")  # no corpus from here ...
+    for name in *(f"{split}{kind}.bin" for split in SPLITS for kind in ("", "_ends")), "meta.json":
+        os.replace(aside / name, folder / name)  # ... to the last of these
+    note_checked(folder)
+
+
+def _checksum(path, size, advance=lambda size: None):
+    """sha256 of the first size bytes of a file, to go on with."""
+    checksum = hashlib.sha256()
+    if size:
+        with open(path, "rb") as file:
+            while size and (data := file.read(min(size, 1 << 24))):
+                checksum.update(data)
+                size -= len(data)
+                advance(len(data))
+    return checksum
+
+
+def _to_disk(file):
+    """What was written to file is on the disk, not only in a cache."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def _synced(path):
-    """path opened for writing; on the disk, not only in a cache, when the block ends."""
+    """path opened for writing; on the disk when the block ends."""
     with open(path, "wb") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file)
 
 
-def _remove_leftovers(folder):
-    """Of preparations that were killed: silent for an hour, where a live one writes every few seconds."""
-    for aside in folder.glob(ASIDE + "*"):
-        with contextlib.suppress(FileNotFoundError):  # it was alive, and has just finished
-            if time.time() - max(path.stat().st_mtime for path in [aside, *aside.iterdir()]) > 3600:
-                shutil.rmtree(aside)
+# -- what came of it ---------------------------------------------------------------------------
 
 
 def _statistics(lengths):
-    lengths = np.array(lengths)
     share = {name: round(float(lengths[lengths >= bound].sum() / lengths.sum()), 4) for name, bound in LONG.items()}
+    powers = np.bincount(np.log2(lengths).astype(int))  # log2 is exact for powers of two
+    histogram = {str(2**power): int(count) for power, count in enumerate(powers) if count}
     return {"min": int(lengths.min()), "median": int(np.median(lengths)), "mean": int(lengths.mean()),
-            "max": int(lengths.max()), "share_of_tokens_in_documents_of_at_least": share}
+            "max": int(lengths.max()), "share_of_tokens_in_documents_of_at_least": share,
+            "documents_from_this_length_to_its_double": histogram}  # fmt: skip
 
 
 def _report(folder, meta):
-    for split in "train", "val":
+    for split in SPLITS:
         print(f"{folder / split}.bin: {meta[f'{split}_tokens']:,} tokens in {meta[f'{split}_documents']:,} documents, "
               f"sha256 {meta[f'{split}_sha256'][:16]}")
+    if left_out := meta["left_out_as_too_short"]:
+        print(f"left out, as they are too short: {left_out:,} documents")
     lengths = meta["document_lengths"]
     share = lengths["share_of_tokens_in_documents_of_at_least"]
     print(f"training documents in tokens: shortest {lengths['min']:,}, median {lengths['median']:,}, "
@@ -174,3 +508,59 @@ def _report(folder, meta):
           + ", ".join(f"{name}: {part:.0%}" for name, part in share.items()))
     if (shorter := min(meta["train_tokens"], meta["val_tokens"])) <= LONG["2k"]:
         print(f"note: one split has only {shorter:,} tokens, and block_size must be below that")
+
+
+def _draw_lengths(folder, meta):
+    """The lengths of the training documents as a picture, where matplotlib is there to draw it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    histogram = {int(start): count for start, count in meta["document_lengths"]["documents_from_this_length_to_its_double"].items()}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    of_documents, of_tokens = figure.subplots(1, 2)
+    ends = np.fromfile(folder / "train_ends.bin", np.uint64)
+    lengths = np.diff(ends, prepend=np.uint64(0)).astype(np.int64)
+    powers = np.arange(int(np.log2(min(histogram))), int(np.log2(max(histogram))) + 1)
+    tokens = np.bincount(np.log2(lengths).astype(int), lengths, minlength=powers[-1] + 1)[powers]
+    names = [f"{2**power}" if power < 10 else f"{2 ** (power - 10)}k" if power < 20 else f"{2 ** (power - 20)}M" for power in powers]
+    for ax, heights, what in (of_documents, [histogram.get(2**power, 0) for power in powers.tolist()], "documents"), (
+        of_tokens, 100 * tokens / tokens.sum(), "% of the tokens"):  # fmt: skip
+        ax.bar(powers, heights, width=0.9, align="edge", color="#3b75af")
+        ax.set(xlabel="length of the document, tokens", title=f"{what}, by length")
+        ax.set_xticks(powers[:: max(1, len(powers) // 9)], names[:: max(1, len(powers) // 9)])
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{folder.name}: {meta['train_tokens']:,} training tokens in {meta['train_documents']:,} documents", fontsize=10)
+    figure.savefig(folder / "documents.png", dpi=110)
+    print(f"their lengths as a picture: {folder / 'documents.png'}")
+
+
+# -- is it still what was written? -------------------------------------------------------------
+
+
+def note_checked(folder):
+    """Note in checked.json that the files are what meta.json says, as long as sizes and times stay."""
+    with contextlib.suppress(OSError):  # where that can't be written, they are checked each time
+        (folder / "checked.json").write_text(json.dumps(_stamps(folder)))
+
+
+def _stamps(folder):
+    stats = {path.name: path.stat() for path in sorted(folder.glob("*.bin"))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def changed_files(folder, meta):
+    """The names of the files whose checksums are not those of meta.json. Looks once, with a progress bar, until sizes or
+    times change."""
+    try:
+        if json.loads((folder / "checked.json").read_bytes()) == _stamps(folder):
+            return []
+    except (OSError, ValueError):
+        pass
+    wanted = {f"{name}.bin": meta[f"{name}_sha256"] for split in SPLITS for name in (split, f"{split}_ends") if f"{name}_sha256" in meta}
+    sizes = {name: (folder / name).stat().st_size for name in wanted}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=None, leave=False) as bar:
+        changed = [name for name, size in sizes.items() if _checksum(folder / name, size, bar.update).hexdigest() != wanted[name]]
+    if not changed:
+        note_checked(folder)
+    return changed

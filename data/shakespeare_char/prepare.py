@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import read_text, write_corpus
+from data.corpus import Texts, read_text, write_corpus
 from data.tokenizer import tokenizer_from_meta
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,9 +34,8 @@ def prepare(input="", folder=Path(__file__).parent):
     vocabulary = "".join(sorted(set(text)))
     if not vocabulary:
         raise UserError(f"{input} is empty")
-    return write_corpus(folder, [("train", text[:cut])], [("val", text[cut:])],
-                        tokenizer_from_meta({"name": "char", "chars": vocabulary}),
-                        source={"input": input or URL}, total_bytes=len(text))
+    source = Texts([("train", text[:cut])], [("val", text[cut:])], {"input": input or URL})
+    return write_corpus(folder, source, tokenizer_from_meta({"name": "char", "chars": vocabulary}))
 
 
 def _download():

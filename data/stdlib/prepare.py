@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import files_under, read_text, write_corpus
+from data.corpus import Texts, files_under, read_text, write_corpus
 from data.tokenizer import tokenizer_from_meta
 
 SKIP = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
@@ -50,9 +50,8 @@ def prepare(folder=Path(__file__).parent, val_fraction=0.05):
         raise UserError(f"{stdlib} has no Python sources: this Python comes without them; use another, "
                         "or your own text by data/text/prepare.py")
     version = platform.python_version()
-    meta = write_corpus(folder, splits["train"], splits["val"], tokenizer_from_meta({"name": "byte"}),
-                        total_bytes=total,
-                        source={"stdlib of Python": version, "skipped": skipped, "val_fraction": val_fraction})
+    source = {"stdlib of Python": version, "skipped": skipped, "val_fraction": val_fraction}
+    meta = write_corpus(folder, Texts(splits["train"], splits["val"], source), tokenizer_from_meta({"name": "byte"}))
     print(f"standard library of Python {version}; files left out because they are not UTF-8 text: {skipped}")
     return meta
 
