@@ -1,11 +1,12 @@
 """
-Tokenizers: text to token ids and back. There are three.
+Tokenizers: text to token ids and back.
 
-    byte   the 256 bytes of UTF-8 and <|endoftext|>: encodes any text, needs no files, 1 token a byte
-    gpt2   GPT-2's byte-pair encoding: encodes any text, about 4 bytes a token; tiktoken downloads its files once
-    char   the distinct characters of one corpus, as in nanoGPT's character-level Shakespeare
+    byte              the 256 bytes of UTF-8 and <|endoftext|>: encodes any text, needs no files, 1 token a byte
+    gpt2, o200k_base, ... (ENCODINGS)    the byte-pair encodings of tiktoken: any text, about 4 bytes a token; their files
+                      are downloaded once
+    char              the distinct characters of one corpus, as in nanoGPT's character-level Shakespeare
 
-The first two are tiktoken.Encoding objects. A tokenizer goes into meta.json and into checkpoints as the plain dict of
+All but the last are tiktoken.Encoding objects. A tokenizer goes into meta.json and into checkpoints as the plain dict of
 to_meta(), and comes back through tokenizer_from_meta(): no pickle, and a checkpoint works without its corpus.
 """
 
@@ -13,14 +14,17 @@ import numpy as np
 
 from configurator import UserError
 
-GPT2_VOCAB_SIZE = 50304  # 50257, padded to a multiple of 128: faster on GPUs
+ENCODINGS = "gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony"
+TOKENIZERS = "byte", *ENCODINGS  # those for any text
+PADDING = 128  # the embedding of an encoding has a multiple of so many rows: faster on GPUs
+GPT2_VOCAB_SIZE = 50304  # 50257, padded
 
 
 class Tokenizer:
     """
-    name        byte, gpt2 or char
+    name        one of TOKENIZERS, or char
     n_vocab     number of ids: every id is below it
-    vocab_size  rows of the model's embedding: n_vocab, for gpt2 padded to 50304
+    vocab_size  rows of the model's embedding: n_vocab, for tiktoken's encodings padded (gpt2: 50304)
     eot         id of <|endoftext|>, which stands after every document; None for char
     """
 
@@ -49,7 +53,7 @@ class Tokenizer:
 
 
 class BytePairTokenizer(Tokenizer):
-    """byte and gpt2: a tiktoken.Encoding."""
+    """byte and ENCODINGS: a tiktoken.Encoding."""
 
     def __init__(self, encoding, vocab_size):
         self.name, self.n_vocab, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
@@ -98,7 +102,7 @@ def _code_points(text):
 
 
 def tokenizer_from_meta(meta):
-    """The Tokenizer of {"name": "byte"}, {"name": "gpt2"} or {"name": "char", "chars": "..."}; UserError."""
+    """The Tokenizer of {"name": "byte"}, {"name": one of ENCODINGS} or {"name": "char", "chars": "..."}; UserError."""
     match meta:
         case {"name": "byte"}:
             import tiktoken
@@ -106,18 +110,19 @@ def tokenizer_from_meta(meta):
             encoding = tiktoken.Encoding("byte", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
                                          mergeable_ranks={bytes([byte]): byte for byte in range(256)})
             return BytePairTokenizer(encoding, vocab_size=257)
-        case {"name": "gpt2"}:
-            return BytePairTokenizer(_gpt2_encoding(), vocab_size=GPT2_VOCAB_SIZE)
+        case {"name": str(name)} if name in ENCODINGS:
+            encoding = _encoding(name)
+            return BytePairTokenizer(encoding, vocab_size=-(-encoding.n_vocab // PADDING) * PADDING)
         case {"name": "char", "chars": str(chars)}:
             return CharTokenizer(chars)
-    raise UserError(f"unknown tokenizer {meta!r}: expected the name byte, gpt2, or char with its chars")
+    raise UserError(f"unknown tokenizer {meta!r}: expected the name {', '.join(TOKENIZERS)}, or char with its chars")
 
 
-def _gpt2_encoding():
+def _encoding(name):
     import tiktoken
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding(name)
     except Exception as error:  # depends on what lies between here and the server: requests' kinds, OSError, ValueError
-        raise UserError("the files of the gpt2 tokenizer can't be loaded: tiktoken downloads them once, so connect to "
+        raise UserError(f"the files of the {name} tokenizer can't be loaded: tiktoken downloads them once, so connect to "
                         "the network, or set TIKTOKEN_CACHE_DIR to a folder that has them, or prepare the text with "
                         f"--tokenizer=byte ({type(error).__name__}: {str(error)[:200]})") from error

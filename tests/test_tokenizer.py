@@ -1,6 +1,7 @@
 """The tokenizers: every text comes back, ids stay in range, text never yields end-of-text, and cuts change nothing."""
 
 import codecs
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import pytest
 
 from configurator import UserError
 from data.corpus import pieces
-from data.tokenizer import tokenizer_from_meta
+from data.tokenizer import ENCODINGS, tokenizer_from_meta
 
 TEXTS = ["", "a", "Hello world\n", "<|endoftext|>", "tab\tCRLF\r\nNUL\0", "naïve, 漢字, 🙂, e\u0301", " " * 50,
          "\ufeffmark"]
@@ -101,6 +102,35 @@ def test_byte_ids_are_the_bytes():
 
 def test_gpt2_ids_are_the_published_ones(gpt2):
     assert gpt2.encode("Hello world").tolist() == [15496, 995]
+
+
+def test_all_of_tiktokens_encodings_can_be_named():
+    import tiktoken
+
+    assert set(ENCODINGS) == set(tiktoken.list_encoding_names())
+
+
+def test_another_encoding(gpt2, tmp_path, monkeypatch):
+    """r50k_base has GPT-2's ranks in another file, whose checksum tiktoken knows: so this is the real one."""
+    from tiktoken.load import dump_tiktoken_bpe
+
+    url = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+    dump_tiktoken_bpe(gpt2._encoding._mergeable_ranks, str(tmp_path / hashlib.sha1(url.encode()).hexdigest()))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    tokenizer = tokenizer_from_meta({"name": "r50k_base"})
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.vocab_size, tokenizer.eot) == ("r50k_base", 50257, 50304, 50256)
+    text = "".join(TEXTS)
+    assert tokenizer.encode(text).tolist() == gpt2.encode(text).tolist()
+
+
+@pytest.mark.parametrize("n_vocab, rows", [(100_277, 100_352), (200_019, 200_064), (50_281, 50_304)])
+def test_rows_of_the_embedding_are_padded(monkeypatch, n_vocab, rows):
+    class Encoding:
+        name, eot_token = "cl100k_base", 0
+
+    Encoding.n_vocab = n_vocab
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: Encoding)
+    assert tokenizer_from_meta({"name": "cl100k_base"}).vocab_size == rows
 
 
 def test_gpt2_files_missing(monkeypatch):
