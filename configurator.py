@@ -226,6 +226,8 @@ class TrainConfig:
     wandb_run_name: str = key("", "empty: named after what it runs, e.g. sus-c25-ab12")
 
     dataset: str = key("stdlib", "folder under data/ with train.bin and val.bin", section="Data")
+    windows: str = key("packed", "of the text; packed: cut from the stream of all documents; document: each within a document that is "
+                       "long enough", choices=("packed", "document"))  # fmt: skip
     gradient_accumulation_steps: int = key(40, "micro-batches a step, summed over all processes", low=1)
     batch_size: int = key(12, "sequences a micro-batch", low=1)
     block_size: int = key(1024, "context length in tokens", low=1)

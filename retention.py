@@ -72,7 +72,8 @@ class Retention:
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def gradient(batch: int, draw: int) -> list[torch.Tensor]:
-            x, y = (t.to(device.device) for t in corpus.batch(cfg.batch_size, cfg.seed, batch, rank))
+            tokens = corpus.batch(cfg.batch_size, cfg.seed, batch, rank, cfg.gradient_accumulation_steps)
+            x, y = (t.to(device.device) for t in tokens)
             with device.autocast():
                 _, loss = model(x, y, sus_seed=torch.tensor(fold_in(cfg.seed, it, rank, 1 + draw)))
             return torch.autograd.grad(loss * loss_scale, parameters)

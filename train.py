@@ -77,7 +77,7 @@ def main():
         prepare_stdlib(cfg)
     if world > 1:
         dist.barrier()
-    corpus = load_corpus(DATA / cfg.dataset, cfg.block_size)
+    corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)
     tokenizer = {"name": "gpt2"} if cfg.init_from.startswith("gpt2") else (saved or {}).get("tokenizer")
     if tokenizer is not None and tokenizer != corpus.tokenizer_meta:
         raise UserError(f"dataset={cfg.dataset} is in tokens of the {corpus.tokenizer_meta['name']} tokenizer, but the "
@@ -363,7 +363,8 @@ def train_step(cfg: TrainConfig, model, optimizer, scaler, corpus, device: Devic
         micro = step * world + rank  # counted over all processes
         seed = fold_in(cfg.seed, it, micro)
         torch.manual_seed(seed)  # dropout
-        x, y = (t.to(device.device) for t in corpus.batch(cfg.batch_size, cfg.seed, it, micro))
+        batch = corpus.batch(cfg.batch_size, cfg.seed, it, micro, cfg.gradient_accumulation_steps)
+        x, y = (t.to(device.device) for t in batch)
         if world > 1:
             model.require_backward_grad_sync = step == micro_steps - 1  # read by the forward
         with device.autocast():

@@ -5,19 +5,82 @@ A training batch is a pure function of (seed, iteration, micro-batch). It depend
 nor on evaluation, nor on how many processes share the work: a resumed run sees just what an uninterrupted one does.
 Validation is on fixed windows, the same for every run, so that two runs compare without noise.
 
+An epoch takes each token once. Its text is cut into windows of block_size tokens, and these are shuffled; the next epoch
+cuts elsewhere. How it is cut is the key `windows`:
+
+    packed      the stream of all documents as if it were one, as in nanoGPT: a window begins anywhere, and can hold the
+                end of one document and the start of the next
+    document    windows lie within documents, as many in each as it has room for, so that the context is real. What is
+                left of these, and documents that are shorter, share windows.
+
 Windows are read from the file, not through a memory map, whose pages would count as this process's memory as they
-fill up. They lie anywhere in the packed stream: one can begin inside a document and hold the start of the next.
+fill up.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from configurator import UserError
+from data.corpus import changed_files
 from data.tokenizer import GPT2_VOCAB_SIZE
+
+WINDOWS = "packed", "document"
+
+
+class Epoch:
+    """
+    One epoch's windows of T tokens. documents, int64: where each begins and where the last one ends, in tokens that have
+    a next one. A window is a list of stretches (start, length), for most windows one; their lengths add up to T.
+
+    A document of n tokens has n // T windows, with a random part of the rest before them and the other behind. These rests,
+    in random order, are one stream that makes the other windows; what the last of them lacks is taken from a whole window, or
+    from the stream's beginning if there is none, and comes twice.
+    """
+
+    def __init__(self, documents, T, seed, epoch):
+        random = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
+        starts, lengths = documents[:-1], np.diff(documents)
+        whole, rest = lengths // T, lengths % T
+        before = random.integers(0, rest, endpoint=True)
+        self.T, self.first, self.ends = T, starts + before, whole.cumsum()
+        at, size = np.concatenate([starts, documents[1:] - (rest - before)]), np.concatenate([before, rest - before])
+        order = random.permutation(np.flatnonzero(size))
+        self.rest_starts, self.rest_ends = at[order], size[order].cumsum()
+        self.whole, self.rest = int(whole.sum()), int(rest.sum())
+        self.order = random.permutation(self.whole - (-self.rest // T))
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, n):
+        """The n-th window."""
+        number = int(self.order[n])
+        if number < self.whole:
+            return [self._whole(number)]
+        position = (number - self.whole) * self.T
+        stretches, room = [], self.T
+        place = int(np.searchsorted(self.rest_ends, position, side="right"))
+        while room:
+            if place == len(self.rest_ends):  # the stream's end
+                if self.whole:
+                    stretches.append((self._whole(number % self.whole)[0], room))
+                    break
+                position = place = 0
+            left = int(self.rest_ends[place]) - position
+            size = int(self.rest_ends[place] - (self.rest_ends[place - 1] if place else 0))
+            length = min(left, room)
+            stretches.append((int(self.rest_starts[place]) + size - left, length))
+            position, room, place = position + length, room - length, place + 1
+        return stretches
+
+    def _whole(self, number):
+        document = int(np.searchsorted(self.ends, number, side="right"))
+        before = int(self.ends[document - 1]) if document else 0
+        return int(self.first[document]) + (number - before) * self.T, self.T
 
 
 @dataclass(frozen=True)
@@ -31,47 +94,80 @@ class Corpus:
     dtype: str
     train_tokens: int
     val_tokens: int
+    windows: str = "packed"
+    _epochs: dict = field(default_factory=dict, repr=False)  # the last ones used: (seed, epoch) -> Epoch
 
-    def batch(self, batch_size, seed, iteration, micro):
+    def batch(self, batch_size, seed, iteration, micro, micros=1):
         """
-        (x, y), both (batch_size, block_size) int64: random windows of train.bin and the same shifted by one token.
-        micro is the micro-batch's number within the step, over all processes. All arguments are ints >= 0.
+        (x, y), both (batch_size, block_size) int64: windows of train.bin, and the token after each of theirs.
+        micro is the micro-batch's number within the step, of `micros` over all processes. All arguments are ints >= 0.
         """
-        random = np.random.default_rng(np.random.SeedSequence([seed, iteration, micro]))
-        return self._windows("train", random.integers(0, self.train_tokens - self.block_size, size=batch_size))
+        n = (iteration * micros + micro) * batch_size
+        return self.read("train", [self._window(seed, i) for i in range(n, n + batch_size)])
+
+    def _window(self, seed, n):
+        """The n-th window of a run."""
+        if not self._epochs:
+            self._epochs[seed, 0] = Epoch(self._documents("train"), self.block_size, seed, 0)
+        epoch, n = divmod(n, len(next(iter(self._epochs.values()))))  # all have as many
+        if (seed, epoch) not in self._epochs:
+            while len(self._epochs) > 1:  # a batch may need two
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[seed, epoch] = Epoch(self._documents("train"), self.block_size, seed, epoch)
+        return self._epochs[seed, epoch][n]
+
+    def _documents(self, split):
+        """Where the documents begin, and where the last ends, of the tokens that have a next one: int64."""
+        last = getattr(self, f"{split}_tokens") - 1
+        if self.windows == "packed":
+            return np.array([0, last])
+        ends = np.fromfile(self.folder / f"{split}_ends.bin", np.uint64).astype(np.int64)
+        return np.concatenate([[0], ends[:-1], [last]])
 
     def val_windows(self, count):
-        """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct."""
+        """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct. With
+        windows=document, of those within documents, if there are any."""
+        if self.windows == "document":
+            documents = self._documents("val")
+            whole = np.diff(documents) // self.block_size
+            if distinct := int(whole.sum()):
+                number = np.arange(min(count, distinct)) * (distinct - 1) // max(min(count, distinct) - 1, 1)
+                document = np.searchsorted(whole.cumsum(), number, side="right")
+                return documents[document] + (number - (whole.cumsum() - whole)[document]) * self.block_size
         distinct = self.val_tokens - self.block_size
         count = min(count, distinct)
         return np.arange(count, dtype=np.int64) * (distinct - 1) // max(count - 1, 1)
 
     def val_batch(self, starts):
         """(x, y), both (len(starts), block_size) int64: the windows of val.bin at starts, see val_windows."""
-        return self._windows("val", starts)
+        return self.read("val", [[(int(start), self.block_size)] for start in starts])
 
-    def _windows(self, split, starts):
+    def read(self, split, windows):
+        """(x, y), both (len(windows), block_size) int64. A window is a list of stretches (start, length): see Epoch."""
         path, dtype = self.folder / f"{split}.bin", np.dtype(self.dtype)
-        length = self.block_size + 1
+        x = np.empty((len(windows), self.block_size), np.int64)
+        y = np.empty_like(x)
         try:
             with open(path, "rb") as file:
-                rows = []
-                for start in starts:
-                    file.seek(int(start) * dtype.itemsize)
-                    rows.append(np.frombuffer(file.read(length * dtype.itemsize), dtype, length))
-            tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+                for row, stretches in enumerate(windows):
+                    at = 0
+                    for start, length in stretches:
+                        file.seek(start * dtype.itemsize)
+                        tokens = np.frombuffer(file.read((length + 1) * dtype.itemsize), dtype, length + 1)
+                        x[row, at : at + length], y[row, at : at + length] = tokens[:-1], tokens[1:]
+                        at += length
         except (OSError, ValueError) as error:
             raise UserError(f"{path} has changed since training began ({error}): {_remake(self.folder)}") from error
-        if tokens.max() >= self.vocab_size:
-            raise UserError(f"{path} has the token id {tokens.max()}, but its vocabulary is {self.vocab_size}: "
+        if (largest := max(x.max(), y.max())) >= self.vocab_size:
+            raise UserError(f"{path} has the token id {largest}, but its vocabulary is {self.vocab_size}: "
                             f"it was made with another tokenizer; {_remake(self.folder)}")
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def load_corpus(folder, block_size):
+def load_corpus(folder, block_size, windows="packed"):
     """
     The Corpus in folder (see data/corpus.py for its files), or a nanoGPT one: train.bin and val.bin with GPT-2 ids in
-    uint16. UserError: nothing there, incomplete, or no longer than block_size.
+    uint16. UserError: nothing there, incomplete, not what was written, or no longer than block_size.
     """
     folder = Path(folder)
     meta = _read_meta(folder)
@@ -83,8 +179,17 @@ def load_corpus(folder, block_size):
         if tokens <= block_size:
             raise UserError(f"{path} has {tokens:,} tokens, too few for block_size={block_size} and one token more: "
                             f"set --block_size below {tokens}, or prepare more text")
+    if windows == "document":
+        for split in "train", "val":
+            path = folder / f"{split}_ends.bin"
+            if not path.is_file() or path.stat().st_size != 8 * meta.get(f"{split}_documents", 0):
+                raise UserError(f"windows=document needs to know where documents end, and {folder} has no {path.name} that "
+                                f"fits: {_remake(folder)}; or set --windows=packed")
+    if changed := changed_files(folder, meta):
+        raise UserError(f"{folder / changed[0]} is not what was written there: its checksum differs from meta.json's. "
+                        f"Copy it again, or {_remake(folder)}")
     return Corpus(folder, block_size, meta["vocab_size"], meta["tokenizer"], meta["dtype"],
-                  meta["train_tokens"], meta["val_tokens"])
+                  meta["train_tokens"], meta["val_tokens"], windows)
 
 
 def _read_meta(folder):

@@ -136,7 +136,7 @@ def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
     backend, why = sus_backend(cfg.sus_backend, device, cfg.n_embd // cfg.n_head, cfg.sus_c, cfg.sus_sampler)
     print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
     prepare_stdlib(cfg)
-    corpora = {T: load_corpus(DATA / cfg.dataset, T) for T in Ts}  # too long a T is an error now
+    corpora = {T: load_corpus(DATA / cfg.dataset, T, cfg.windows) for T in Ts}  # too long a T is an error now
     results, product = [], [product_ms(device)]
     work = sum(T**2 for T in Ts) * (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS)
     with progress_bar(work) as bar:

@@ -241,7 +241,7 @@ def test_windows_are_of_validation_text_first(corpus):
     x, y, taken = grad_variance.windows(loaded, room + 50)
     assert taken == {"val": room, "train": 50} and torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (room + 50, 32)
     assert len({tuple(row.tolist()) for row in x}) == room + 50
-    assert torch.equal(x[-1:], loaded._windows("train", [loaded.train_tokens - 33])[0])  # spread up to the end
+    assert torch.equal(x[-1:], loaded.read("train", [[(loaded.train_tokens - 33, 32)]])[0])  # spread up to the end
     with pytest.raises(UserError, match="give fewer --sequences"):
         grad_variance.windows(loaded, 10_000)
 

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "sus_attn": {"backends", "backends.reference"},
     "data.tokenizer": {"configurator"},
     "data.corpus": {"configurator"},
-    "data.loader": {"configurator", "data.tokenizer"},
+    "data.loader": {"configurator", "data.corpus", "data.tokenizer"},
     "checkpoint": {"configurator"},
     "record": {"configurator"},
     "device": {"configurator"},
