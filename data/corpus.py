@@ -14,9 +14,11 @@ the end; while it moves, meta.json says so. A preparation that was killed is con
 bytes as if it never had been; an earlier corpus stays as it was until then.
 """
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -37,6 +39,7 @@ ASIDE = "unfinished"  # the folder aside
 SPLITS = "train", "val"
 LONG = {"2k": 2048, "8k": 8192, "32k": 32768, "128k": 131072}  # tokens
 WORD_START = re.compile(r"(?<=\S) (?=\S)")
+BLOCK = 1 << 20  # bytes read at once
 PIECE = 1 << 20  # characters
 BATCH = 1 << 18  # characters that a thread encodes at once, or a piece if that is more
 SAVE = 5.0  # seconds between two entries of the journal
@@ -115,22 +118,46 @@ def files_under(folder, skip=()):
 
 def read_text(path):
     """The text of a UTF-8 file, without byte order mark and with LF line ends. UserError: unreadable, or not text."""
+    return "".join(text_blocks(path))
+
+
+def raw_blocks(path):
+    """The bytes of a file, decompressed, block by block. UserError: unreadable, truncated."""
     try:
-        raw = path.read_bytes()
+        with (import_pyarrow(path).input_stream(str(path), compression="zstd") if path.suffix == ".zst"
+              else open(path, "rb") as file):  # fmt: skip
+            while block := file.read(BLOCK):
+                yield block
     except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    return decode_text(raw, path)
+        raise UserError(f"can't read {path}: {error.strerror or error}") from None
 
 
-def decode_text(raw, path):
-    """read_text's of these bytes, which are the file's."""
-    if b"\0" in raw:
-        raise UserError(f"{path} is not text: byte {raw.index(0):,} is NUL")
+def import_pyarrow(path):
+    """pyarrow, to read this file with. UserError: it isn't installed."""
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte {error.start:,} is {raw[error.start]:#04x} "
-                        "(if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW)") from None
+        import pyarrow
+    except ImportError:
+        raise UserError(f"{path} needs a package more: pip install -r requirements-data.txt") from None
+    return pyarrow
+
+
+def text_blocks(path):
+    """The text of a UTF-8 file in blocks, as read_text gives it in one. UserError: unreadable, or not text."""
+    decoder, begun, rest = codecs.getincrementaldecoder("utf-8")(), 0, ""
+    for raw in itertools.chain(raw_blocks(path), [b""]):
+        if b"\0" in raw:
+            raise UserError(f"{path} is not text: byte {begun + raw.index(0):,} is NUL")
+        waiting = len(decoder.getstate()[0])
+        try:
+            block = decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            at = begun - waiting + error.start
+            raise UserError(f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x} "
+                            "(if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW)") from None
+        block = (rest + (block if begun else block.removeprefix("\ufeff"))).replace("\r\n", "\n")
+        begun += len(raw)
+        rest = "\r" if block.endswith("\r") and raw else ""
+        yield block.removesuffix(rest)
 
 
 def pieces(text, size=PIECE):

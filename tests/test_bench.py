@@ -24,7 +24,7 @@ import measure  # noqa: E402
 import train  # noqa: E402
 from bench_attention import BenchConfig, Check, Contender, contenders  # noqa: E402
 from configurator import UserError  # noqa: E402
-from data.corpus import write_corpus  # noqa: E402
+from data.corpus import Texts, write_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
 from device import Device, memory_errors  # noqa: E402
 from model import GPT, GPTConfig, model_args  # noqa: E402
@@ -56,9 +56,7 @@ def table_in(out: str) -> list[list[str]]:
 def corpus(tmp_path_factory):
     text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
     folder = tmp_path_factory.mktemp("data") / "small"
-    write_corpus(
-        folder, [("a", text[:50_000])], [("b", text[50_000:])], tokenizer_from_meta({"name": "byte"}), source={}
-    )
+    write_corpus(folder, Texts([("a", text[:50_000])], [("b", text[50_000:])], {}), tokenizer_from_meta({"name": "byte"}))
     return folder
 
 

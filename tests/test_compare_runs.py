@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import compare_runs  # noqa: E402
 from compare_runs import Run, draw, group, smooth, summary, table  # noqa: E402
 from configurator import UserError  # noqa: E402
-from data.corpus import write_corpus  # noqa: E402
+from data.corpus import Texts, write_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
 from record import Record, plain, read_record  # noqa: E402
 
@@ -75,7 +75,7 @@ def config(tmp_path_factory):
     """A config file of a tiny model on a tiny corpus."""
     folder = tmp_path_factory.mktemp("small")
     text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
-    write_corpus(folder / "corpus", [("a", text)], [("b", text[:20_000])], tokenizer_from_meta({"name": "byte"}), source={})
+    write_corpus(folder / "corpus", Texts([("a", text)], [("b", text[:20_000])], {}), tokenizer_from_meta({"name": "byte"}))
     keys = dict(dataset=str(folder / "corpus"), n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=1, pos="rope",
                 gradient_accumulation_steps=1, max_iters=200, lr_decay_iters=200, warmup_iters=5, eval_interval=100,
                 eval_iters=2, wandb_log=False, device="cpu", dtype="float32", sus_backend="reference")  # fmt: skip

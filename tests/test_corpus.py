@@ -6,11 +6,11 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.error
 from pathlib import Path
 
@@ -19,19 +19,20 @@ import pytest
 
 from configurator import UserError
 from data import corpus
-from data.corpus import files_under, read_text, write_corpus
+from data.corpus import Document, Source, Texts, files_under, pieces, read_text, write_corpus
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
 from test_tokenizer import gpt2  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTE = tokenizer_from_meta({"name": "byte"})
+FILES = "train.bin", "val.bin", "train_ends.bin", "val_ends.bin"
 TRAIN, VAL = [("a", "first document"), ("b", "zweites Dokument, größer")], [("c", "validation <|endoftext|> text")]
 script = {name: importlib.import_module(f"data.{name}.prepare") for name in ("stdlib", "shakespeare_char", "text")}
 
 
-def write(folder, train=TRAIN, val=VAL, tokenizer=BYTE):
-    return write_corpus(folder, iter(train), iter(val), tokenizer, source={"made": "here"})
+def write(folder, train=TRAIN, val=VAL, tokenizer=BYTE, **options):
+    return write_corpus(folder, Texts(train, val, {"made": "here"}), tokenizer, **options)
 
 
 def documents(folder, split):
@@ -52,13 +53,19 @@ def test_files_hold_the_documents(tmp_path, capsys):
     assert documents(tmp_path / "new", "train") == [text for _, text in TRAIN]
     assert documents(tmp_path / "new", "val") == [VAL[0][1]]  # its '<|endoftext|>' is text and ends no document
     files = content(tmp_path / "new")
-    assert files.keys() == {"train.bin", "val.bin", "meta.json"} and len(list((tmp_path / "new").iterdir())) == 3
+    assert files.keys() - {"documents.png"} == {*FILES, "meta.json", "checked.json"}
+    assert all(path.is_file() for path in (tmp_path / "new").iterdir())
+    for split, ends in ("train", [15, 42]), ("val", [30]):
+        assert np.fromfile(tmp_path / "new" / f"{split}_ends.bin", np.uint64).tolist() == ends
     assert json.loads(files["meta.json"]) == meta == {
         "vocab_size": 257, "dtype": "uint16", "tokenizer": {"name": "byte"}, "source": {"made": "here"},
         "train_tokens": 15 + 27, "train_documents": 2, "train_sha256": hashlib.sha256(files["train.bin"]).hexdigest(),
         "val_tokens": 30, "val_documents": 1, "val_sha256": hashlib.sha256(files["val.bin"]).hexdigest(),
-        "document_lengths": {"min": 15, "median": 21, "mean": 21, "max": 27, "share_of_tokens_in_documents_of_at_least":
-                             {"2k": 0, "8k": 0, "32k": 0, "128k": 0}}}
+        **{f"{name}_sha256": hashlib.sha256(files[f"{name}.bin"]).hexdigest() for name in ("train_ends", "val_ends")},
+        "document_lengths": {"min": 15, "median": 21, "mean": 21, "max": 27,
+                             "share_of_tokens_in_documents_of_at_least": {"2k": 0, "8k": 0, "32k": 0, "128k": 0},
+                             "documents_from_this_length_to_its_double": {"8": 1, "16": 1}},
+        "left_out_as_too_short": 0}
     out, err = capsys.readouterr()
     assert "42 tokens in 2 documents" in out and "note: one split has only 30 tokens" in out
     assert err == ""  # no progress bar where nobody looks
@@ -107,22 +114,34 @@ def test_an_id_outside_the_vocabulary_never_wraps(tmp_path, id):
         write(tmp_path, [("a", f"{id}")], VAL, Numbers(65536))
 
 
-def test_documents_are_read_one_at_a_time(tmp_path):
-    events = []
+def test_files_do_not_depend_on_the_number_of_threads(tmp_path):
+    text = read_text(Path(os.__file__))
+    train = [(str(i), text[i : i + n]) for i, n in enumerate([0, 1, 30_000, 10, 10, 25_000] * 20)]
+    for workers in 1, 2, 7:
+        write(tmp_path / f"{workers}", train, workers=workers)
+    assert len({tuple((tmp_path / f"{workers}" / name).read_bytes() for name in FILES) for workers in (1, 2, 7)}) == 1
+    assert documents(tmp_path / "7", "train") == [text for _, text in train if text]
+
+
+def test_reading_runs_ahead_of_writing_by_a_few_batches_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BATCH", 10)
+    read, most = [], 0
+
+    class Endless(Texts):
+        def documents(self, state=None):
+            for document in super().documents(state):
+                read.append(document)
+                yield document
 
     class Spy(type(BYTE)):
         def encode(self, text):
-            events.append(f"encoded {text}")
+            nonlocal most
+            most = max(most, len(read) - int(text[:3]))
             return super().encode(text)
 
-    def docs(names):
-        for name in names:
-            events.append(f"read {name}")
-            yield name, name
-
-    spy = Spy(BYTE._encoding, 257)
-    write(tmp_path, docs("ab"), docs("c"), spy)
-    assert events == ["read a", "encoded a", "read b", "encoded b", "read c", "encoded c"]
+    train = [(f"{i:03}", f"{i:03} and more") for i in range(200)]
+    write_corpus(tmp_path, Endless(train, VAL[:0] + [("v", "200 val")], {}), Spy(BYTE._encoding, 257), workers=2)
+    assert 1 < most <= 2 * 2 + 2 + 1
 
 
 def test_empty_documents_are_left_out(tmp_path):
@@ -152,7 +171,7 @@ def test_full_disk(tmp_path, monkeypatch, name, earlier):
     with pytest.raises(UserError, match="can't write the corpus .*x: No space left on device"):
         write(tmp_path / "x")
     if earlier:
-        assert content(tmp_path / "x") == before and len(list((tmp_path / "x").iterdir())) == 3
+        assert content(tmp_path / "x") == before and not (tmp_path / "x/unfinished").exists()
         load_corpus(tmp_path / "x", 8)
     else:
         assert not (tmp_path / "x").exists()
@@ -165,34 +184,195 @@ def test_folder_which_cannot_be_made(tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+# A long document in many pieces, short ones, and one of each split; killed when so many pieces and documents have come.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from data.corpus import write_corpus
+from data import corpus
 from data.tokenizer import tokenizer_from_meta
-def docs():
-    yield "a", "x" * 5_000_000
-    os.kill(os.getpid(), signal.SIGKILL)
-write_corpus(sys.argv[2], [("t", "text" * 100)], docs(), tokenizer_from_meta({"name": "byte"}), source={})
+corpus.SAVE, corpus.BATCH = 0, 400
+left = int(sys.argv[3])
+def counted(texts):
+    global left
+    for text in texts:
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        yield text
+class Killed(corpus.Source):
+    total_bytes = 12_000
+    def documents(self, state=None):
+        self.count = state or 0
+        while self.count < 12:
+            n = self.count
+            self.count += 1
+            text = "".join(f"{n}.{i} " for i in range(900 if n == 4 else 20 + n))
+            split = "val" if n == 7 else None if n > 9 else "train"
+            yield corpus.Document(split, f"{n}", counted(corpus.pieces(text, 300)))
+    def state(self):
+        return self.count
+corpus.write_corpus(sys.argv[2], Killed({"made": "here"}), tokenizer_from_meta({"name": "byte"}),
+                    min_doc_tokens=int(sys.argv[4]), val_every=3)
 """
+
+
+def run_killed(folder, left, shortest=0):
+    done = subprocess.run([sys.executable, "-c", KILLED, ROOT, folder, f"{left}", f"{shortest}"], capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGKILL if left >= 0 else 0), done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shortest", [0, 130])
+def test_after_a_kill_the_same_command_goes_on_and_makes_the_same_bytes(tmp_path, shortest):
+    run_killed(tmp_path / "whole", -1, shortest)
+    whole = content(tmp_path / "whole")
+    if shortest:
+        assert json.loads(whole["meta.json"])["left_out_as_too_short"] > 3
+    went_on = 0
+    for left in 1, 6, 11, 19, 24:
+        run_killed(tmp_path / "x", left, shortest)
+        run_killed(tmp_path / "x", 2, shortest)  # and once more
+        out = run_killed(tmp_path / "x", -1, shortest)
+        went_on += "going on" in out
+        assert {name: content(tmp_path / "x")[name] for name in (*FILES, "meta.json")} == {
+            name: whole[name] for name in (*FILES, "meta.json")}
+        assert not (tmp_path / "x/unfinished").exists()
+    assert went_on >= 3
 
 
 @pytest.mark.parametrize("earlier", [True, False])
 def test_killed_while_it_writes(tmp_path, earlier):
+    """An earlier corpus stays. What is left of the killed one does not mix with another."""
     if earlier:
         write(tmp_path)
         before = content(tmp_path)
-    killed = subprocess.run([sys.executable, "-c", KILLED, ROOT, tmp_path], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_killed(tmp_path, 20)
+    assert (tmp_path / "unfinished/journal.json").exists()
     if earlier:
         assert content(tmp_path) == before
         assert load_corpus(tmp_path, 8).train_tokens == 42
     else:
         with pytest.raises(UserError, match="has no train.bin and no val.bin"):
             load_corpus(tmp_path, 8)
+    assert write(tmp_path)["train_tokens"] == 42
+    assert documents(tmp_path, "train") == [text for _, text in TRAIN]
 
 
-@pytest.mark.parametrize("moves", [1, 2, 3])
+@pytest.mark.parametrize("broken", ["{", "[]", '{"key": 1}', None])
+def test_a_journal_which_is_none_begins_anew(tmp_path, broken):
+    run_killed(tmp_path, 20)
+    if broken is None:
+        (tmp_path / "unfinished/train.bin").write_bytes(b"")  # less than the journal says
+    else:
+        (tmp_path / "unfinished/journal.json").write_text(broken)
+    assert "going on" not in run_killed(tmp_path, -1)
+
+
+def test_two_preparations_of_one_corpus(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    with corpus._locked(tmp_path / "unfinished"), pytest.raises(UserError, match="another process is preparing"):
+        write(tmp_path)
+    write(tmp_path)
+
+
+class Failing(Texts):
+    """Raises after the first document."""
+
+    def __init__(self, error, monkeypatch):
+        super().__init__([("a", "first " * 100)], VAL, {})
+        self.error = error
+        monkeypatch.setattr(corpus, "SAVE", -1)
+        monkeypatch.setattr(corpus, "BATCH", 10)
+
+    def documents(self, state=None):
+        for document in super().documents(state):
+            yield document
+            if self.count == 1:
+                yield from (Document("train", "more", ["more"]) for _ in range(50))
+                raise self.error
+
+
+@pytest.mark.parametrize("error, kept", [(corpus.Interrupted("no network"), True), (KeyboardInterrupt(), True),
+                                         (OSError(errno.ENOSPC, "No space left on device"), True),
+                                         (UserError("a row has no text"), False), (ValueError("a bug"), False)])
+def test_what_was_done_is_kept_where_another_time_may_help(tmp_path, monkeypatch, error, kept):
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as raised:
+        write_corpus(tmp_path / "x", Failing(error, monkeypatch), BYTE)
+    assert (tmp_path / "x/unfinished/journal.json").exists() is kept and (tmp_path / "x").exists() is kept
+    if isinstance(error, OSError):
+        assert "No space left on device; the same command goes on from what is in" in str(raised.value)
+
+
+def test_room_on_the_disk_is_looked_at_beforehand(tmp_path, monkeypatch):
+    class Usage:
+        free = 80
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    with pytest.raises(UserError, match=r"needs about 0.0 GB more, and .* has 0.0 GB free"):
+        write(tmp_path / "x")  # 69 bytes of text, twice as many in uint16
+    assert not (tmp_path / "x").exists()
+    Usage.free = 200
+    write(tmp_path / "x")
+
+
+# -- which documents -----------------------------------------------------------------------------
+
+
+class Unsplit(Source):
+    """Documents of so many letters, whose split is left open."""
+
+    def __init__(self, lengths):
+        super().__init__({})
+        self.lengths = lengths
+
+    def documents(self, state=None):
+        for self.count in range((state or 0) + 1, len(self.lengths) + 1):
+            yield Document(None, "", pieces(chr(96 + self.count) * self.lengths[self.count - 1]))
+
+    def state(self):
+        return self.count
+
+
+def test_one_document_in_so_many_is_for_validation(tmp_path):
+    write_corpus(tmp_path, Unsplit([5] * 8), BYTE, val_every=3)
+    assert "".join(text[0] for text in documents(tmp_path, "val")) == "adg"
+    assert "".join(text[0] for text in documents(tmp_path, "train")) == "bcefh"
+
+
+def test_short_documents_are_left_out(tmp_path, capsys):
+    meta = write_corpus(tmp_path, Unsplit([8, 9, 5, 10, 0, 20, 9]), BYTE, val_every=3, min_doc_tokens=10)
+    assert documents(tmp_path, "val") == ["b" * 9, "g" * 9]  # 9 and end-of-text are 10; of the kept, the first and fourth
+    assert documents(tmp_path, "train") == ["d" * 10, "f" * 20]
+    assert meta["left_out_as_too_short"] == 2 and "too short: 2 documents" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no text for train.bin \(2 documents were too short\)"):
+        write_corpus(tmp_path, Unsplit([8, 8]), BYTE, min_doc_tokens=10)
+
+
+@pytest.mark.parametrize("most, kept", [(1, "a"), (6, "a"), (7, "ab"), (12, "ab"), (13, "abc"), (1000, "abcdefgh"), (0, "abcdefgh")])
+def test_no_document_is_begun_beyond_max_tokens(tmp_path, most, kept):
+    if kept == "a":
+        with pytest.raises(UserError, match="no text for train.bin"):
+            write_corpus(tmp_path, Unsplit([5] * 8), BYTE, max_tokens=most)
+        return
+    write_corpus(tmp_path, Unsplit([5] * 8), BYTE, max_tokens=most, val_every=100)
+    assert [text[0] for text in documents(tmp_path, "val") + documents(tmp_path, "train")] == list(kept)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_pieces_of_a_text_in_parts(size):
+    """Wherever the parts end, pieces end before a word, and are the text."""
+    text = "one two  three\n four 5 six-seven   eight\tnine " * 5
+    for step in 1, 3, 10, 1000:
+        found = list(pieces((text[i : i + step] for i in range(0, len(text), step)), size))
+        assert "".join(found) == text and all(found)
+        assert all(re.match(" \\S", piece) and not before[-1].isspace() for before, piece in zip(found, found[1:]))
+        assert len(found) > 5 or size == 100
+    assert list(pieces("")) == list(pieces([])) == list(pieces(["", ""])) == []
+
+
+@pytest.mark.parametrize("moves", [1, 2, 3, 4, 5])
 def test_stopped_while_it_moves(tmp_path, monkeypatch, moves):
     """
     Old and new files have the same sizes here, so that a mix would pass every other check; and without meta.json
@@ -214,18 +394,6 @@ def test_stopped_while_it_moves(tmp_path, monkeypatch, moves):
         load_corpus(tmp_path, 8)
     write(tmp_path)
     assert load_corpus(tmp_path, 8).train_tokens == 42
-
-
-def test_leftovers_of_killed_preparations_go(tmp_path):
-    old, live = tmp_path / "unfinished-old", tmp_path / "unfinished-live"
-    for folder in old, live:
-        folder.mkdir()
-        (folder / "train.bin").write_bytes(b"")
-    hours_ago = time.time() - 2 * 3600
-    for path in old / "train.bin", old, live:
-        os.utime(path, (hours_ago, hours_ago))
-    write(tmp_path)
-    assert live.exists() and not old.exists()
 
 
 # -- reading text ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import grad_variance  # noqa: E402
 import model as model_module  # noqa: E402
 from backends import reference  # noqa: E402
 from configurator import UserError, load_config, run_main  # noqa: E402
-from data.corpus import write_corpus  # noqa: E402
+from data.corpus import Texts, write_corpus  # noqa: E402
 from data.loader import load_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
 from device import Device  # noqa: E402
@@ -41,7 +41,7 @@ def corpus(tmp_path_factory):
     text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
     folder = tmp_path_factory.mktemp("data") / "small"
     tokenizer = tokenizer_from_meta({"name": "byte"})
-    write_corpus(folder, [("a", text[:4000])], [("b", text[4000:4600])], tokenizer, source={})
+    write_corpus(folder, Texts([("a", text[:4000])], [("b", text[4000:4600])], {}), tokenizer)
     return folder
 
 

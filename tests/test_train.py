@@ -15,7 +15,7 @@ import torch
 import sample
 import train
 from configurator import TrainConfig, UserError
-from data.corpus import write_corpus
+from data.corpus import Texts, write_corpus
 from data.tokenizer import tokenizer_from_meta
 from model import GPT
 from record import read_record
@@ -29,8 +29,7 @@ def corpus(tmp_path_factory):
     """A small corpus of real text: four modules of the standard library, in bytes."""
     text = lambda *names: [(n, (STDLIB / n).read_text(encoding="utf-8")) for n in names]  # noqa: E731
     folder = tmp_path_factory.mktemp("data") / "small"
-    write_corpus(folder, text("argparse.py", "ast.py", "inspect.py"), text("enum.py"),
-                 tokenizer_from_meta({"name": "byte"}), source={})  # fmt: skip
+    write_corpus(folder, Texts(text("argparse.py", "ast.py", "inspect.py"), text("enum.py"), {}), tokenizer_from_meta({"name": "byte"}))
     return folder
 
 

@@ -1,12 +1,20 @@
 """
-A corpus of your own text: data/NAME/ from one file, or from all files of a folder but hidden ones, one document each.
+A corpus of your own text: data/NAME/ from one file, or from all files of a folder but hidden ones.
 
     python data/text/prepare.py --input=FILE_OR_FOLDER --out=NAME
-    python data/text/prepare.py --input=books/ --out=books --tokenizer=gpt2
+    python data/text/prepare.py --input=books/ --out=books --tokenizer=gpt2 --strip_gutenberg=True
+    python data/text/prepare.py --input=papers/ --out=papers --column=article
 
-Files are UTF-8. The last val_fraction of each document is for validation. An earlier data/NAME is replaced.
+    .jsonl, .parquet    a document a row: its text is in the column --column. One row in 1 / val_fraction is for validation
+    any other           text in UTF-8 (.txt, .md, .tex, source code, ...), a document a file; its end is for validation
+    .zst                one of these, compressed: .txt.zst, .jsonl.zst
+
+An earlier data/NAME is replaced when the new one is whole. .parquet and .zst need requirements-data.txt.
 """
 
+import hashlib
+import itertools
+import json
 import os
 import re
 import sys
@@ -15,63 +23,191 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import files_under, read_text, write_corpus
-from data.tokenizer import tokenizer_from_meta
+from data.corpus import Document, Source, files_under, import_pyarrow, pieces, raw_blocks, text_blocks, write_corpus
+from data.tokenizer import TOKENIZERS, tokenizer_from_meta
+
+ROWS = ".jsonl", ".parquet"
+ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
+GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*[^\n]*\n")
+GUTENBERG_END = re.compile(r"^(?:End of (?:The |the )?Project Gutenberg|\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG)", re.MULTILINE)
+GUTENBERG_LONGEST = 400  # characters that such a line has at most
 
 
 @dataclass
 class Config:
-    input: str = key("", "text file, or folder of text files")
+    input: str = key("", "file, or folder of files")
     out: str = key("", "name of the data set")
-    tokenizer: str = key("byte", "byte: no vocabulary to fetch; gpt2: 4 times fewer tokens", choices=("byte", "gpt2"))
-    val_fraction: float = key(0.05, "share of each document that is for validation: its end", above=0, below=1)
+    tokenizer: str = key("byte", "byte: no vocabulary to fetch; the others are tiktoken's: 4 times fewer tokens", choices=TOKENIZERS)
+    val_fraction: float = key(0.05, "share of each document, or of the rows, that is for validation", above=0, below=1)
+    column: str = key("text", "of .jsonl and .parquet files: where the text is")
+    strip_gutenberg: bool = key(False, "leave out what Project Gutenberg puts before and behind a book")
+    skip_bad: bool = key(False, "leave out the files that are not text, instead of stopping")
+    num_proc: int = key(0, "threads that encode; 0: one for each CPU", low=0)
 
 
-def prepare(input, out, tokenizer="byte", val_fraction=0.05, data=Path(__file__).parents[1]):
+def prepare(input, out, tokenizer="byte", val_fraction=0.05, column="text", strip_gutenberg=False, skip_bad=False, num_proc=0,
+            data=Path(__file__).parents[1]):  # fmt: skip
     """Write data/out/ from the file or folder input. UserError: no such input, a file that isn't text, a bad name."""
     folder = data / out
     if not input:
-        raise UserError("--input is missing: give a text file, or a folder of text files")
+        raise UserError("--input is missing: give a file, or a folder of files")
     if not re.fullmatch(r"[^\W_][\w.-]{0,99}", out) or folder.is_file():
         raise UserError(f"--out={out}: give a name of letters, digits, '_', '-' and '.', for a folder under {data}")
     if (folder / "prepare.py").exists():
         raise UserError(f"--out={out}: this data set has a prepare.py of its own; give another name")
-    paths = _text_files(input)
     encoder = tokenizer_from_meta({"name": tokenizer})
-
-    def documents(select):
-        for path in paths:
-            text = read_text(path)
-            yield path.name, select(text, len(text) - int(len(text) * val_fraction))
-
-    return write_corpus(folder, documents(lambda text, cut: text[:cut]), documents(lambda text, cut: text[cut:]),
-                        encoder, source={"input": input, "files": len(paths), "val_fraction": val_fraction},
-                        total_bytes=sum(path.stat().st_size for path in paths))
+    source = Files(input, val_fraction, column, strip_gutenberg, skip_bad)
+    return write_corpus(folder, source, encoder, val_every=max(2, round(1 / val_fraction)), workers=num_proc)
 
 
-def _text_files(input):
-    """Paths of the files, each checked to be text, so that a stray picture stops an hour's work before it begins."""
-    where = Path(os.path.expanduser(input))
-    if not (os.path.isdir(where) or os.path.isfile(where)):
-        raise UserError(f"--input={input}: no such file or folder; give a text file, or a folder of text files")
-    paths = files_under(where) if os.path.isdir(where) else [where]
-    if not paths:
-        raise UserError(f"--input={input}: this folder has no files (hidden ones don't count)")
-    mistakes = []
-    for path in paths:
+class Files(Source):
+    """The documents of a file, or of a folder's files. Texts are looked through beforehand, so that a stray picture stops an
+    hour's work before it begins."""
+
+    def __init__(self, input, val_fraction, column, strip_gutenberg, skip_bad):
+        where = Path(os.path.expanduser(input))
+        if not (os.path.isdir(where) or os.path.isfile(where)):
+            raise UserError(f"--input={input}: no such file or folder; give a file, or a folder of files")
+        self.paths = files_under(where) if os.path.isdir(where) else [where]
+        if not self.paths:
+            raise UserError(f"--input={input}: this folder has no files (hidden ones don't count)")
+        self.column, self.strip_gutenberg, self.val_fraction = column, strip_gutenberg, val_fraction
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg]).encode()).hexdigest()
+        self.characters, self.total_bytes, mistakes = {}, 0, []
+        for path in self.paths:
+            try:
+                self.total_bytes += self._look_at(path)
+            except UserError as mistake:
+                mistakes.append((path, str(mistake)))
+        if mistakes and not skip_bad:
+            lines = [message for _, message in mistakes[:10]] + ["..."] * (len(mistakes) > 10)
+            raise UserError("\n  ".join([f"{len(mistakes)} of {len(self.paths)} files can't be used; convert or move them, or leave "
+                                         "them out by --skip_bad=True:", *lines]))  # fmt: skip
+        bad = {path for path, _ in mistakes}
+        self.paths = [path for path in self.paths if path not in bad]
+        if not self.paths:
+            raise UserError(f"--input={input}: there is no text; the first file that can't be used: {mistakes[0][1]}")
+        super().__init__({"input": input, "files": len(self.paths), "val_fraction": val_fraction}
+                         | ({"left_out": len(bad)} if bad else {}) | ({"strip_gutenberg": True} if strip_gutenberg else {}))  # fmt: skip
+
+    def _look_at(self, path):
+        """About how many bytes of text a file has; counts a text's characters. UserError if it can't be used."""
+        size = path.stat().st_size
+        if kind(path) in ROWS:
+            next(self._rows(path), None)
+            return size * (ZST_RATIO if path.suffix == ".zst" else 1)
+        self.characters[path], size = 0, 0
+        for block in self._blocks(path):
+            self.characters[path] += len(block)
+            size += len(block) if block.isascii() else len(block.encode())
+        return size
+
+    def documents(self, state=None):
+        self.count = 0
+        for path in self.paths:
+            for document in self._rows(path) if kind(path) in ROWS else self._halves(path):
+                self.count += 1
+                if self.count > (state or 0):
+                    yield document
+
+    def state(self):
+        return self.count
+
+    def _halves(self, path):
+        total = self.characters[path]
+        cut = total - int(total * self.val_fraction)
+        yield Document("train", path.name, pieces(_span(self._blocks(path), 0, cut)))
+        yield Document("val", path.name, pieces(_span(self._blocks(path), cut, total)))
+
+    def _blocks(self, path):
+        blocks = text_blocks(path)
+        return _without_gutenberg(blocks) if self.strip_gutenberg else blocks
+
+    def _rows(self, path):
+        for number, text in rows_of(path, self.column):
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"{path}: row {number:,} has no text in {self.column!r}, but {type(text).__name__}")
+            if text:
+                yield Document(None, f"{path.name}, row {number:,}", pieces(text.replace("\r\n", "\n")))
+
+
+def kind(path):
+    """The suffix that tells what is in a file: a.jsonl.zst is .jsonl."""
+    return path.with_suffix("").suffix if path.suffix == ".zst" else path.suffix
+
+
+def _without_gutenberg(blocks):
+    """The text between the lines by which Project Gutenberg frames a book; all of it where the first is missing."""
+    rest, begun = next(blocks, ""), False
+    if start := GUTENBERG_START.search(rest):
+        rest, begun = rest[start.end() :], True
+    for block in itertools.chain(blocks, [""]):
+        if begun and (end := GUTENBERG_END.search(rest + block)):
+            yield (rest + block)[: end.start()]
+            return
+        rest += block
+        yield rest[:-GUTENBERG_LONGEST]
+        rest = rest[-GUTENBERG_LONGEST:]
+    yield rest
+
+
+def _span(blocks, start, stop):
+    """The characters from start to stop of a text in blocks."""
+    for block in blocks:
+        yield block[max(start, 0) : max(stop, 0)]
+        start, stop = start - len(block), stop - len(block)
+        if stop <= 0:
+            return
+
+
+def rows_of(path, column):
+    """(number, value in column) of each row of a .jsonl or .parquet file. UserError: truncated, or no such column."""
+    if kind(path) == ".parquet":
+        yield from _parquet_rows(path, column)
+        return
+    for number, line in enumerate(_lines(raw_blocks(path)), 1):
         try:
-            read_text(path)
-        except UserError as mistake:
-            mistakes.append(str(mistake))
-    if mistakes:
-        raise UserError("\n  ".join([f"{len(mistakes)} of {len(paths)} files can't be used; convert or move them:",
-                                     *mistakes[:10], *["..."] * (len(mistakes) > 10)]))
-    return paths
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: line {number:,} is no JSON: {error}") from None
+        if not isinstance(row, dict) or column not in row:
+            there = ", ".join(map(repr, row)) if isinstance(row, dict) else "no object"
+            raise UserError(f"{path}: line {number:,} has no column {column!r} but {there}: choose one by --column=NAME")
+        yield number, row[column]
+
+
+def _lines(blocks):
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line for line in lines if line.strip())
+    if rest.strip():
+        yield rest
+
+
+def _parquet_rows(path, column):
+    pyarrow = import_pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
+                                "by --column=NAME")  # fmt: skip
+            number = 0
+            for batch in file.iter_batches(batch_size=64, columns=[column]):
+                for value in batch.column(0):
+                    number += 1
+                    yield number, value.as_py()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"can't read {path} as parquet: {error}") from None
 
 
 def main():
     config = load_config(Config, sys.argv[1:], usage=__doc__)
-    meta = prepare(config.input, config.out, config.tokenizer, config.val_fraction)
+    meta = prepare(config.input, config.out, config.tokenizer, config.val_fraction, config.column, config.strip_gutenberg,
+                   config.skip_bad, config.num_proc)
     shortest = min(meta["train_tokens"], meta["val_tokens"])
     block_size = f" --block_size={shortest // 2}" if shortest <= 2048 else ""
     print(f"now: python train.py config/long_ctx.py --dataset={config.out} --out_dir=out-{config.out}{block_size}")
