@@ -602,6 +602,105 @@ def test_text_bad_name(tmp_path, out):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def parquet(path, **columns):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), path)
+
+
+def compressed(raw):
+    return pytest.importorskip("zstandard").compress(raw)
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_text_of_mixed_files(tmp_path):
+    """A row is a document, all of it for training or for validation; a file gives its end to validation."""
+    (tmp_path / "in").mkdir()
+    parquet(tmp_path / "in/d.parquet", text=["seventh", "eighth"], other=[1, 2])
+    meta, folder = text_corpus(tmp_path, {
+        "a.tex": "\\section{One} " * 10, "b.jsonl": jsonl(*({"text": t, "id": 1} for t in ("first", "", "second\r\n", None, "third"))),
+        "c.jsonl.zst": compressed(jsonl({"text": "fourth"}, {"text": "fifth"})), "e.md.zst": compressed("größer ".encode() * 20)},
+        val_fraction=0.2)
+    one, two = "\\section{One} " * 10, "größer " * 20
+    rows = ["first", "second\n", "third", "fourth", "fifth", "seventh", "eighth"]
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert sorted(train + val) == sorted([one[:112], one[112:], two[:112], two[112:], *rows])
+    assert [text for text in val if text in rows] == ["fourth"]  # the fifth document that is kept; the first is the .tex
+    assert meta["source"]["files"] == 5
+
+
+def test_text_of_a_column(tmp_path):
+    meta, folder = text_corpus(tmp_path, {"a.jsonl": jsonl({"body": "one"}, {"body": "two"}, {"body": "three"})}, column="body")
+    assert documents(folder, "train") + documents(folder, "val") == ["two", "three", "one"]
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"a.jsonl": b'{"text": "x"}\n{"text": '}, "a.jsonl: line 2 is no JSON"),
+    ({"a.jsonl": jsonl({"text": "x"}, {"body": "y"})}, "a.jsonl: line 2 has no column 'text' but 'body': choose one by --column=NAME"),
+    ({"a.jsonl": jsonl({"text": "x"}, ["text"])}, "a.jsonl: line 2 has no column 'text' but no object"),
+    ({"a.jsonl": jsonl({"text": "x"}, {"text": 5})}, "a.jsonl: row 2 has no text in 'text', but int"),
+    ({"a.parquet": b"PAR1 and more"}, "can't read .*a.parquet as parquet"),
+    ({"a.txt.zst": b"no zstd"}, "can't read .*a.txt.zst: ZSTD decompress failed"),
+])
+def test_text_in_broken_files(tmp_path, files, message):
+    if not all(name.endswith("jsonl") for name in files):
+        pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match=message):
+        text_corpus(tmp_path, files)
+    assert not (tmp_path / "data/mine").exists()
+
+
+def test_text_in_truncated_files(tmp_path):
+    text = json.dumps({"text": "".join(f"{i} " for i in range(50_000))}).encode()
+    with pytest.raises(UserError, match="b.jsonl.zst: Truncated compressed stream"):
+        text_corpus(tmp_path, {"a.txt": "good " * 100, "b.jsonl.zst": compressed(text)[:-100]})
+    parquet(tmp_path / "c.parquet", text=["x" * 1000] * 100)
+    with pytest.raises(UserError, match="can't read .*c.parquet as parquet"):
+        text_corpus(tmp_path / "2", {"c.parquet": (tmp_path / "c.parquet").read_bytes()[:-50]})
+    with pytest.raises(UserError, match="c.parquet has no column 'body' but 'text': choose one by --column=NAME"):
+        text_corpus(tmp_path / "3", {"c.parquet": (tmp_path / "c.parquet").read_bytes()}, column="body")
+
+
+def test_text_without_the_package_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="a.txt.zst needs a package more: pip install -r requirements-data.txt"):
+        text_corpus(tmp_path, {"a.txt.zst": b"x"})
+
+
+def test_text_leaves_bad_files_out_if_told_to(tmp_path):
+    files = {"good.txt": "text " * 20, "picture.png": b"\x89PNG\0"}
+    meta, folder = text_corpus(tmp_path, files, skip_bad=True)
+    assert documents(folder, "train") == [("text " * 20)[:95]]
+    assert (meta["source"]["files"], meta["source"]["left_out"]) == (1, 1)
+    with pytest.raises(UserError, match="there is no text; .*picture.png is not text"):
+        text_corpus(tmp_path / "2", {"picture.png": b"\x89PNG\0"}, skip_bad=True)
+
+
+@pytest.mark.parametrize("block", [1 << 20, 500, 150])  # the first has to hold where the book begins
+def test_text_without_project_gutenberg(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(corpus, "BLOCK", block)
+    head = "The Project Gutenberg EBook of X\n\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n"
+    book = "\n Chapter 1\n" + "Call me Ishmael. " * 100 + "***\n* * *\nThe End of it.\n"
+    for n, end in enumerate(["End of the Project Gutenberg EBook of X\n*** END OF", "End of Project Gutenberg’s X\n\n\n*** END OF",
+                             "***END OF THE PROJECT GUTENBERG EBOOK X***\n"]):
+        _, folder = text_corpus(tmp_path / f"{n}", {"x.txt": head + book + end + " more" * 300}, strip_gutenberg=True)
+        assert documents(folder, "train")[0] + documents(folder, "val")[0] == book
+    _, folder = text_corpus(tmp_path / "other", {"x.txt": book}, strip_gutenberg=True)
+    assert documents(folder, "train")[0] + documents(folder, "val")[0] == book
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
+def test_text_is_read_in_blocks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(corpus, "BLOCK", block)
+    (tmp_path / "f").write_bytes("größer\r\n漢字\r🙂\r".encode())
+    assert read_text(tmp_path / "f") == "größer\n漢字\r🙂\r"
+    (tmp_path / "g").write_bytes("größer".encode() + b"\xe6\xbc")
+    with pytest.raises(UserError, match="byte 8 is 0xe6"):
+        read_text(tmp_path / "g")
+
+
 # -- as commands -------------------------------------------------------------------------------
 
 
