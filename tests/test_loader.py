@@ -1,6 +1,8 @@
 """The loader: batches as pure functions of their numbers, fixed validation windows, and every broken corpus refused."""
 
+import hashlib
 import json
+import os
 import random
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from configurator import UserError
-from data.loader import load_corpus
+from data import corpus as corpus_module
+from data.loader import Epoch, load_corpus
 
 
 def make(folder, train=1000, val=300, dtype="uint16", vocab_size=1000, **changes):
@@ -33,8 +36,9 @@ def test_batch_is_windows_and_the_same_shifted(tmp_path, dtype):
     x, y = load_corpus(tmp_path, 16).batch(5, seed=1, iteration=2, micro=3)
     for tokens in x, y:
         assert tokens.shape == (5, 16) and tokens.dtype == torch.int64 and tokens.is_contiguous()
-    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(16))
-    assert len(set(x[:, 0].tolist())) > 1
+    assert torch.equal(y, x + 1)
+    assert sum(torch.equal(row, row[:1] + torch.arange(16)) for row in x) >= 4  # all but the one that an epoch ends with
+    assert len(set(x[:, 0].tolist())) == 5
 
 
 def test_batch_is_a_pure_function(tmp_path):
@@ -49,14 +53,85 @@ def test_batch_is_a_pure_function(tmp_path):
 
 
 def test_batch_is_the_same_on_every_machine_and_version(tmp_path):
-    assert load_corpus(make(tmp_path), 16).batch(4, 1337, 0, 0)[0][:, 0].tolist() == [537, 864, 715, 182]
+    assert load_corpus(make(tmp_path), 16).batch(4, 1337, 0, 0)[0][:, 0].tolist() == [84, 196, 324, 20]
 
 
-def test_every_window_comes(tmp_path):
-    """The first and the last one too, and none beyond: here there are three."""
-    corpus = load_corpus(make(tmp_path, train=19), 16)
-    x, y = corpus.batch(100, 0, 0, 0)
-    assert set(x[:, 0].tolist()) == {0, 1, 2} and y.max() == 18
+def test_an_epoch_takes_each_token_once(tmp_path):
+    """With any accumulation, in any order of asking; and other epochs cut elsewhere."""
+    corpus = load_corpus(make(tmp_path), 16)
+    epochs = []
+    for epoch in range(3):
+        batches = [corpus.batch(3, 5, iteration, micro, 7)[0] for iteration in range(3 * epoch, 3 * epoch + 3) for micro in range(7)]
+        seen = torch.cat(batches).flatten().bincount()  # 63 windows: 62 whole ones, and the rest
+        assert len(seen) == 999 and seen.min() == 1 and (seen - 1).sum() == 63 * 16 - 999
+        epochs.append(sorted(torch.cat(batches)[:, 0].tolist()))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    straddling = corpus.batch(4, 5, 15, 0)[0]  # windows 60 to 63: the last is of another epoch
+    assert torch.equal(straddling[:3], corpus.batch(3, 5, 20, 0)[0]) and torch.equal(straddling[3:], corpus.batch(1, 5, 63, 0)[0])
+
+
+def test_order_does_not_depend_on_the_number_of_processes(tmp_path):
+    corpus = load_corpus(make(tmp_path), 16)
+    one_by_one = [corpus.batch(1, 5, n, 0)[0] for n in range(24)]
+    assert torch.equal(torch.cat([corpus.batch(2, 5, it, micro, 4)[0] for it in range(3) for micro in range(4)]), torch.cat(one_by_one))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_windows_lie_within_documents(seed):
+    """Of documents of any lengths: each token is once in an epoch, but for less than one window; a window is of stretches of
+    single documents; and a document has as many windows of its own as it has room for."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(0, 60, draw.integers(1, 8))
+    T = int(draw.integers(1, 1 + min(40, lengths.sum()))) if lengths.sum() else 1
+    documents, owner = np.concatenate([[0], lengths.cumsum()]), np.repeat(np.arange(len(lengths)), lengths)
+    windows = [list(Epoch(documents, T, seed, epoch)[n] for n in range(len(Epoch(documents, T, seed, epoch)))) for epoch in (0, 1)]
+    assert len(windows[0]) == len(windows[1]) == -(-lengths.sum() // T) if lengths.sum() else not windows[0]
+    for epoch in windows:
+        seen = np.zeros(lengths.sum(), int)
+        for window in epoch:
+            assert sum(length for _, length in window) == T
+            for start, length in window:
+                assert length > 0 and start >= 0 and len(set(owner[start : start + length])) == 1
+                seen[start : start + length] += 1
+        if len(seen):
+            assert seen.min() == 1 and (seen - 1).sum() < T
+        whole = [owner[window[0][0]] for window in epoch if len(window) == 1]
+        assert all(whole.count(i) >= length // T for i, length in enumerate(lengths))
+
+
+def documents_of(folder, lengths, val_lengths=(300,)):
+    make(folder, sum(lengths), sum(val_lengths), train_documents=len(lengths), val_documents=len(val_lengths))
+    for split, of_split in ("train", lengths), ("val", val_lengths):
+        np.cumsum(of_split).astype(np.uint64).tofile(folder / f"{split}_ends.bin")
+    return folder
+
+
+def test_batches_within_documents(tmp_path):
+    corpus = load_corpus(documents_of(tmp_path, [100, 7, 500, 3, 390]), 64, "document")
+    x, y = corpus.batch(16, 1, 0, 0)
+    assert torch.equal(y, x + 1)  # the token after, also where a stretch ends
+    whole = [row for row in x if torch.equal(row, row[:1] + torch.arange(64))]
+    assert len(whole) >= 1 + 7 + 6
+    assert not any(row[0] < end <= row[-1] for row in whole for end in (100, 107, 607, 610))
+
+
+@pytest.mark.parametrize("lengths, starts", [((300,), [0, 64, 192]), ((70, 60, 170), [0, 130, 194]), ((60,) * 5, [0, 117, 235])])
+def test_validation_within_documents(tmp_path, lengths, starts):
+    """Evenly spread over the windows that documents have; over the stream where no document has one."""
+    corpus = load_corpus(documents_of(tmp_path, [200], lengths), 64, "document")
+    assert corpus.val_windows(3).tolist() == starts
+    corpus.val_batch(starts)
+
+
+@pytest.mark.parametrize("size", [None, 7, 16])
+def test_within_documents_needs_their_ends(tmp_path, size):
+    documents_of(tmp_path, [100, 200, 300])
+    (tmp_path / "train_ends.bin").unlink()
+    if size is not None:
+        (tmp_path / "train_ends.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match="no train_ends.bin that fits: run python .*; or set --windows=packed"):
+        load_corpus(tmp_path, 64, "document")
+    load_corpus(tmp_path, 64)
 
 
 def test_seeds_up_to_63_bits(tmp_path):
@@ -172,6 +247,40 @@ def test_meta_which_is_none(tmp_path, text):
 def test_meta_with_a_bad_value(tmp_path, changes):
     with pytest.raises(UserError, match="meta.json is no corpus's meta data"):
         load_corpus(make(tmp_path, **changes), 16)
+
+
+def with_checksums(folder):
+    make(folder)
+    sums = {f"{split}_sha256": hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest() for split in ("train", "val")}
+    return make(folder, **sums)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_that_is_not_what_was_written(tmp_path, split):
+    load_corpus(with_checksums(tmp_path), 16)
+    load_corpus(tmp_path, 16)
+    with open(tmp_path / f"{split}.bin", "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff")
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{split}.bin is not what was written there.*checksum.*run python"):
+            load_corpus(tmp_path, 16)
+
+
+def test_checksums_are_looked_at_once(tmp_path, monkeypatch):
+    looked = []
+    checksum = corpus_module._checksum
+    monkeypatch.setattr(corpus_module, "_checksum", lambda path, *args: looked.append(path.name) or checksum(path, *args))
+    with_checksums(tmp_path)
+    for _ in range(3):
+        load_corpus(tmp_path, 16)
+    assert looked == ["train.bin", "val.bin"]
+    os.utime(tmp_path / "val.bin")
+    load_corpus(tmp_path, 16)
+    assert looked[2:] == ["train.bin", "val.bin"]
+    (tmp_path / "checked.json").write_text("{")
+    load_corpus(tmp_path, 16)
+    assert len(looked) == 6
 
 
 # -- while training runs -----------------------------------------------------------------------
