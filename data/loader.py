@@ -95,7 +95,7 @@ class Corpus:
     train_tokens: int
     val_tokens: int
     windows: str = "packed"
-    _epochs: dict = field(default_factory=dict, repr=False)  # the last ones used: (seed, epoch) -> Epoch
+    _epochs: dict = field(default_factory=dict, init=False, repr=False)  # the last ones used: (seed, epoch) -> Epoch
 
     def batch(self, batch_size, seed, iteration, micro, micros=1):
         """

@@ -156,12 +156,12 @@ def peak_of(run: Callable[[], object], device: Device) -> int | None:
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # or else what is free but not given back could be used without being seen
     clear.write_text("5")  # the peak (VmHWM) starts anew from what is resident now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
