@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "data.tokenizer": {"configurator"},
     "data.corpus": {"configurator"},
     "data.loader": {"configurator", "data.corpus", "data.tokenizer"},
+    "data.hub": {"configurator", "data.corpus", "data.tokenizer"},
     "checkpoint": {"configurator"},
     "record": {"configurator"},
     "device": {"configurator"},
@@ -25,7 +26,8 @@ MAY_IMPORT = {
     "probe": {"device", "model", "sus_attn"},
     "retention": {"sus_attn"},
 }
-LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton"}
+LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton",
+        "datasets", "huggingface_hub", "pyarrow", "zstandard"}  # fmt: skip
 KERNELS = {"cpu_kernels.py", "triton_kernels.py"}  # themselves imported where they are used
 OURS = {"train", "sample", "experiments"} | {name.partition(".")[0] for name in MAY_IMPORT}
 
