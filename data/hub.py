@@ -72,13 +72,13 @@ class Hub(Source):
 
     Rows without text are skipped; those with a NUL or half a surrogate pair too, and left_out counts them.
     UserError: a package is missing, no such data set or file, no access to it, a damaged file, no such column.
-    Interrupted, which is a UserError: no network.
+    Interrupted, which is a UserError: no network, or what came over it is damaged.
     """
 
     def __init__(self, config, parts, columns, name=None, keep=lambda row: True, **options):
         self.hub, self.parts, self.columns, self.name, self.keep = config.hub, parts, columns, name, keep
         self.val_chars = config.max_tokens / VAL_SHARE or math.inf
-        self.left_out, self.stream = 0, None
+        self.left_out, self.stream, self.part, self.files = 0, None, 0, []
         _import(parts)
         folder = Path(os.path.expanduser(config.hub))
         self.local = os.path.isdir(folder)
@@ -138,7 +138,7 @@ class Hub(Source):
         if pattern.endswith(".parquet"):
             stream = load_dataset("parquet", columns=list(self.columns), batch_size=ROWS, **where)
             self._check_columns(stream.column_names)
-        else:  # as lines: the JSON reader fails at half a surrogate pair, and wants the same fields in every row
+        else:  # as lines: the JSON reader gives up at one half of a surrogate pair
             stream = load_dataset("text", **where)
         return stream.with_format("arrow")
 
@@ -179,7 +179,7 @@ class Hub(Source):
         state = self.stream.state_dict() if self.stream else {}
         while "examples_iterable" in state:
             state = state["examples_iterable"]
-        paths = self.files[self.part]
+        paths = self.files[self.part] if self.files else [self.hub]
         return paths[min(state.get("shard_idx", 0), len(paths) - 1)]
 
     @contextlib.contextmanager
@@ -213,7 +213,8 @@ class Hub(Source):
         if isinstance(error, errors.HfHubHTTPError):
             raise UserError(f"the hub refuses to give {self.hub} ({what}): `hf auth login`?") from error
         if package in ("pyarrow", "zstandard") or isinstance(error, ValueError | EOFError | OSError):
-            raise UserError(f"{self._file()} is damaged, or not what it should be ({what}): fetch it again") from error
+            kind, advice = (UserError, "fetch it again") if self.local else (Interrupted, "the same command tries again")
+            raise kind(f"{self._file()} is damaged, or not what it should be ({what}): {advice}") from error
         raise error
 
 
@@ -229,7 +230,8 @@ def _import(parts):
     from fsspec.compression import register_compression
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # we report errors ourselves
+    logging.getLogger("datasets.utils.file_utils").setLevel(logging.WARNING)  # but a lost connection is tried for minutes
     huggingface_hub.utils.logging.set_verbosity(logging.ERROR)
     register_compression("zstd", lambda file, mode: io.BufferedReader(_Zstd(file), 1 << 20), "zst", force=True)
 
