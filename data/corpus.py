@@ -584,7 +584,8 @@ def changed_files(folder, meta):
             return []
     except (OSError, ValueError):
         pass
-    wanted = {f"{name}.bin": meta[f"{name}_sha256"] for split in SPLITS for name in (split, f"{split}_ends") if f"{name}_sha256" in meta}
+    wanted = {f"{name}.bin": meta[f"{name}_sha256"] for split in SPLITS for name in (split, f"{split}_ends")
+              if f"{name}_sha256" in meta and (folder / f"{name}.bin").exists()}  # fmt: skip
     sizes = {name: (folder / name).stat().st_size for name in wanted}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=None, leave=False) as bar:
         changed = [name for name, size in sizes.items() if _checksum(folder / name, size, bar.update).hexdigest() != wanted[name]]

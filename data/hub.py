@@ -19,9 +19,8 @@ from pathlib import Path
 
 from configurator import UserError, key
 from data.corpus import Document, Interrupted, Source, pieces, write_corpus
-from data.tokenizer import tokenizer_from_meta
+from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
-TOKENIZERS = "byte", "gpt2"
 VAL_SHARE = 20  # a validation split is cut after max_tokens / VAL_SHARE characters, so that it is never most of a corpus
 NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}  # packages whose errors may pass
 ROWS = 100  # of a parquet file that are in memory at a time: books are long
@@ -37,7 +36,7 @@ class Config:
     """What the four scripts have in common; each has its own `hub`."""
 
     hub: str = name_key("")
-    tokenizer: str = key("gpt2", "gpt2: about 4 bytes a token; byte: 1", choices=TOKENIZERS)
+    tokenizer: str = key("gpt2", "tiktoken's: about 4 bytes a token; byte: 1", choices=TOKENIZERS)
     max_tokens: int = key(1_000_000_000, "no document is begun after so many tokens; 0: all", low=0)
     min_doc_tokens: int = key(0, "shorter documents are left out", low=0)
     num_proc: int = key(0, "threads that encode; 0: one for each CPU", low=0)

@@ -73,7 +73,7 @@ def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):  # 
     model, text = tiny(), load_corpus(corpus, 64)
     held = Retention(model, collect_stats(model), 0.01)
     held.config.sus_c = held.c.fill_(0.4)  # below what it would set: all 64 keys are of one tile
-    cfg = SimpleNamespace(batch_size=2, seed=5)
+    cfg = SimpleNamespace(batch_size=2, seed=5, gradient_accumulation_steps=1)
 
     def gradient(it, seed):
         x, y = text.batch(2, 5, it, 0)
