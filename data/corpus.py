@@ -555,7 +555,8 @@ def _draw_lengths(folder, meta):
         of_tokens, 100 * tokens / tokens.sum(), "% of the tokens"):  # fmt: skip
         ax.bar(powers, heights, width=0.9, align="edge", color="#3b75af")
         ax.set(xlabel="length of the document, tokens", title=f"{what}, by length")
-        ax.set_xticks(powers[:: max(1, len(powers) // 9)], names[:: max(1, len(powers) // 9)])
+        step = -(-len(powers) // 9)
+        ax.set_xticks(powers[::step], names[::step])
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{folder.name}: {meta['train_tokens']:,} training tokens in {meta['train_documents']:,} documents", fontsize=10)
     figure.savefig(folder / "documents.png", dpi=110)

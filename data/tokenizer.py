@@ -62,6 +62,8 @@ class BytePairTokenizer(Tokenizer):
 
     def encode(self, text):
         try:
+            if self.name == "byte":  # hundreds of times faster than a search for merges, of which there are none
+                return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
         except UnicodeEncodeError as error:
             raise UserError(f"the text has no UTF-8 form: {error.reason} at character {error.start}") from None
