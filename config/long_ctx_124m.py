@@ -1,11 +1,11 @@
 # GPT-2's size at a context of 32k tokens with SUS backprop, for one 80 GB GPU or several:
-#     python train.py config/long_ctx_124m.py --dataset=NAME
-#     torchrun --standalone --nproc_per_node=8 train.py config/long_ctx_124m.py --dataset=NAME
-# NAME: long documents in GPT-2 tokens, e.g. your own by
-#     python data/text/prepare.py --input=FOLDER --out=NAME --tokenizer=gpt2
+#     python data/pg19/prepare.py      # books; or others: see README
+#     python train.py config/long_ctx_124m.py
+#     torchrun --standalone --nproc_per_node=8 train.py config/long_ctx_124m.py
 
 out_dir = "out-long-ctx-124m"
-dataset = "text-gpt2"
+dataset = "pg19"
+windows = "document"
 
 block_size = 32768
 batch_size = 1

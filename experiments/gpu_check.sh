@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Does everything work on this CUDA machine, and what does it cost? No network; 16 minutes at most.
+# Does everything work on this CUDA machine, and what does it cost? No network; two parts of ten minutes at most.
 #
-#     experiments/gpu_check.sh [FOLDER]      # default: experiments/results/<GPU>-<date>
+#     experiments/gpu_check.sh [attention|training|all] [FOLDER]      # default: all experiments/results/<GPU>-<date>
 #
-# The operator's and the model's tests on the GPU, then the benchmark of attention alone, then whole steps of a model of
-# GPT-2's size at 32k tokens, then a short training of a small one at 4096 with the exact and with the SUS backward from
-# the same seed, and their comparison. Each has its own time limit, and the most valuable comes first. FOLDER gets environment.txt,
+# attention: the operator's and the model's tests on the GPU, then the benchmark of attention alone. training: whole steps of a
+# model of GPT-2's size at 32k tokens, then 200 of them with the exact and with the SUS backward from the same seed, and their
+# comparison. Each has its own time limit, and the most valuable comes first. FOLDER gets environment.txt,
 # tests.txt, attention.txt, attention.json, training.txt, exact.jsonl, sus.jsonl and comparison.png: commit them. Exit
 # status 0 only if all of it passed.
 # PYTHON=... chooses the interpreter (default: python3; it needs torch with CUDA, pytest, matplotlib).
@@ -18,7 +18,9 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 1
 fi
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "-"))')
-folder=${1:-experiments/results/$gpu-$(date +%Y-%m-%d)}
+part=${1:-all}
+case $part in attention | training | all) ;; *) echo "error: $part is none of attention, training, all" >&2; exit 1 ;; esac
+folder=${2:-experiments/results/$gpu-$(date +%Y-%m-%d)}
 mkdir -p "$folder"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -31,6 +33,7 @@ status=0
     echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 } | tee "$folder/environment.txt"
 
+if [ "$part" != training ]; then
 timeout 300 "$PYTHON" -m pytest -q -m "not slow" tests/test_triton.py tests/test_cuda.py tests/test_reference.py \
     tests/test_sus_attention.py tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
 
@@ -38,20 +41,23 @@ timeout 150 "$PYTHON" experiments/bench_attention.py --device=cuda --T=8192,3276
     --json="$folder/attention.json" 2>&1 | tee "$folder/attention.txt" || status=1
 timeout 80 "$PYTHON" experiments/bench_attention.py --device=cuda --D=128 --T=8192,32768 --c=4 --repeats=5 --peer_seconds=2 \
     2>&1 | tee -a "$folder/attention.txt" || status=1
+fi
+if [ "$part" != attention ]; then
+: >"$folder/training.txt"
 # bytes, as the data come along; the model is that of GPT-2 tokens but for the embedding
 [ -e data/stdlib/train.bin ] || "$PYTHON" data/stdlib/prepare.py
 timeout 150 "$PYTHON" experiments/bench_train.py config/long_ctx_124m.py --T=32768 --dataset=stdlib --repeats=3 \
-    --gradient_accumulation_steps=1 2>&1 | tee "$folder/training.txt" || status=1
+    --gradient_accumulation_steps=1 2>&1 | tee -a "$folder/training.txt" || status=1
 
 # Exact first: what a limit cuts off is then the slower one.
 for backward in exact sus; do
-    timeout 110 "$PYTHON" train.py config/long_ctx.py --block_size=4096 --batch_size=4 --gradient_accumulation_steps=1 \
-        --n_layer=6 --n_head=6 --n_embd=384 --max_iters=200 --lr_decay_iters=200 --learning_rate=1e-3 --min_lr=1e-4 \
-        --eval_interval=50 --eval_iters=8 --log_interval=10 --wandb_run_name="$backward" --attn_backward="$backward" \
-        --out_dir="$work/$backward" 2>&1 | tee -a "$folder/training.txt" || status=1
+    timeout 200 "$PYTHON" train.py config/long_ctx_124m.py --dataset=stdlib --gradient_accumulation_steps=1 --max_iters=200 \
+        --lr_decay_iters=200 --warmup_iters=20 --eval_interval=50 --eval_iters=4 --log_interval=10 \
+        --wandb_run_name="$backward" --attn_backward="$backward" --out_dir="$work/$backward" 2>&1 | tee -a "$folder/training.txt" || status=1
     cp "$work/$backward/metrics.jsonl" "$folder/$backward.jsonl" || status=1
 done
 timeout 40 "$PYTHON" experiments/compare_runs.py "$work/exact" "$work/sus" --out="$folder/comparison.png" 2>&1 |
     tee -a "$folder/training.txt" || status=1
+fi
 if [ $status = 0 ]; then echo "gpu check passed: $folder"; else echo "gpu check FAILED: see $folder" >&2; fi
 exit $status
