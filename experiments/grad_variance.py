@@ -8,7 +8,7 @@ What c costs: the variance that SUS adds to a model's gradient, beside the varia
     rho(c, T) = E|ghat_s - g_s|^2 / E|g_s - gbar|^2
 
 over sequences s and draws of the mask. g_s is the exact gradient of one sequence's mean loss, ghat_s its SUS estimate. It
-is measured for the whole model, each layer, and each head (its rows of c_attn). All samplers and all c see the same
+is measured for the whole model, each layer, each head (its rows of c_attn), and all that makes queries and keys. All samplers and all c see the same
 sequences. Standard errors are the jackknife's, over sequences. docs/variance.md says more.
 
 It checks itself: ghat_s - g_s must be zero on average along many directions. Where it isn't, the exit status is 1.
@@ -151,7 +151,8 @@ def windows(corpus: Corpus, count: int) -> tuple[Tensor, Tensor, dict]:
 
 class Parts:
     """The model's gradient as one vector (P,) float32, and the parts of it that are looked at: the whole, the L layers,
-    and the L * H heads. A head's part is its query's rows of c_attn, and those of its key and value."""
+    the L * H heads, and the queries and keys of all of them. A head's part is its query's rows of c_attn, and those of its
+    key and value."""
 
     def __init__(self, model: GPT):
         self.parameters = list(model.parameters())
@@ -181,15 +182,16 @@ class Parts:
         return torch.cat([g.flatten().float() for g in torch.autograd.grad(loss, self.parameters)])
 
     def squares(self, x: Tensor) -> Tensor:
-        """The squared norm of each part of x (P,): (1 + L + L * H,) float64 on the CPU."""
+        """The squared norm of each part of x (P,): (1 + L + L * H + 1,) float64 on the CPU."""
         layers = [x[layer].square().sum() for layer in self.layers]
-        heads = []
+        heads, queries_and_keys = [], 0
         head = torch.arange(self.H, device=x.device)
         for spans in self.c_attn:  # the rows of q for each head, then those of k and of v for each key/value head
             rows = sum(x[span].view(self.H + 2 * self.K, -1).square().sum(1) for span in spans)
             kv = self.H + head // (self.H // self.K)
             heads.append(rows[head] + rows[kv] + rows[kv + self.K])
-        return torch.cat([torch.stack([x.square().sum(), *layers]), *heads]).cpu().double()
+            queries_and_keys += rows[: self.H + self.K].sum(0, keepdim=True)
+        return torch.cat([torch.stack([x.square().sum(), *layers]), *heads, queries_and_keys]).cpu().double()
 
 
 def check_memory(parts: Parts, sequences: int, device: Device) -> None:
@@ -387,7 +389,7 @@ def measure_at(T: int, x: Tensor, y: Tensor, subject: Subject, methods, cfg, adv
         rows.append({
             "T": T, "sampler": method[0], "c": method[1], "backend": method[2],
             "kept_per_row": kept.mean(), "cut": 1 - kept.mean() / entries, "rho": pairs[0].tolist(),
-            "layers": pairs[layers].tolist(), "heads": pairs[1 + parts.L :].view(parts.L, parts.H, 2).tolist(),
+            "layers": pairs[layers].tolist(), "heads": pairs[1 + parts.L : -1].view(parts.L, parts.H, 2).tolist(), "queries_and_keys": pairs[-1].tolist(),
             "layers_kept": kept.tolist(), "layers_cut": (1 - kept / entries).tolist(), "layers_added": stats[:, 2].tolist(),
             "dropped": stats[:, 1].sum(), "z": zscores(along, rounding).tolist(),
         })  # fmt: skip
@@ -537,7 +539,7 @@ def toy_factor(data: dict, column: int) -> float | None:
 # -- the tables -------------------------------------------------------------------------------------
 
 
-TITLES = ["T", "sampler", "c", "kept/row", "cut %", "rho %", "+-", "/ poisson, same c", "/ poisson, same kept", "fwd ms",
+TITLES = ["T", "sampler", "c", "kept/row", "cut %", "rho %", "+-", "q, k: rho %", "/ poisson, same c", "/ poisson, same kept", "fwd ms",
           "bwd ms"]  # fmt: skip
 
 
@@ -579,7 +581,7 @@ def result_row(row: dict, poisson: list[dict]) -> list[str]:
     ratios = ["-" if x is None else f"{x:.2f}" for x in (same, at_equal_kept(row, poisson))]
     times = [f"{row[part]:.3g}" if part in row else "-" for part in ("forward_ms", "backward_ms")]
     return [f"{row['T']:,}", row["sampler"], f"{float(row['c']):g}", f"{row['kept_per_row']:.1f}", f"{100 * row['cut']:.2f}",
-            f"{100 * rho:.3g}", f"{100 * error:.2g}", *ratios, *times]  # fmt: skip
+            f"{100 * rho:.3g}", f"{100 * error:.2g}", f"{100 * float(row['queries_and_keys'][0]):.3g}", *ratios, *times]  # fmt: skip
 
 
 # -- the picture ------------------------------------------------------------------------------------

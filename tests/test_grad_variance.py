@@ -100,6 +100,8 @@ def brute_force(model, corpus, n, draws, seed, **sus):
                 kv = h // (H // K)
                 starts = (h * D, (H + kv) * D, (H + K + kv) * D)
                 found[layer, h] = [named[f"{prefix}attn.c_attn.{name}"][i : i + D] for name in ("weight", "bias") for i in starts]
+        c_attn = [named[f"transformer.h.{layer}.attn.c_attn.{name}"] for layer in range(L) for name in ("weight", "bias")]
+        found["queries and keys"] = [g[: (H + K) * D] for g in c_attn]
         return {part: torch.cat([g.flatten() for g in gs]) for part, gs in found.items()}
 
     model.train()
@@ -129,6 +131,7 @@ def test_rho_is_that_of_brute_force(run, corpus):
     truth = brute_force(tiny_model(), corpus, 6, 2, 5, attn_backward="sus", sus_c=3.0, sus_sampler="poisson")
     assert 0.001 < truth["all"][0] < 10
     assert row["rho"] == pytest.approx(truth["all"], rel=1e-4)
+    assert row["queries_and_keys"] == pytest.approx(truth["queries and keys"], rel=1e-4)
     for layer in range(L):
         assert row["layers"][layer] == pytest.approx(truth[layer,], rel=1e-4)
         for h in range(H):
@@ -281,7 +284,7 @@ def made_up(Ts=(512, 2048), cs=(5.0, 25.0, 100.0), samplers=("poisson", "systema
                 rho = [size * half * c**-1.5, 0.1 * size * c**-1.5]
                 rows.append({
                     "T": T, "sampler": sampler, "c": c, "backend": "cpu", "kept_per_row": min(c, 200) ** 0.75 / half, "cut": 0.9,
-                    "rho": rho, "layers": [rho] * layers, "heads": [[rho] * heads] * layers, "layers_kept": [1.0] * layers,
+                    "rho": rho, "layers": [rho] * layers, "heads": [[rho] * heads] * layers, "queries_and_keys": rho, "layers_kept": [1.0] * layers,
                     "layers_cut": [0.9] * layers, "layers_added": [1.0] * layers, "dropped": 0.0, "z": [1.0], "forward_ms": 1.0,
                     "backward_ms": 2.0,
                 })  # fmt: skip
