@@ -312,9 +312,9 @@ def test_the_tables(capsys, monkeypatch, tmp_path):
     out = capsys.readouterr().out
     cells = [line.split() for line in out.splitlines()]
     # at c = 25 systematic keeps 2 * 25^0.75 a row and has a rho of 0.5 * 25^-1.5: twice poisson's at as many kept
-    assert ["512", "systematic", "25", "22.4", "90.00", "0.4", "0.08", "0.50", "2.00", "1", "2"] in cells
-    assert ["512", "poisson", "5", "3.3", "90.00", "8.94", "0.89", "1.00", "1.00", "1", "2"] in cells
-    assert [row[8] for row in cells if row[:3] == ["512", "systematic", "100"]] == ["-"]  # poisson never kept so many
+    assert ["512", "systematic", "25", "22.4", "90.00", "0.4", "0.08", "0.4", "0.50", "2.00", "1", "2"] in cells
+    assert ["512", "poisson", "5", "3.3", "90.00", "8.94", "0.89", "8.94", "1.00", "1.00", "1", "2"] in cells
+    assert [row[9] for row in cells if row[:3] == ["512", "systematic", "100"]] == ["-"]  # poisson never kept so many
     assert ["2,048", "poisson", "-1.50", "-2.00"] in cells and ["0", "3", "9.0", "5.0", "10.0", "77"] in cells
     assert "1.250 x the measured (systematic" in out and "no bias found: the largest |z| of 100 is 2.00 <= 5.00" in out
     assert "3 + 7 ms at T = 512" in out and "30 + 2" in out
