@@ -2,7 +2,7 @@
 
 rho = E|ghat - g|^2 / E|g - gbar|^2 is the variance which the draws add to the gradient of a micro-batch, over the variance
 which it has anyway, from micro-batch to micro-batch. Both are of one micro-batch, so their ratio is that of a whole step too.
-Here g is the gradient of the weights that make queries and keys, of all layers. They get most of the noise, eight times as much of
+Here g is the gradient of the weights that make queries and keys, of all layers. They get most of the noise, several times as much of
 it, beside their own, as the model as a whole; and AdamW, which scales each weight's steps by its own gradient's size, gives
 them steps as large as any. A rho of 1 % of the whole model did cost loss (README, "Compare").
 

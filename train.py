@@ -76,6 +76,8 @@ def main():
     if master:
         prepare_stdlib(cfg)
     if world > 1:
+        if master:
+            load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)  # looks at the checksums, once for all processes
         dist.barrier()
     corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)
     tokenizer = {"name": "gpt2"} if cfg.init_from.startswith("gpt2") else (saved or {}).get("tokenizer")

@@ -16,7 +16,6 @@ bytes as if it never had been; an earlier corpus stays as it was until then.
 
 import codecs
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -35,12 +34,15 @@ from tqdm import tqdm
 
 from configurator import UserError
 
-ASIDE = "unfinished"  # the folder aside
+ASIDE, JOURNAL, LOCK = "unfinished", "journal.json", "lock"  # the folder aside, and what is in it
 SPLITS = "train", "val"
 LONG = {"2k": 2048, "8k": 8192, "32k": 32768, "128k": 131072}  # tokens
-WORD_START = re.compile(r"(?<=\S) (?=\S)")
+# Where every tokenizer begins a token, whatever came before: at a space between words, or at any white space behind a letter or a
+# digit. (Punctuation may take the line's end along.)
+TOKEN_START = re.compile(r"(?<=\S)(?= \S)|(?<=[^\W_])(?=\s)")
 BLOCK = 1 << 20  # bytes read at once
 PIECE = 1 << 20  # characters
+LONGEST = 16  # pieces: where there is nowhere to cut for so long, it is cut all the same, which may change a token or two
 BATCH = 1 << 18  # characters that a thread encodes at once, or a piece if that is more
 SAVE = 5.0  # seconds between two entries of the journal
 ROOM = 1.1  # of the disk space that a corpus is guessed to need
@@ -121,10 +123,14 @@ def read_text(path):
     return "".join(text_blocks(path))
 
 
+def compressed(path):
+    return path.suffix.lower() == ".zst"
+
+
 def raw_blocks(path):
     """The bytes of a file, decompressed, block by block. UserError: unreadable, truncated."""
     try:
-        with (import_pyarrow(path).input_stream(str(path), compression="zstd") if path.suffix == ".zst"
+        with (import_pyarrow(path).input_stream(str(path), compression="zstd") if compressed(path)
               else open(path, "rb") as file):  # fmt: skip
             while block := file.read(BLOCK):
                 yield block
@@ -162,19 +168,25 @@ def text_blocks(path):
 
 def pieces(text, size=PIECE):
     """
-    text in pieces of about size characters, so that a huge document needs little memory. A cut is only made before a
-    single space between two words, where every tokenizer begins a token: the pieces' ids are the whole text's ids.
+    text in pieces of about size characters, so that a huge document needs little memory. Cuts are made where every
+    tokenizer begins a token, see TOKEN_START and LONGEST: the pieces' ids are the whole text's ids.
     text: a string, or an iterable of strings, which are joined.
     """
     rest, searched = "", 0
     for part in [text] if isinstance(text, str) else text:
         rest += part
         start = 0
-        while cut := WORD_START.search(rest, max(start + size, searched)):
-            yield rest[start : cut.start()]
-            start = cut.start()
+        while len(rest) - start > size:
+            if found := TOKEN_START.search(rest, max(start + size, searched)):
+                cut = found.start()
+            elif len(rest) - start > LONGEST * size:
+                cut = start + LONGEST * size
+            else:
+                break
+            yield rest[start:cut]
+            start = cut
         rest = rest[start:]
-        searched = len(rest) - 1  # a space there may begin a word of the next part
+        searched = len(rest) - 2  # what follows may make a token start of that
     if rest:
         yield rest
 
@@ -252,7 +264,7 @@ class _Unfinished:
 
     def __init__(self, folder, key):
         self.folder = folder
-        self.journal = folder / "journal.json"
+        self.journal = folder / JOURNAL
         self.entry = self._read(key) or self._new(key)
         self.files, self.checksums = {}, {}
         for name, size in self.entry["sizes"].items():
@@ -263,9 +275,12 @@ class _Unfinished:
             self.files[name].seek(size)
 
     def _new(self, key):
+        if self.journal.exists():
+            print(f"the unfinished preparation in {self.folder} was of something else, or is damaged: it is begun anew")
         for path in self.folder.iterdir():
-            path.unlink()
-        return {"key": key, "state": None, "skip": 0, "open": None, "kept": 0, "dropped": 0, "bytes": 0,
+            if path.name != LOCK:
+                path.unlink()
+        return {"key": key, "state": None, "skip": 0, "open": None, "unsplit": 0, "dropped": 0, "bytes": 0,
                 "sizes": {f"{split}{kind}.bin": 0 for kind in ("", "_ends") for split in SPLITS}}
 
     def _read(self, key):
@@ -332,14 +347,14 @@ class _Writer:
             split = self.entry["open"]
             self.unfinished.write(f"{split}.bin", self.eot)
             self.unfinished.write(f"{split}_ends.bin", np.uint64(self.tokens(split)).tobytes())
-            self.entry["kept"] += 1
+            self.entry["unsplit"] += document.split is None
         elif self.held:
             self.entry["dropped"] += 1
         self.entry["open"], self.held = None, []
 
     def _flush(self, document):
         if not self.entry["open"]:
-            self.entry["open"] = document.split or ("train" if self.entry["kept"] % self.every else "val")
+            self.entry["open"] = document.split or ("train" if self.entry["unsplit"] % self.every else "val")
         for data in self.held:
             self.unfinished.write(f"{self.entry['open']}.bin", data)
         self.held = []
@@ -354,8 +369,8 @@ def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, v
     min_doc_tokens   shorter documents are left out, end-of-text counted
     val_every        of documents with no split of their own, one in so many is for validation
     workers          threads; 0: one for each CPU
-    UserError        nothing to write, disk full, another preparation there. An earlier corpus is then as it was; what is
-                     done so far is kept where the same command could go on from it
+    UserError        nothing to write, disk full, another preparation there. An earlier corpus is then as it was, and what
+                     is in the journal is kept for the same command to go on from
     """
     folder = Path(folder)
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -374,15 +389,16 @@ def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, v
                 meta |= _summary(unfinished, folder)
                 _move_into_place(aside, folder, meta)
                 shutil.rmtree(aside)
-            except BaseException as error:
+            except BaseException:
                 if unfinished is not None:
                     unfinished.abandon()
-                if unfinished is None or not (unfinished.begun and _passes(error)):
+                if (aside / JOURNAL).exists():
+                    print(f"what is done so far is kept in {aside}: the same command goes on from there")
+                else:
                     shutil.rmtree(aside, ignore_errors=True)
                 raise
     except OSError as error:
-        on = f"; the same command goes on from what is in {aside}, or delete that" if aside.exists() else ""
-        raise UserError(f"can't write the corpus {folder}: {error.strerror or error}{on}") from error
+        raise UserError(f"can't write the corpus {folder}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # only an empty folder goes: nothing came of it
@@ -391,27 +407,19 @@ def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, v
     return meta
 
 
-def _passes(error):
-    """Whether the same command may get further another time: the disk was full, the network away, the user in a hurry."""
-    return isinstance(error, OSError | KeyboardInterrupt | SystemExit | Interrupted)
-
-
-class Interrupted(UserError):
-    """What a source raises when it can't go on for now."""
-
-
 @contextlib.contextmanager
 def _locked(folder):
     """No other process may be in here; the system frees it when this one ends, however it does."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with open(folder / LOCK, "wb") as file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is preparing {folder.parent} just now") from None
+        except (ImportError, OSError):
+            pass  # no locks on this system, or on that file system
         yield
-    finally:
-        os.close(handle)
 
 
 def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder):
@@ -559,22 +567,30 @@ def _draw_lengths(folder, meta):
         ax.set_xticks(powers[::step], names[::step])
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{folder.name}: {meta['train_tokens']:,} training tokens in {meta['train_documents']:,} documents", fontsize=10)
-    figure.savefig(folder / "documents.png", dpi=110)
-    print(f"their lengths as a picture: {folder / 'documents.png'}")
+    aside = folder / "documents.aside.png"
+    try:
+        figure.savefig(aside, dpi=110)
+        os.replace(aside, folder / "documents.png")
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        print(f"no picture of their lengths: {error.strerror}")
+    else:
+        print(f"their lengths as a picture: {folder / 'documents.png'}")
 
 
 # -- is it still what was written? -------------------------------------------------------------
 
 
 def note_checked(folder):
-    """Note in checked.json that the files are what meta.json says, as long as sizes and times stay."""
+    """Note in checked.json that the files are what meta.json says, as long as they and it are those of now."""
     with contextlib.suppress(OSError):  # where that can't be written, they are checked each time
         (folder / "checked.json").write_text(json.dumps(_stamps(folder)))
 
 
 def _stamps(folder):
-    stats = {path.name: path.stat() for path in sorted(folder.glob("*.bin"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    """What a copy of a file can't have: its number and the time when the system last touched it."""
+    stats = {path.name: path.stat() for path in [*sorted(folder.glob("*.bin")), folder / "meta.json"] if path.exists()}
+    return {name: [stat.st_size, stat.st_ino, stat.st_ctime_ns] for name, stat in stats.items()}
 
 
 def changed_files(folder, meta):

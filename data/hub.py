@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, key
-from data.corpus import Document, Interrupted, Source, pieces, write_corpus
+from data.corpus import Document, Source, pieces, write_corpus
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
-VAL_SHARE = 20  # a validation split is cut after max_tokens / VAL_SHARE characters, so that it is never most of a corpus
+VAL_SHARE = 20  # a validation split is cut after max_tokens / VAL_SHARE tokens or so, so that it is never most of a corpus
+TOKEN_CHARACTERS = 4  # of one of tiktoken's tokens, roughly
 NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}  # packages whose errors may pass
 ROWS = 100  # of a parquet file that are in memory at a time: books are long
 
@@ -71,12 +72,13 @@ class Hub(Source):
 
     Rows without text are skipped; those with a NUL or half a surrogate pair too, and left_out counts them.
     UserError: a package is missing, no such data set or file, no access to it, a damaged file, no such column.
-    Interrupted, which is a UserError: no network, or what came over it is damaged.
+    And: no network, or what came over it is damaged; then the same command goes on.
     """
 
     def __init__(self, config, parts, columns, name=None, keep=lambda row: True, **options):
         self.hub, self.parts, self.columns, self.name, self.keep = config.hub, parts, columns, name, keep
-        self.val_chars = config.max_tokens / VAL_SHARE or math.inf
+        token = 1 if config.tokenizer == "byte" else TOKEN_CHARACTERS
+        self.val_chars, self.min_chars = config.max_tokens * token / VAL_SHARE or math.inf, config.min_doc_tokens * token
         self.left_out, self.stream, self.part, self.files = 0, None, 0, []
         _import(parts)
         folder = Path(os.path.expanduser(config.hub))
@@ -91,7 +93,7 @@ class Hub(Source):
             self.files = [self._files(pattern) for _, pattern in parts]
         super().__init__({"hub": config.hub, "revision": revision, "files": [pattern for _, pattern in parts], **options})
         if self.local:
-            self.fingerprint = json.dumps([(path, os.path.getsize(path)) for paths in self.files for path in paths])
+            self.fingerprint = json.dumps([(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for paths in self.files for path in paths])
 
     def _files(self, pattern):
         """Paths of the files of a part, in the order in which they are read."""
@@ -126,7 +128,8 @@ class Hub(Source):
                         break
                     row = self._row(table)
                     if row and self.keep(row):
-                        self.chars += len(row[self.columns[0]])
+                        length = len(row[self.columns[0]])
+                        self.chars += length if length >= self.min_chars else 0  # what is too short won't be kept
                         yield split, row
             stream, self.chars = None, 0
 
@@ -205,15 +208,15 @@ class Hub(Source):
         answer = isinstance(error, errors.HfHubHTTPError | errors.EntryNotFoundError | FileNotFoundError)
         if (isinstance(error, ConnectionError | TimeoutError | errors.LocalEntryNotFoundError) or package in NETWORK
                 or status == 429 or status >= 500 or isinstance(error, OSError) and not (self.local or answer)):  # fmt: skip
-            raise Interrupted(f"{self.hub} can't be read from the hub ({what}): with a network, the same command goes on; "
+            raise UserError(f"{self.hub} can't be read from the hub ({what}): with a network, the same command goes on; "
                               "without one, give a copy by --hub=FOLDER") from error  # fmt: skip
         if isinstance(error, errors.EntryNotFoundError | FileNotFoundError):
             raise UserError(f"{self.hub}: a file is missing ({what}): {self._check_name()}") from error
         if isinstance(error, errors.HfHubHTTPError):
             raise UserError(f"the hub refuses to give {self.hub} ({what}): `hf auth login`?") from error
         if package in ("pyarrow", "zstandard") or isinstance(error, ValueError | EOFError | OSError):
-            kind, advice = (UserError, "fetch it again") if self.local else (Interrupted, "the same command tries again")
-            raise kind(f"{self._file()} is damaged, or not what it should be ({what}): {advice}") from error
+            advice = "fetch it again" if self.local else "the same command tries again"
+            raise UserError(f"{self._file()} is damaged, or not what it should be ({what}): {advice}") from error
         raise error
 
 

@@ -37,7 +37,7 @@ class Epoch:
     a next one. A window is a list of stretches (start, length), for most windows one; their lengths add up to T.
 
     A document of n tokens has n // T windows, with a random part of the rest before them and the other behind. These rests,
-    in random order, are one stream that makes the other windows; what the last of them lacks is taken from a whole window, or
+    and shorter documents, in random order, are one stream that makes the other windows; what the last of them lacks is taken from a whole window, or
     from the stream's beginning if there is none, and comes twice.
     """
 
@@ -45,7 +45,7 @@ class Epoch:
         random = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
         starts, lengths = documents[:-1], np.diff(documents)
         whole, rest = lengths // T, lengths % T
-        before = random.integers(0, rest, endpoint=True)
+        before = np.where(whole > 0, random.integers(0, rest, endpoint=True), 0)  # shorter documents stay whole
         self.T, self.first, self.ends = T, starts + before, whole.cumsum()
         at, size = np.concatenate([starts, documents[1:] - (rest - before)]), np.concatenate([before, rest - before])
         order = random.permutation(np.flatnonzero(size))
@@ -126,17 +126,15 @@ class Corpus:
 
     def val_windows(self, count):
         """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct. With
-        windows=document, of those within documents, if there are any."""
+        windows=document first of those within documents; where they are too few, all of them, and the rest from the stream."""
+        inside = np.zeros(0, np.int64)
         if self.windows == "document":
             documents = self._documents("val")
             whole = np.diff(documents) // self.block_size
-            if distinct := int(whole.sum()):
-                number = np.arange(min(count, distinct)) * (distinct - 1) // max(min(count, distinct) - 1, 1)
-                document = np.searchsorted(whole.cumsum(), number, side="right")
-                return documents[document] + (number - (whole.cumsum() - whole)[document]) * self.block_size
-        distinct = self.val_tokens - self.block_size
-        count = min(count, distinct)
-        return np.arange(count, dtype=np.int64) * (distinct - 1) // max(count - 1, 1)
+            number = _evenly(count, int(whole.sum()))
+            document = np.searchsorted(whole.cumsum(), number, side="right")
+            inside = documents[document] + (number - (whole.cumsum() - whole)[document]) * self.block_size
+        return np.unique(np.concatenate([inside, _evenly(count - len(inside), self.val_tokens - self.block_size)]))
 
     def val_batch(self, starts):
         """(x, y), both (len(starts), block_size) int64: the windows of val.bin at starts, see val_windows."""
@@ -162,6 +160,12 @@ class Corpus:
             raise UserError(f"{path} has the token id {largest}, but its vocabulary is {self.vocab_size}: "
                             f"it was made with another tokenizer; {_remake(self.folder)}")
         return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def _evenly(count, distinct):
+    """`count` of the numbers below `distinct`, or all of them, evenly spread: int64."""
+    count = min(count, distinct)
+    return np.arange(count, dtype=np.int64) * (distinct - 1) // max(count - 1, 1)
 
 
 def load_corpus(folder, block_size, windows="packed"):

@@ -41,7 +41,7 @@ VAL_FRACTION = 1e-6  # of a file: nanoGPT's script has no such share, and this i
 @dataclass
 class Config:
     input: str = key("", "folder of text files")
-    tokenizer: str = key("gpt2", "one of tiktoken's", choices=ENCODINGS)
+    tokenizer: str = key("gpt2", "one of tiktoken's with up to 65536 ids, as in nanoGPT", choices=ENCODINGS[:4])
     copies: int = key(4, "of the files: more text than there is", low=1)
     repeats: int = key(5, "rounds", low=1)
     num_proc: int = key(2, "our threads, nanoGPT's processes", low=1)

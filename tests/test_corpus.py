@@ -206,7 +206,7 @@ class Killed(corpus.Source):
         while self.count < 12:
             n = self.count
             self.count += 1
-            text = "".join(f"{n}.{i} " for i in range(900 if n == 4 else 20 + n))
+            text = "".join(f"{n}.{i} " for i in range(900 if n == 4 else 140 if n in (5, 10) else 20 + n))
             split = "val" if n == 7 else None if n > 9 else "train"
             yield corpus.Document(split, f"{n}", counted(corpus.pieces(text, 300)))
     def state(self):
@@ -223,7 +223,7 @@ def run_killed(folder, left, shortest=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shortest", [0, 130])
+@pytest.mark.parametrize("shortest", [0, 130, 700])  # 700: what is kept has pieces that alone are too short
 def test_after_a_kill_the_same_command_goes_on_and_makes_the_same_bytes(tmp_path, shortest):
     run_killed(tmp_path / "whole", -1, shortest)
     whole = content(tmp_path / "whole")
@@ -286,6 +286,8 @@ class Failing(Texts):
         monkeypatch.setattr(corpus, "BATCH", 10)
 
     def documents(self, state=None):
+        if state:
+            raise self.error
         for document in super().documents(state):
             yield document
             if self.count == 1:
@@ -293,16 +295,24 @@ class Failing(Texts):
                 raise self.error
 
 
-@pytest.mark.parametrize("error, kept", [(corpus.Interrupted("no network"), True), (KeyboardInterrupt(), True),
-                                         (OSError(errno.ENOSPC, "No space left on device"), True),
-                                         (UserError("a row has no text"), False), (ValueError("a bug"), False)])
-def test_what_was_done_is_kept_where_another_time_may_help(tmp_path, monkeypatch, error, kept):
-    expected = UserError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected) as raised:
-        write_corpus(tmp_path / "x", Failing(error, monkeypatch), BYTE)
-    assert (tmp_path / "x/unfinished/journal.json").exists() is kept and (tmp_path / "x").exists() is kept
-    if isinstance(error, OSError):
-        assert "No space left on device; the same command goes on from what is in" in str(raised.value)
+@pytest.mark.parametrize("error", [UserError("no network"), KeyboardInterrupt(), MemoryError(), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_was_done_is_kept(tmp_path, monkeypatch, capsys, error, saved):
+    """However it fails, and also when that is before it has gone on."""
+    source = Failing(error, monkeypatch)
+    monkeypatch.setattr(corpus, "SAVE", -1 if saved else 5)
+    for _ in range(2):
+        with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+            write_corpus(tmp_path / "x", source, BYTE)
+        assert (tmp_path / "x/unfinished/journal.json").exists() is saved and (tmp_path / "x").exists() is saved
+        assert ("the same command goes on from there" in capsys.readouterr().out) is saved
+    if saved:
+        journal = (tmp_path / "x/unfinished/journal.json").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus, "_checksum", lambda *args: 1 / 0)  # while it looks at what is there
+            with pytest.raises(ZeroDivisionError):
+                write_corpus(tmp_path / "x", source, BYTE)
+        assert (tmp_path / "x/unfinished/journal.json").read_bytes() == journal
 
 
 def test_room_on_the_disk_is_looked_at_beforehand(tmp_path, monkeypatch):
@@ -367,7 +377,7 @@ def test_pieces_of_a_text_in_parts(size):
     for step in 1, 3, 10, 1000:
         found = list(pieces((text[i : i + step] for i in range(0, len(text), step)), size))
         assert "".join(found) == text and all(found)
-        assert all(re.match(" \\S", piece) and not before[-1].isspace() for before, piece in zip(found, found[1:]))
+        assert all(re.match(r"\s", piece) and not before[-1].isspace() for before, piece in zip(found, found[1:]))
         assert len(found) > 5 or size == 100
     assert list(pieces("")) == list(pieces([])) == list(pieces(["", ""])) == []
 
@@ -627,7 +637,7 @@ def test_text_of_mixed_files(tmp_path):
     rows = ["first", "second\n", "third", "fourth", "fifth", "seventh", "eighth"]
     train, val = documents(folder, "train"), documents(folder, "val")
     assert sorted(train + val) == sorted([one[:112], one[112:], two[:112], two[112:], *rows])
-    assert [text for text in val if text in rows] == ["fourth"]  # the fifth document that is kept; the first is the .tex
+    assert [text for text in val if text in rows] == ["first", "seventh"]  # of the rows, the first and then one in five
     assert meta["source"]["files"] == 5
 
 
@@ -637,15 +647,20 @@ def test_text_of_a_column(tmp_path):
 
 
 @pytest.mark.parametrize("files, message", [
-    ({"a.jsonl": b'{"text": "x"}\n{"text": '}, "a.jsonl: line 2 is no JSON"),
-    ({"a.jsonl": jsonl({"text": "x"}, {"body": "y"})}, "a.jsonl: line 2 has no column 'text' but 'body': choose one by --column=NAME"),
-    ({"a.jsonl": jsonl({"text": "x"}, ["text"])}, "a.jsonl: line 2 has no column 'text' but no object"),
+    ({"a.jsonl": b'{"text": "x"}\n\n\n{"text": '}, "a.jsonl: row 4 is no JSON"),
+    ({"a.jsonl": jsonl({"text": "x"}, {"body": "y"})}, "a.jsonl: row 2 has no column 'text' but 'body': choose one by --column=NAME"),
+    ({"a.jsonl": jsonl({"text": "x"}, ["text"])}, "a.jsonl: row 2 has no column 'text' but list"),
     ({"a.jsonl": jsonl({"text": "x"}, {"text": 5})}, "a.jsonl: row 2 has no text in 'text', but int"),
+    ({"a.JSONL": jsonl({"text": "x"}, {"text": "a\0"})}, "a.JSONL: row 2 has a NUL"),
+    ({"a.jsonl": b'{"text": "x"}\n{"text": "\\ud800"}'}, "a.jsonl: row 2 has half a surrogate pair"),
+    ({"a.jsonl": b'{"text": "x"}\n' + b"[" * 100_000}, "a.jsonl: row 2 is no JSON"),
+    ({"a.jsonl": b'{"text": "x"}\n{"text": "\xff"}'}, "a.jsonl: row 2 is no JSON"),
+    ({"a.parquet.zst": b"x"}, "a.parquet.zst: .parquet files are compressed by themselves"),
     ({"a.parquet": b"PAR1 and more"}, "can't read .*a.parquet as parquet"),
     ({"a.txt.zst": b"no zstd"}, "can't read .*a.txt.zst: ZSTD decompress failed"),
 ])
 def test_text_in_broken_files(tmp_path, files, message):
-    if not all(name.endswith("jsonl") for name in files):
+    if not all(name.lower().endswith("jsonl") for name in files):
         pytest.importorskip("pyarrow")
     with pytest.raises(UserError, match=message):
         text_corpus(tmp_path, files)
@@ -667,6 +682,49 @@ def test_text_without_the_package_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="a.txt.zst needs a package more: pip install -r requirements-data.txt"):
         text_corpus(tmp_path, {"a.txt.zst": b"x"})
+
+
+def test_text_leaves_bad_rows_out_if_told_to(tmp_path, capsys):
+    rows = jsonl({"text": "one"}, {"text": 5}, {"body": "x"}, {"text": "a\0"}, {"text": None}, {"text": "\ufefftwo"}) + b"{\n"
+    _, folder = text_corpus(tmp_path, {"a.jsonl": rows}, skip_bad=True)
+    assert documents(folder, "train") + documents(folder, "val") == ["two", "one"]
+    assert "not text: 4 rows" in capsys.readouterr().out
+
+
+def test_text_goes_on_with_the_next_document(tmp_path):
+    tree(tmp_path, {"a.jsonl": jsonl({"text": "one"}, {"text": 5}, {"text": "two"}), "b.txt": "text " * 20, "c.md": "more " * 30})
+    files = script["text"].Files(str(tmp_path), 0.1, "text", False, True)
+    read = lambda documents: [(d.split, d.name, "".join(d.texts)) for d in documents]  # noqa: E731
+    whole = read(files.documents())
+    assert len(whole) == 6
+    for n, _ in enumerate(files.documents(), 1):
+        state = json.loads(json.dumps(files.state()))
+        assert state == n
+    for state in range(7):
+        assert read(script["text"].Files(str(tmp_path), 0.1, "text", False, True).documents(state)) == whole[state:]
+    before = files.fingerprint
+    os.utime(tmp_path / "b.txt", (1, 1))
+    assert script["text"].Files(str(tmp_path), 0.1, "text", False, True).fingerprint != before
+
+
+def test_text_is_not_taken_from_where_the_corpus_goes(tmp_path):
+    tree(tmp_path / "data/mine", {"a.txt": "text " * 100})
+    with pytest.raises(UserError, match="is in .*mine, which is where the corpus goes"):
+        script["text"].prepare(str(tmp_path / "data/mine"), "mine", data=tmp_path / "data")
+
+
+def test_text_a_long_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK", 7)
+    rows = [{"text": "word " * n} for n in (0, 100, 1, 50)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + jsonl(*rows) + b"\n")
+    assert list(script["text"].rows_of(tmp_path / "a.jsonl", "text")) == [(n, row["text"], None) for n, row in enumerate(rows, 2)]
+
+
+def test_text_share_of_rows_beside_files(tmp_path):
+    """That files give their ends to validation does not change which rows do."""
+    files = {f"{i:02}.{kind}": content for i in range(30) for kind, content in (("txt", "text " * 20), ("jsonl", jsonl({"text": f"row {i}"})))}
+    _, folder = text_corpus(tmp_path, files, val_fraction=0.34)
+    assert sum(text.startswith("row") for text in documents(folder, "val")) == 10
 
 
 def test_text_leaves_bad_files_out_if_told_to(tmp_path):

@@ -19,7 +19,6 @@ import zstandard
 
 from configurator import UserError
 from data import hub
-from data.corpus import Interrupted
 from data.tokenizer import tokenizer_from_meta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,7 +278,7 @@ def test_network_fails_in_the_midst(tmp_path, monkeypatch, capfd):
 
     with monkeypatch.context() as patch:
         patch.setattr(hub.Hub, "_row", fails)
-        with pytest.raises(Interrupted, match="Server Disconnected.*the same command goes on"):
+        with pytest.raises(UserError, match="Server Disconnected.*the same command goes on"):
             prepare_small("pg19", tmp_path / "copy", tmp_path / "out")
     prepare_small("pg19", tmp_path / "copy", tmp_path / "out")
     assert "going on with the preparation" in capfd.readouterr().out
@@ -310,7 +309,7 @@ def test_no_network(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_network_for_any(name):
-    with pytest.raises(Interrupted, match=f"{script[name].Config().hub} can't be read from the hub"):
+    with pytest.raises(UserError, match=f"{script[name].Config().hub} can't be read from the hub"):
         source(script[name].Config())
 
 
@@ -325,12 +324,12 @@ def errors():
     return {"gated": (of_hub.GatedRepoError("x", response=answer(403)), UserError, "accept them on the data set's page.*hf auth login"),
             "unknown": (of_hub.RepositoryNotFoundError("x", response=answer(401)), UserError, "no such data set on the hub, or it is private"),
             "refused": (of_hub.HfHubHTTPError("x", response=answer(403)), UserError, "the hub refuses.*hf auth login"),
-            "busy": (of_hub.HfHubHTTPError("x", response=answer(503)), Interrupted, "the same command goes on"),
-            "too many": (of_hub.HfHubHTTPError("x", response=answer(429)), Interrupted, "the same command goes on"),
-            "not cached": (of_hub.LocalEntryNotFoundError("x"), Interrupted, "the same command goes on"),
+            "busy": (of_hub.HfHubHTTPError("x", response=answer(503)), UserError, "the same command goes on"),
+            "too many": (of_hub.HfHubHTTPError("x", response=answer(429)), UserError, "the same command goes on"),
+            "not cached": (of_hub.LocalEntryNotFoundError("x"), UserError, "the same command goes on"),
             "gone": (of_hub.RemoteEntryNotFoundError("x", response=answer(404)), UserError, "a file is missing"),
-            "connection": (httpx2.ConnectError("[Errno -2] Name or service not known"), Interrupted, "Name or service not known"),
-            "slow": (httpx2.ReadTimeout("x"), Interrupted, "the same command goes on")}  # fmt: skip
+            "connection": (httpx2.ConnectError("[Errno -2] Name or service not known"), UserError, "Name or service not known"),
+            "slow": (httpx2.ReadTimeout("x"), UserError, "the same command goes on")}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["gated", "unknown", "refused", "busy", "too many", "not cached", "gone", "connection", "slow"])

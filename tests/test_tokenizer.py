@@ -87,6 +87,33 @@ def test_pieces_change_no_token(tokenizer):
     assert np.concatenate([tokenizer.encode(part) for part in parts]).tolist() == tokenizer.encode(text).tolist()
 
 
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_pieces_end_where_tokens_do(name, monkeypatch):
+    """By the pattern with which each encoding cuts a text before it looks for merges. It needs no files."""
+    import regex
+    from tiktoken_ext import openai_public
+
+    for loader in "load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks":
+        monkeypatch.setattr(openai_public, loader, lambda *args, **options: {})
+    pattern = regex.compile(openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"])
+    draw, cuts = random.Random(1), 0
+    for _ in range(3000):
+        text = "".join(draw.choices(["a", "B", "é", "漢", "1", "23", " ", "  ", "\n", "\r\n", "\t", ".", ",", "_", "'s", "🙂", "\u0301", "/"], k=30))
+        found = list(pieces(text, 3))
+        starts, at = [], 0
+        for piece in found:
+            starts += [at + match.start() for match in pattern.finditer(piece)]
+            at += len(piece)
+        cuts += len(found) - 1
+        assert starts == [match.start() for match in pattern.finditer(text)], (text, found)
+    assert cuts > 9000
+
+
+def test_where_there_is_nowhere_to_cut_it_is_cut_all_the_same():
+    assert [len(piece) for piece in pieces("x" * 1000, 10)] == [160] * 6 + [40]
+    assert [len(piece) for piece in pieces(("x" * 7 for _ in range(100)), 10)] == [160] * 4 + [60]
+
+
 @pytest.mark.parametrize("text", ["x" * 1_000_000, " " * 1_000_000, "\n" * 1_000_000, "漢字" * 300_000],
                          ids=["letters", "spaces", "lines", "han"])
 def test_long_runs(tokenizer, text):

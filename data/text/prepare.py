@@ -23,12 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Document, Source, files_under, import_pyarrow, pieces, raw_blocks, text_blocks, write_corpus
+from data.corpus import Document, Source, compressed, files_under, import_pyarrow, pieces, raw_blocks, text_blocks, write_corpus
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
-ROWS = ".jsonl", ".parquet"
+ROWS = ".jsonl", ".ndjson", ".parquet"
 ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
-GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*[^\n]*\n")
+GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*[^\n]*\n", re.DOTALL)
 GUTENBERG_END = re.compile(r"^(?:End of (?:The |the )?Project Gutenberg|\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG)", re.MULTILINE)
 GUTENBERG_LONGEST = 400  # characters that such a line has at most
 
@@ -41,7 +41,7 @@ class Config:
     val_fraction: float = key(0.05, "share of each document, or of the rows, that is for validation", above=0, below=1)
     column: str = key("text", "of .jsonl and .parquet files: where the text is")
     strip_gutenberg: bool = key(False, "leave out what Project Gutenberg puts before and behind a book")
-    skip_bad: bool = key(False, "leave out the files that are not text, instead of stopping")
+    skip_bad: bool = key(False, "leave out the files and rows that are not text, instead of stopping")
     num_proc: int = key(0, "threads that encode; 0: one for each CPU", low=0)
 
 
@@ -56,8 +56,13 @@ def prepare(input, out, tokenizer="byte", val_fraction=0.05, column="text", stri
     if (folder / "prepare.py").exists():
         raise UserError(f"--out={out}: this data set has a prepare.py of its own; give another name")
     encoder = tokenizer_from_meta({"name": tokenizer})
+    if folder.resolve() in [Path(input).resolve(), *Path(input).resolve().parents]:
+        raise UserError(f"--input={input} is in {folder}, which is where the corpus goes: keep texts elsewhere, or give another --out")
     source = Files(input, val_fraction, column, strip_gutenberg, skip_bad)
-    return write_corpus(folder, source, encoder, val_every=max(2, round(1 / val_fraction)), workers=num_proc)
+    meta = write_corpus(folder, source, encoder, val_every=max(2, round(1 / val_fraction)), workers=num_proc)
+    if source.bad_rows:
+        print(f"left out, as they are not text: {source.bad_rows:,} rows")
+    return meta
 
 
 class Files(Source):
@@ -71,9 +76,10 @@ class Files(Source):
         self.paths = files_under(where) if os.path.isdir(where) else [where]
         if not self.paths:
             raise UserError(f"--input={input}: this folder has no files (hidden ones don't count)")
-        self.column, self.strip_gutenberg, self.val_fraction = column, strip_gutenberg, val_fraction
+        self.column, self.strip_gutenberg, self.val_fraction, self.skip_bad = column, strip_gutenberg, val_fraction, skip_bad
+        self.count = self.bad_rows = 0
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
-        self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg]).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg, skip_bad]).encode()).hexdigest()
         self.characters, self.total_bytes, mistakes = {}, 0, []
         for path in self.paths:
             try:
@@ -96,7 +102,8 @@ class Files(Source):
         size = path.stat().st_size
         if kind(path) in ROWS:
             next(self._rows(path), None)
-            return size * (ZST_RATIO if path.suffix == ".zst" else 1)
+            self.bad_rows = 0
+            return size * (ZST_RATIO if compressed(path) or kind(path) == ".parquet" else 1)
         self.characters[path], size = 0, 0
         for block in self._blocks(path):
             self.characters[path] += len(block)
@@ -104,11 +111,11 @@ class Files(Source):
         return size
 
     def documents(self, state=None):
-        self.count = 0
+        self.count = self.bad_rows = 0
         for path in self.paths:
             for document in self._rows(path) if kind(path) in ROWS else self._halves(path):
                 self.count += 1
-                if self.count > (state or 0):
+                if self.count > (state or 0):  # what was passed over is read again, but not encoded
                     yield document
 
     def state(self):
@@ -125,16 +132,32 @@ class Files(Source):
         return _without_gutenberg(blocks) if self.strip_gutenberg else blocks
 
     def _rows(self, path):
-        for number, text in rows_of(path, self.column):
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{path}: row {number:,} has no text in {self.column!r}, but {type(text).__name__}")
-            if text:
-                yield Document(None, f"{path.name}, row {number:,}", pieces(text.replace("\r\n", "\n")))
+        for number, text, problem in rows_of(path, self.column):
+            if problem is None and text is not None:
+                problem = why_not_text(text, self.column)
+            if problem is None and text:
+                yield Document(None, f"{path.name}, row {number:,}", pieces(text.removeprefix("\ufeff").replace("\r\n", "\n")))
+            elif problem is not None and not self.skip_bad:
+                raise UserError(f"{path}: row {number:,} {problem} (rows that are not text are left out by --skip_bad=True)")
+            self.bad_rows += problem is not None
 
 
 def kind(path):
     """The suffix that tells what is in a file: a.jsonl.zst is .jsonl."""
-    return path.with_suffix("").suffix if path.suffix == ".zst" else path.suffix
+    return (path.with_suffix("").suffix if compressed(path) else path.suffix).lower()
+
+
+def why_not_text(value, column):
+    """What is wrong with a row's text, or None."""
+    if not isinstance(value, str):
+        return f"has no text in {column!r}, but {type(value).__name__}"
+    if "\0" in value:
+        return "has a NUL in its text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a surrogate pair in its text, at character {error.start:,}"
+    return None
 
 
 def _without_gutenberg(blocks):
@@ -162,31 +185,41 @@ def _span(blocks, start, stop):
 
 
 def rows_of(path, column):
-    """(number, value in column) of each row of a .jsonl or .parquet file. UserError: truncated, or no such column."""
+    """(number, value in column, None) of each row of a .jsonl or .parquet file, or (number, None, what is wrong with the row).
+    UserError: truncated, or not such a file."""
     if kind(path) == ".parquet":
         yield from _parquet_rows(path, column)
         return
     for number, line in enumerate(_lines(raw_blocks(path)), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: line {number:,} is no JSON: {error}") from None
-        if not isinstance(row, dict) or column not in row:
-            there = ", ".join(map(repr, row)) if isinstance(row, dict) else "no object"
-            raise UserError(f"{path}: line {number:,} has no column {column!r} but {there}: choose one by --column=NAME")
-        yield number, row[column]
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"is no JSON: {str(error)[:100]}"
+            continue
+        if isinstance(row, dict) and column in row:
+            yield number, row[column], None
+        else:
+            there = ", ".join(map(repr, row))[:200] if isinstance(row, dict) else type(row).__name__
+            yield number, None, f"has no column {column!r} but {there}: choose one by --column=NAME"
 
 
 def _lines(blocks):
-    rest = b""
+    parts = []  # of a line that goes on; joined once, or a long one would take its length squared
     for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line for line in lines if line.strip())
-    if rest.strip():
-        yield rest
+        *lines, rest = block.split(b"\n")
+        if lines:
+            yield b"".join([*parts, lines[0]])
+            yield from lines[1:]
+            parts = []
+        parts.append(rest)
+    yield b"".join(parts)
 
 
 def _parquet_rows(path, column):
+    if compressed(path):
+        raise UserError(f"{path}: .parquet files are compressed by themselves; unpack it first (unzstd)")
     pyarrow = import_pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
@@ -199,7 +232,11 @@ def _parquet_rows(path, column):
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 for value in batch.column(0):
                     number += 1
-                    yield number, value.as_py()
+                    try:
+                        text, problem = value.as_py(), None
+                    except UnicodeDecodeError as error:
+                        text, problem = None, f"is not UTF-8: {error.reason}"
+                    yield number, text, problem
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"can't read {path} as parquet: {error}") from None
 
