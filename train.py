@@ -203,11 +203,12 @@ def main():
             record.log({"iter": it, "train/loss": loss, "lr": optimizer.param_groups[0]["lr"], "train/grad_norm": norm,
                         "train/dt": dt, "train/tok_per_sec": tok_per_sec, "train/mfu": mfu,
                         **sus_metrics(model, stats, retention)})  # fmt: skip
-            progress.set_postfix_str(f"loss {loss:.3f}, {tok_per_sec:,.0f} tok/s", refresh=False)
+            c = f", c {retention.c:.1f}" if retention else ""
+            progress.set_postfix_str(f"loss {loss:.3f}, {tok_per_sec:,.0f} tok/s{c}", refresh=False)
             if progress.disable:
                 eta = tqdm.format_interval((cfg.max_iters - it) * dt)
                 print(f"iter {it}/{cfg.max_iters}: loss {loss:.4f}, {dt * 1e3:.0f} ms, {tok_per_sec:,.0f} tok/s, "
-                      f"{f'mfu {mfu:.1%}, ' if mfu else ''}ETA {eta}", flush=True)  # fmt: skip
+                      f"{f'mfu {mfu:.1%}, ' if mfu else ''}ETA {eta}{c}", flush=True)  # fmt: skip
         progress.update()
 
     # -- the end -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ bytes as if it never had been; an earlier corpus stays as it was until then.
 
 import codecs
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -260,13 +261,14 @@ def _in_order(batches, encode, workers):
 
 
 class _Unfinished:
-    """The files of a corpus that grows, and their journal. `entry` is what the journal says."""
+    """The files of a corpus that grows, and their journal. `entry` tells how far they are, `reached` the last point of it from
+    which one can go on, and that is what the journal says."""
 
     def __init__(self, folder, key):
         self.folder = folder
         self.journal = folder / JOURNAL
         self.entry = self._read(key) or self._new(key)
-        self.files, self.checksums = {}, {}
+        self.files, self.checksums, self.reached = {}, {}, None
         for name, size in self.entry["sizes"].items():
             path = folder / name
             self.checksums[name] = _checksum(path, size)
@@ -307,7 +309,7 @@ class _Unfinished:
         for file in self.files.values():
             _to_disk(file)
         with _synced(self.folder / "journal.new") as file:
-            file.write(json.dumps(self.entry).encode())
+            file.write(json.dumps(self.reached).encode())
         os.replace(self.folder / "journal.new", self.journal)
 
     def finish(self):
@@ -389,8 +391,10 @@ def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, v
                 meta |= _summary(unfinished, folder)
                 _move_into_place(aside, folder, meta)
                 shutil.rmtree(aside)
-            except BaseException:
+            except BaseException as error:
                 if unfinished is not None:
+                    if isinstance(error, KeyboardInterrupt) and unfinished.reached:
+                        unfinished.save()
                     unfinished.abandon()
                 if (aside / JOURNAL).exists():
                     print(f"what is done so far is kept in {aside}: the same command goes on from there")
@@ -446,12 +450,14 @@ def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_
                 writer.add(document, ids)
             entry["bytes"] += size
             bar.update(size if by_bytes else written() - bar.n)
-            bar.set_postfix_str(f"{written():,} tokens, {(written() - had) / (time.monotonic() - began):,.0f}/s, {document.name[-40:]}",
-                                refresh=False)  # fmt: skip
-            if time.monotonic() - saved > SAVE and not writer.held:
+            rate = (written() - had) / (time.monotonic() - began)
+            bar.set_postfix_str(f"{written():,} tokens, {rate:,.0f}/s, {document.name[-20:]:20}", refresh=False)
+            if not writer.held:
                 entry["state"], entry["skip"] = batch.state, batch.count
-                unfinished.save()
-                saved = time.monotonic()
+                unfinished.reached = copy.deepcopy(entry)
+                if time.monotonic() - saved > SAVE:
+                    unfinished.save()
+                    saved = time.monotonic()
 
 
 def _check_space(folder, source, done, size, encoded, most):

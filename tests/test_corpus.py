@@ -304,8 +304,9 @@ def test_what_was_done_is_kept(tmp_path, monkeypatch, capsys, error, saved):
     for _ in range(2):
         with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
             write_corpus(tmp_path / "x", source, BYTE)
-        assert (tmp_path / "x/unfinished/journal.json").exists() is saved and (tmp_path / "x").exists() is saved
-        assert ("the same command goes on from there" in capsys.readouterr().out) is saved
+        kept = saved or isinstance(error, KeyboardInterrupt)
+        assert (tmp_path / "x/unfinished/journal.json").exists() is kept and (tmp_path / "x").exists() is kept
+        assert ("the same command goes on from there" in capsys.readouterr().out) is kept
     if saved:
         journal = (tmp_path / "x/unfinished/journal.json").read_bytes()
         with monkeypatch.context() as patch:
@@ -691,6 +692,12 @@ def test_text_leaves_bad_rows_out_if_told_to(tmp_path, capsys):
     assert "not text: 4 rows" in capsys.readouterr().out
 
 
+def test_text_a_wrong_column_is_no_bad_file(tmp_path):
+    files = {"a.jsonl": jsonl({"body": "one"}), "b.txt": "text " * 20}
+    with pytest.raises(UserError, match="1 of 2 files have no such column.*\n  .*a.jsonl: the first row has no column 'text' but 'body'"):
+        text_corpus(tmp_path, files, skip_bad=True)
+
+
 def test_text_goes_on_with_the_next_document(tmp_path):
     tree(tmp_path, {"a.jsonl": jsonl({"text": "one"}, {"text": 5}, {"text": "two"}), "b.txt": "text " * 20, "c.md": "more " * 30})
     files = script["text"].Files(str(tmp_path), 0.1, "text", False, True)
@@ -727,9 +734,10 @@ def test_text_share_of_rows_beside_files(tmp_path):
     assert sum(text.startswith("row") for text in documents(folder, "val")) == 10
 
 
-def test_text_leaves_bad_files_out_if_told_to(tmp_path):
+def test_text_leaves_bad_files_out_if_told_to(tmp_path, capsys):
     files = {"good.txt": "text " * 20, "picture.png": b"\x89PNG\0"}
     meta, folder = text_corpus(tmp_path, files, skip_bad=True)
+    assert re.search("1 of 2 files are left out:\n  .*picture.png is not text", capsys.readouterr().out)
     assert documents(folder, "train") == [("text " * 20)[:95]]
     assert (meta["source"]["files"], meta["source"]["left_out"]) == (1, 1)
     with pytest.raises(UserError, match="there is no text; .*picture.png is not text"):

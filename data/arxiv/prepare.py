@@ -5,7 +5,8 @@ Papers: LaTeX sources from arXiv, about 1.5 million, 10,000 to 20,000 GPT-2 toke
     python data/arxiv/prepare.py --max_tokens=0 --min_doc_tokens=16384      all of the long ones
     python data/arxiv/prepare.py --hub=FOLDER                               from a copy of its files
 
-Each paper is one document. Validation is the data set's own, as much of it as is about a twentieth of max_tokens.
+Each paper is one document. Validation is the data set's own, as much of it as is about a twentieth of max_tokens,
+at least one. FOLDER has arxiv/validation/*.jsonl.zst and arxiv/train/*.jsonl.zst, whose rows have a text.
 The default is the part arxiv of Proof-Pile-2. Needs: pip install -r requirements-data.txt
 """
 

@@ -9,6 +9,7 @@ Each project is one document: its files in the order of their paths, each after 
 in any language and so the same in all. The data set isn't sorted by project: rows are gathered until buffer_mb of
 text is there, then come the projects in it, in the order in which they first appear. A project whose rows are in two
 such lots becomes two documents. One project in 1 / val_fraction is for validation.
+FOLDER has data/*.parquet, with the columns code, repo_name, path and language.
 Needs: pip install -r requirements-data.txt
 """
 
@@ -56,6 +57,7 @@ class Projects(Hub):
                     break
             else:
                 more = False
+                self._check_languages()
             end = super().state()
             for count, (name, files) in enumerate(projects.items(), 1):
                 if count > given:
@@ -67,10 +69,14 @@ class Projects(Hub):
         if not self.wanted:
             return True
         self.seen[str(row["language"]).lower()] += 1
-        if self.seen.total() == TRIED and not self.wanted & self.seen.keys():
-            raise UserError(f"--languages={','.join(sorted(self.wanted))}: none of the first {TRIED:,} files is in these, but in "
-                            f"{', '.join(sorted(self.seen))}")  # fmt: skip
+        if self.seen.total() == TRIED:
+            self._check_languages()
         return str(row["language"]).lower() in self.wanted
+
+    def _check_languages(self):
+        if self.seen and not self.wanted & self.seen.keys():
+            raise UserError(f"--languages={','.join(sorted(self.wanted))}: none of the first {self.seen.total():,} files is in these, but "
+                            f"in {', '.join(sorted(self.seen))}")  # fmt: skip
 
     def state(self):
         return self.place

@@ -6,7 +6,8 @@ Long web pages: those of FineWeb-Edu, pages of educational value, that have at l
     python data/fineweb_edu/prepare.py --hub=FOLDER                           from a copy of its files
 
 Each page is one document. Most pages are short: of a sample's tokens, only a small share is in long ones, so this reads
-far more than it keeps. One page in 1 / val_fraction is for validation. Needs: pip install -r requirements-data.txt
+far more than it keeps. One page in 1 / val_fraction is for validation.
+FOLDER has sample/10BT/*.parquet (or that of another --sample), with the columns text and token_count. Needs: pip install -r requirements-data.txt
 """
 
 import sys

@@ -27,6 +27,7 @@ from data.corpus import Document, Source, compressed, files_under, import_pyarro
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
 ROWS = ".jsonl", ".ndjson", ".parquet"
+NO_COLUMN = "has no column"
 ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
 GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*[^\n]*\n", re.DOTALL)
 GUTENBERG_END = re.compile(r"^(?:End of (?:The |the )?Project Gutenberg|\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG)", re.MULTILINE)
@@ -80,16 +81,22 @@ class Files(Source):
         self.count = self.bad_rows = 0
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg, skip_bad]).encode()).hexdigest()
-        self.characters, self.total_bytes, mistakes = {}, 0, []
+        self.characters, self.total_bytes, mistakes, columns = {}, 0, [], []
         for path in self.paths:
             try:
                 self.total_bytes += self._look_at(path)
+            except NoColumn as mistake:
+                columns.append(str(mistake))
             except UserError as mistake:
                 mistakes.append((path, str(mistake)))
-        if mistakes and not skip_bad:
-            lines = [message for _, message in mistakes[:10]] + ["..."] * (len(mistakes) > 10)
-            raise UserError("\n  ".join([f"{len(mistakes)} of {len(self.paths)} files can't be used; convert or move them, or leave "
-                                         "them out by --skip_bad=True:", *lines]))  # fmt: skip
+        listed = lambda messages: "".join(f"\n  {message}" for message in [*messages[:10], *["..."] * (len(messages) > 10)])  # noqa: E731
+        if columns:
+            raise UserError(f"{len(columns)} of {len(self.paths)} files have no such column; choose another, or move them:{listed(columns)}")
+        if mistakes:
+            what, messages = f"{len(mistakes)} of {len(self.paths)} files", listed([message for _, message in mistakes])
+            if not skip_bad:
+                raise UserError(f"{what} can't be used; convert or move them, or leave them out by --skip_bad=True:{messages}")
+            print(f"{what} are left out:{messages}")
         bad = {path for path, _ in mistakes}
         self.paths = [path for path in self.paths if path not in bad]
         if not self.paths:
@@ -101,6 +108,9 @@ class Files(Source):
         """About how many bytes of text a file has; counts a text's characters. UserError if it can't be used."""
         size = path.stat().st_size
         if kind(path) in ROWS:
+            _, _, problem = next(rows_of(path, self.column), (0, None, None))
+            if problem and problem.startswith(NO_COLUMN):
+                raise NoColumn(f"{path}: the first row {problem}")
             next(self._rows(path), None)
             self.bad_rows = 0
             return size * (ZST_RATIO if compressed(path) or kind(path) == ".parquet" else 1)
@@ -140,6 +150,10 @@ class Files(Source):
             elif problem is not None and not self.skip_bad:
                 raise UserError(f"{path}: row {number:,} {problem} (rows that are not text are left out by --skip_bad=True)")
             self.bad_rows += problem is not None
+
+
+class NoColumn(UserError):
+    """A file has no such column: no bad file, but a mistake."""
 
 
 def kind(path):
@@ -202,7 +216,7 @@ def rows_of(path, column):
             yield number, row[column], None
         else:
             there = ", ".join(map(repr, row))[:200] if isinstance(row, dict) else type(row).__name__
-            yield number, None, f"has no column {column!r} but {there}: choose one by --column=NAME"
+            yield number, None, f"{NO_COLUMN} {column!r} but {there}: choose one by --column=NAME"
 
 
 def _lines(blocks):
@@ -226,8 +240,8 @@ def _parquet_rows(path, column):
     try:
         with ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
-                                "by --column=NAME")  # fmt: skip
+                raise NoColumn(f"{path} {NO_COLUMN} {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
+                               "by --column=NAME")  # fmt: skip
             number = 0
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 for value in batch.column(0):
