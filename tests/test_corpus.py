@@ -212,7 +212,7 @@ class Killed(corpus.Source):
     def state(self):
         return self.count
 corpus.write_corpus(sys.argv[2], Killed({"made": "here"}), tokenizer_from_meta({"name": "byte"}),
-                    min_doc_tokens=int(sys.argv[4]), val_every=3)
+                    min_doc_tokens=int(sys.argv[4]), val_every=3, workers=1)
 """
 
 
@@ -303,7 +303,7 @@ def test_what_was_done_is_kept(tmp_path, monkeypatch, capsys, error, saved):
     monkeypatch.setattr(corpus, "SAVE", -1 if saved else 5)
     for _ in range(2):
         with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
-            write_corpus(tmp_path / "x", source, BYTE)
+            write_corpus(tmp_path / "x", source, BYTE, workers=1)
         kept = saved or isinstance(error, KeyboardInterrupt)
         assert (tmp_path / "x/unfinished/journal.json").exists() is kept and (tmp_path / "x").exists() is kept
         assert ("the same command goes on from there" in capsys.readouterr().out) is kept
@@ -312,7 +312,7 @@ def test_what_was_done_is_kept(tmp_path, monkeypatch, capsys, error, saved):
         with monkeypatch.context() as patch:
             patch.setattr(corpus, "_checksum", lambda *args: 1 / 0)  # while it looks at what is there
             with pytest.raises(ZeroDivisionError):
-                write_corpus(tmp_path / "x", source, BYTE)
+                write_corpus(tmp_path / "x", source, BYTE, workers=1)
         assert (tmp_path / "x/unfinished/journal.json").read_bytes() == journal
 
 
