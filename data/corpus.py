@@ -316,6 +316,7 @@ class _Unfinished:
         for file in self.files.values():
             _to_disk(file)
             file.close()
+        self.reached = None  # nothing more to save
 
     def abandon(self):
         for file in self.files.values():
