@@ -247,7 +247,8 @@ class TrainConfig:
     attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
     sus_c: float = key(4.0, "tiles of 64 keys kept a query row; inf: all (exact gradient); auto: sets itself, see sus_rho", above=0,
                        words=("auto",))  # fmt: skip
-    sus_rho: float = key(0.01, "for sus_c=auto: the noise that SUS may add to the weights of queries and keys, as a share of what they have", above=0, high=1)
+    sus_rho: float = key(0.01, "for sus_c=auto: the noise that SUS may add to the gradient of the weights of queries and keys, as a "
+                         "share of its own", above=0, high=1)  # fmt: skip
     sus_sampler: str = key("tiles", "what is drawn, and how; poisson: single keys, as in the paper",
                            choices=("tiles", "weighted", "rows", "values", "rows+values", "systematic", "poisson"))  # fmt: skip
     sus_backend: str = key("auto", "the kernels", choices=("auto", "reference", "cpu", "triton"))

@@ -28,17 +28,14 @@ from configurator import UserError
 from data.corpus import changed_files
 from data.tokenizer import GPT2_VOCAB_SIZE
 
-WINDOWS = "packed", "document"
-
-
 class Epoch:
     """
     One epoch's windows of T tokens. documents, int64: where each begins and where the last one ends, in tokens that have
     a next one. A window is a list of stretches (start, length), for most windows one; their lengths add up to T.
 
     A document of n tokens has n // T windows, with a random part of the rest before them and the other behind. These rests,
-    and shorter documents, in random order, are one stream that makes the other windows; what the last of them lacks is taken from a whole window, or
-    from the stream's beginning if there is none, and comes twice.
+    and shorter documents, in random order, are one stream that makes the other windows; what the last of them lacks is
+    taken from a whole window, or from the stream's beginning if there is none, and comes twice.
     """
 
     def __init__(self, documents, T, seed, epoch):
