@@ -28,6 +28,7 @@ from configurator import UserError
 from data.corpus import changed_files
 from data.tokenizer import GPT2_VOCAB_SIZE
 
+
 class Epoch:
     """
     One epoch's windows of T tokens. documents, int64: where each begins and where the last one ends, in tokens that have
