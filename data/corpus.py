@@ -558,15 +558,15 @@ def _draw_lengths(folder, meta):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    histogram = {int(start): count for start, count in meta["document_lengths"]["documents_from_this_length_to_its_double"].items()}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     of_documents, of_tokens = figure.subplots(1, 2)
     ends = np.fromfile(folder / "train_ends.bin", np.uint64)
     lengths = np.diff(ends, prepend=np.uint64(0)).astype(np.int64)
-    powers = np.arange(int(np.log2(min(histogram))), int(np.log2(max(histogram))) + 1)
-    tokens = np.bincount(np.log2(lengths).astype(int), lengths, minlength=powers[-1] + 1)[powers]
+    power = np.log2(lengths).astype(int)
+    powers = np.arange(power.min(), power.max() + 1)
+    documents, tokens = np.bincount(power)[powers], np.bincount(power, lengths)[powers]
     names = [f"{2**power}" if power < 10 else f"{2 ** (power - 10)}k" if power < 20 else f"{2 ** (power - 20)}M" for power in powers]
-    for ax, heights, what in (of_documents, [histogram.get(2**power, 0) for power in powers.tolist()], "documents"), (
+    for ax, heights, what in (of_documents, documents, "documents"), (
         of_tokens, 100 * tokens / tokens.sum(), "% of the tokens"):  # fmt: skip
         ax.bar(powers, heights, width=0.9, align="edge", color="#3b75af")
         ax.set(xlabel="length of the document, tokens", title=f"{what}, by length")
