@@ -90,7 +90,8 @@ def load_config(cls, argv, *, usage):
             if name not in fields:
                 raise UserError(f"{arg}: {_unknown(name, fields)}")
             if not equals:
-                text = "VALUE" if following.startswith("-") else following.removeprefix("=")
+                value = "True" if kinds[name] is bool else "VALUE"
+                text = value if following.startswith("-") else following.removeprefix("=")
                 raise UserError(f"{arg} has no value: write --{name}={text} (no spaces)")
             flags[name] = _checked(fields[name], kinds[name], _from_text(text, kinds[name]), arg)
     for arg in argv:

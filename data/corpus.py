@@ -18,6 +18,7 @@ import codecs
 import contextlib
 import copy
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -44,6 +45,7 @@ TOKEN_START = re.compile(r"(?<=\S)(?= \S)|(?<=[^\W_])(?=\s)")
 BLOCK = 1 << 20  # bytes read at once
 PIECE = 1 << 20  # characters
 LONGEST = 16  # pieces: where there is nowhere to cut for so long, it is cut all the same, which may change a token or two
+ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
 BATCH = 1 << 18  # characters that a thread encodes at once, or a piece if that is more
 SAVE = 5.0  # seconds between two entries of the journal
 ROOM = 1.1  # of the disk space that a corpus is guessed to need
@@ -108,13 +110,15 @@ class Texts(Source):
 
 
 def files_under(folder, skip=()):
-    """Sorted paths of the regular files below folder, without hidden ones and without folders whose name is in skip."""
+    """Sorted paths of the regular files below folder, without hidden ones and without folders whose name is in skip.
+    Links are followed, but into no folder twice."""
     def refuse(error):
         raise UserError(f"can't read the folder {error.filename}: {error.strerror}")
 
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
+    found, seen = [], {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        wanted = {name: os.path.realpath(Path(parent, name)) for name in sorted(folders) if not name.startswith(".") and name not in skip}
+        folders[:] = [name for name, real in wanted.items() if not (real in seen or seen.add(real))]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())  # to read a pipe would wait for ever
 
@@ -122,6 +126,47 @@ def files_under(folder, skip=()):
 def read_text(path):
     """The text of a UTF-8 file, without byte order mark and with LF line ends. UserError: unreadable, or not text."""
     return "".join(text_blocks(path))
+
+
+def why_not_text(value):
+    """What is wrong with a row's text, or None."""
+    if not isinstance(value, str):
+        return f"has no text, but {type(value).__name__}"
+    if "\0" in value:
+        return "has a NUL in its text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a surrogate pair in its text, at character {error.start:,}"
+    return None
+
+
+def row_text(value):
+    """A row's text as read_text would have it, of a file."""
+    return value.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def bytes_of_text(path, column):
+    """How many bytes of text are in a file, about; column is where, in those of rows. UserError: a .parquet file is damaged."""
+    if path.suffix.lower() == ".parquet":
+        with open_parquet(path) as file:
+            places = [place for place, name in enumerate(file.schema.names) if name == column]
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            return sum(group.column(place).total_uncompressed_size for group in groups for place in places)
+    return path.stat().st_size * (ZST_RATIO if compressed(path) else 1)
+
+
+@contextlib.contextmanager
+def open_parquet(path):
+    """A pyarrow ParquetFile; also what is read within the block. UserError: not such a file, or damaged."""
+    pyarrow = import_pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is damaged, or no parquet file ({error}): fetch it again") from None
 
 
 def compressed(path):
@@ -268,11 +313,10 @@ class _Unfinished:
         self.folder = folder
         self.journal = folder / JOURNAL
         self.entry = self._read(key) or self._new(key)
-        self.files, self.checksums, self.reached = {}, {}, None
+        self.files, self.reached = {}, None
+        self.checksums = _checksums(folder, self.entry["sizes"])
         for name, size in self.entry["sizes"].items():
-            path = folder / name
-            self.checksums[name] = _checksum(path, size)
-            self.files[name] = open(path, "r+b" if size else "wb")
+            self.files[name] = open(folder / name, "r+b" if size else "wb")
             self.files[name].truncate(size)
             self.files[name].seek(size)
 
@@ -446,7 +490,7 @@ def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_
                              (max_tokens - had) * dtype.itemsize if max_tokens else None)  # fmt: skip
                 first = False
             for (document, _), ids in zip(batch.items, found):
-                if max_tokens and not entry["open"] and not writer.held and written() >= max_tokens:
+                if max_tokens and not entry["open"] and written() >= max_tokens:
                     return
                 writer.add(document, ids)
             entry["bytes"] += size
@@ -498,16 +542,17 @@ def _move_into_place(aside, folder, meta):
     note_checked(folder)
 
 
-def _checksum(path, size, advance=lambda size: None):
-    """sha256 of the first size bytes of a file, to go on with."""
-    checksum = hashlib.sha256()
-    if size:
-        with open(path, "rb") as file:
-            while size and (data := file.read(min(size, 1 << 24))):
-                checksum.update(data)
-                size -= len(data)
-                advance(len(data))
-    return checksum
+def _checksums(folder, sizes):
+    """sha256 of the first bytes of files, to go on with: {name: how many}. With a progress bar."""
+    checksums = {name: hashlib.sha256() for name in sizes}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=None, leave=False) as bar:
+        for name, left in sizes.items():
+            with open(folder / name, "rb") if left else io.BytesIO() as file:
+                while left and (data := file.read(min(left, 1 << 24))):
+                    checksums[name].update(data)
+                    left -= len(data)
+                    bar.update(len(data))
+    return checksums
 
 
 def _to_disk(file):
@@ -611,8 +656,7 @@ def changed_files(folder, meta):
     wanted = {f"{name}.bin": meta[f"{name}_sha256"] for split in SPLITS for name in (split, f"{split}_ends")
               if f"{name}_sha256" in meta and (folder / f"{name}.bin").exists()}  # fmt: skip
     sizes = {name: (folder / name).stat().st_size for name in wanted}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=None, leave=False) as bar:
-        changed = [name for name, size in sizes.items() if _checksum(folder / name, size, bar.update).hexdigest() != wanted[name]]
+    changed = [name for name, checksum in _checksums(folder, sizes).items() if checksum.hexdigest() != wanted[name]]
     if not changed:
         note_checked(folder)
     return changed

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, key
-from data.corpus import Document, Source, pieces, write_corpus
+from data.corpus import Document, Source, bytes_of_text, pieces, row_text, why_not_text, write_corpus
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
 VAL_SHARE = 20  # a validation split is cut after max_tokens / VAL_SHARE tokens or so, so that it is never most of a corpus
@@ -55,7 +55,8 @@ def prepare(config, source, folder):
                         val_every=round(1 / getattr(config, "val_fraction", 1)), workers=config.num_proc)
     if source.left_out:
         print(f"left out, as they are not text (NUL or broken characters): {source.left_out:,} rows")
-    print(f"now: python train.py config/long_ctx_124m.py --dataset={folder.name}")
+    recipe = "long_ctx" if config.tokenizer == "byte" else "long_ctx_124m"  # the former is of the size for bytes
+    print(f"now: python train.py config/{recipe}.py --dataset={folder.name}")
     return meta
 
 
@@ -93,6 +94,8 @@ class Hub(Source):
             self.files = [self._files(pattern) for _, pattern in parts]
         super().__init__({"hub": config.hub, "revision": revision, "files": [pattern for _, pattern in parts], **options})
         if self.local:
+            size = sum(bytes_of_text(Path(path), columns[0]) for paths in self.files for path in paths)
+            self.total_bytes = min(size, config.max_tokens * token or math.inf)
             self.fingerprint = json.dumps([(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for paths in self.files for path in paths])
 
     def _files(self, pattern):
@@ -156,18 +159,17 @@ class Hub(Source):
                     raise ValueError(f"a line is no JSON object, but {str(row)[:50]!r}")
                 self._check_columns(row)
             text = row[self.columns[0]]
-            if text is None or text == "":
-                return None
-            if not isinstance(text, str):
-                raise UserError(f"{self._file()}: the column {self.columns[0]} has {type(text).__name__}, where text is expected")
-            text.encode()
-            is_text = "\0" not in text
-        except UnicodeError:  # half a surrogate pair; in parquet, whatever was written without a check
-            is_text = False
-        if not is_text:
+        except UnicodeError:  # in parquet, whatever was written without a check
+            text = "\0"
+        if text is None or text == "":
+            return None
+        problem = why_not_text(text)
+        if not isinstance(text, str):
+            raise UserError(f"{self._file()}: a row {problem} in the column {self.columns[0]}")
+        if problem:
             self.left_out += 1
             return None
-        return row | {self.columns[0]: text.removeprefix("\ufeff").replace("\r\n", "\n")}
+        return row | {self.columns[0]: row_text(text)}
 
     def _check_columns(self, names):
         if missing := set(self.columns) - set(names):

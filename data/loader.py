@@ -199,8 +199,8 @@ def _read_meta(folder):
     missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
     path = folder / "meta.json"
     if missing:
-        there = {file.parent.name for kind in ("prepare.py", "train.bin") for file in folder.parent.glob(f"*/{kind}")}
-        others = ", ".join(sorted(there - {folder.name, "text"}))
+        there = {file.parent.name for file in folder.parent.glob("*/train.bin")} | {"stdlib"}  # which is made when it is wanted
+        others = ", ".join(sorted(there - {folder.name}))
         raise UserError(f"{folder} has no {' and no '.join(missing)}: {_remake(folder)}"
                         + (f"; or choose another data set of {folder.parent}: {others}" if others else ""))
     if (folder / "meta.pkl").exists() and not path.exists():

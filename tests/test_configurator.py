@@ -144,7 +144,7 @@ def test_flag(arg, value):
     ("--explicit=4", "--explicit=4: unknown key 'explicit'; --help lists the keys"),
     ("--xyzzy", "--xyzzy: unknown key 'xyzzy'; --help lists the keys"),
     ("--", "--: unknown key ''; --help lists the keys"),
-    ("--eval_only", "--eval_only has no value: write --eval_only=VALUE (no spaces)"),
+    ("--eval_only", "--eval_only has no value: write --eval_only=True (no spaces)"),
     ("-n_layer=4", "-n_layer=4: a key is written --key=value, with two dashes"),
     ("n_layer=4", "n_layer=4: a key is written --key=value, with two dashes"),
     ("-x", "-x: a key is written --key=value, with two dashes"),

@@ -117,7 +117,7 @@ def test_pg19(tmp_path, capfd):
     assert meta["source"] == {"hub": str(tmp_path / "copy"), "revision": None,
                               "files": ["data/validation-*.parquet", "data/train-*.parquet"]}
     out, err = capfd.readouterr()
-    assert out.endswith("now: python train.py config/long_ctx_124m.py --dataset=pg19\n") and err == ""
+    assert out.endswith("now: python train.py config/long_ctx.py --dataset=pg19\n") and err == ""
 
 
 def test_arxiv(tmp_path):
@@ -381,8 +381,8 @@ def test_column_without_text(tmp_path):
     for split in "validation", "train":
         parquet(tmp_path / f"copy/data/{split}-0.parquet", [{"short_book_title": "t", "text": 3}])
         zst(tmp_path / f"copy/arxiv/{split}/a.jsonl.zst", ['{"text": ["x"]}'])
-    refused("pg19", tmp_path, "validation-0.parquet: the column text has int, where text is expected")
-    refused("arxiv", tmp_path, "a.jsonl.zst: the column text has list, where text is expected")
+    refused("pg19", tmp_path, "validation-0.parquet: a row has no text, but int in the column text")
+    refused("arxiv", tmp_path, "a.jsonl.zst: a row has no text, but list in the column text")
 
 
 @pytest.mark.parametrize("part", ["validation-00000-of-00001", "train-00001-of-00003"])
@@ -401,6 +401,26 @@ def test_parquet_spoiled_inside(tmp_path):
     raw[4:200] = bytes(196)
     path.write_bytes(raw)
     refused("pg19", tmp_path, "train-00001-of-00003-ab12.parquet is damaged")
+
+
+def test_room_for_a_copy_is_guessed_by_what_is_in_it(tmp_path, monkeypatch):
+    """Not by max_tokens alone, a billion."""
+    class Usage:
+        free = 100_000
+
+    for name in "pg19", "arxiv":
+        copy[name](tmp_path / name)
+    bytes_of_books = sum(len(text("train", 10 * i + j)) for i in range(3) for j in range(7)) + sum(len(text("validation", j)) for j in range(7))
+    total = source(config("pg19", tmp_path / "pg19")).total_bytes
+    assert bytes_of_books <= total <= 2 * bytes_of_books  # with lengths, and the first and last of short texts
+    assert source(config("pg19", tmp_path / "pg19", max_tokens=50)).total_bytes == 50
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    for name in "pg19", "arxiv":
+        prepare(config(name, tmp_path / name), tmp_path / f"made-{name}")
+    Usage.free = 10_000
+    for name in "pg19", "arxiv":
+        with pytest.raises(UserError, match="needs about 0.0 GB more"):
+            prepare(config(name, tmp_path / name), tmp_path / f"other-{name}")
 
 
 @pytest.mark.parametrize("part", ["validation/arXiv_000", "train/arXiv_002"])

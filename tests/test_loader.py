@@ -99,6 +99,23 @@ def test_windows_lie_within_documents(seed):
         assert all(whole.count(i) >= length // T for i, length in enumerate(lengths))
 
 
+def test_what_is_left_of_documents_is_shuffled():
+    """Else a window of short documents would always have the same neighbours."""
+    documents = np.arange(0, 3001, 3)  # none is long enough for a window
+    orders = [[start for n in range(len(epoch)) for start, _ in epoch[n]] for epoch in (Epoch(documents, 100, 1, n) for n in (0, 1))]
+    assert sorted(set(orders[0])) != orders[0] != orders[1]
+    for epoch in Epoch(documents, 100, 1, 0), Epoch(documents, 100, 1, 1):
+        neighbours = [b[0] - a[0] == 3 for n in range(len(epoch)) for a, b in zip(epoch[n], epoch[n][1:])]
+        assert len(neighbours) > 900 and sum(neighbours) < 20
+
+
+def test_two_epochs_are_held_at_most(tmp_path):
+    corpus = load_corpus(make(tmp_path), 16)
+    for iteration in (0, 62, 63, 200, 10, 500):
+        corpus.batch(3, 5, iteration, 0)
+        assert 1 <= len(corpus._epochs) <= 2
+
+
 def documents_of(folder, lengths, val_lengths=(300,)):
     make(folder, sum(lengths), sum(val_lengths), train_documents=len(lengths), val_documents=len(val_lengths))
     for split, of_split in ("train", lengths), ("val", val_lengths):
@@ -198,7 +215,7 @@ def test_pickled_meta_is_refused(tmp_path):
 
 def test_missing_data_set_tells_what_there_is(tmp_path):
     make(tmp_path / "books")
-    for name in "stdlib", "text":
+    for name in "stdlib", "text", "pg19":  # stdlib is made when it is wanted; pg19 was never made
         (tmp_path / name).mkdir()
         (tmp_path / name / "prepare.py").touch()
     with pytest.raises(UserError) as error:
@@ -269,8 +286,8 @@ def test_a_file_that_is_not_what_was_written(tmp_path, split):
 
 def test_checksums_are_looked_at_once(tmp_path, monkeypatch):
     looked = []
-    checksum = corpus_module._checksum
-    monkeypatch.setattr(corpus_module, "_checksum", lambda path, *args: looked.append(path.name) or checksum(path, *args))
+    checksums = corpus_module._checksums
+    monkeypatch.setattr(corpus_module, "_checksums", lambda folder, sizes: looked.extend(sizes) or checksums(folder, sizes))
     with_checksums(tmp_path)
     for _ in range(3):
         load_corpus(tmp_path, 16)

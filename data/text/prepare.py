@@ -23,12 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Document, Source, compressed, files_under, import_pyarrow, pieces, raw_blocks, text_blocks, write_corpus
+from data.corpus import (Document, Source, bytes_of_text, compressed, files_under, open_parquet, pieces, raw_blocks, row_text,
+                         text_blocks, why_not_text, write_corpus)  # fmt: skip
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
 ROWS = ".jsonl", ".ndjson", ".parquet"
 NO_COLUMN = "has no column"
-ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
 GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*[^\n]*\n", re.DOTALL)
 GUTENBERG_END = re.compile(r"^(?:End of (?:The |the )?Project Gutenberg|\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG)", re.MULTILINE)
 GUTENBERG_LONGEST = 400  # characters that such a line has at most
@@ -106,14 +106,13 @@ class Files(Source):
 
     def _look_at(self, path):
         """About how many bytes of text a file has; counts a text's characters. UserError if it can't be used."""
-        size = path.stat().st_size
         if kind(path) in ROWS:
-            _, _, problem = next(rows_of(path, self.column), (0, None, None))
-            if problem and problem.startswith(NO_COLUMN):
-                raise NoColumn(f"{path}: the first row {problem}")
-            next(self._rows(path), None)
+            for number, text, problem in itertools.islice(rows_of(path, self.column), 1):
+                if problem and problem.startswith(NO_COLUMN):
+                    raise NoColumn(f"{path}: the first row {problem}")
+                self._row(path, number, text, problem)
             self.bad_rows = 0
-            return size * (ZST_RATIO if compressed(path) or kind(path) == ".parquet" else 1)
+            return bytes_of_text(path, self.column)
         self.characters[path], size = 0, 0
         for block in self._blocks(path):
             self.characters[path] += len(block)
@@ -142,14 +141,20 @@ class Files(Source):
         return _without_gutenberg(blocks) if self.strip_gutenberg else blocks
 
     def _rows(self, path):
-        for number, text, problem in rows_of(path, self.column):
-            if problem is None and text is not None:
-                problem = why_not_text(text, self.column)
-            if problem is None and text:
-                yield Document(None, f"{path.name}, row {number:,}", pieces(text.removeprefix("\ufeff").replace("\r\n", "\n")))
-            elif problem is not None and not self.skip_bad:
-                raise UserError(f"{path}: row {number:,} {problem} (rows that are not text are left out by --skip_bad=True)")
-            self.bad_rows += problem is not None
+        for row in rows_of(path, self.column):
+            if document := self._row(path, *row):
+                yield document
+
+    def _row(self, path, number, text, problem):
+        """The Document of a row, if there is text in it. UserError: it has a problem, and is not to be skipped."""
+        if problem is None and text is not None:
+            problem = why_not_text(text)
+        if problem is None:
+            return Document(None, f"{path.name}, row {number:,}", pieces(row_text(text))) if text else None
+        if not self.skip_bad:
+            raise UserError(f"{path}: row {number:,} {problem} (rows that are not text are left out by --skip_bad=True)")
+        self.bad_rows += 1
+        return None
 
 
 class NoColumn(UserError):
@@ -159,19 +164,6 @@ class NoColumn(UserError):
 def kind(path):
     """The suffix that tells what is in a file: a.jsonl.zst is .jsonl."""
     return (path.with_suffix("").suffix if compressed(path) else path.suffix).lower()
-
-
-def why_not_text(value, column):
-    """What is wrong with a row's text, or None."""
-    if not isinstance(value, str):
-        return f"has no text in {column!r}, but {type(value).__name__}"
-    if "\0" in value:
-        return "has a NUL in its text"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f"has half a surrogate pair in its text, at character {error.start:,}"
-    return None
 
 
 def _without_gutenberg(blocks):
@@ -234,25 +226,19 @@ def _lines(blocks):
 def _parquet_rows(path, column):
     if compressed(path):
         raise UserError(f"{path}: .parquet files are compressed by themselves; unpack it first (unzstd)")
-    pyarrow = import_pyarrow(path)
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise NoColumn(f"{path} {NO_COLUMN} {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
-                               "by --column=NAME")  # fmt: skip
-            number = 0
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
-                for value in batch.column(0):
-                    number += 1
-                    try:
-                        text, problem = value.as_py(), None
-                    except UnicodeDecodeError as error:
-                        text, problem = None, f"is not UTF-8: {error.reason}"
-                    yield number, text, problem
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"can't read {path} as parquet: {error}") from None
+    with open_parquet(path) as file:
+        if column not in file.schema_arrow.names:
+            raise NoColumn(f"{path} {NO_COLUMN} {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
+                           "by --column=NAME")  # fmt: skip
+        number = 0
+        for batch in file.iter_batches(batch_size=64, columns=[column]):
+            for value in batch.column(0):
+                number += 1
+                try:
+                    text, problem = value.as_py(), None
+                except UnicodeDecodeError as error:
+                    text, problem = None, f"is not UTF-8: {error.reason}"
+                yield number, text, problem
 
 
 def main():
