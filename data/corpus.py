@@ -109,18 +109,24 @@ class Texts(Source):
 # -- reading text ------------------------------------------------------------------------------
 
 
-def files_under(folder, skip=()):
-    """Sorted paths of the regular files below folder, without hidden ones and without folders whose name is in skip.
-    Links are followed, but into no folder twice."""
+def files_under(folder, skip=(), without=None):
+    """Sorted paths of the regular files below folder, but for hidden ones, for folders whose name is in skip, and for the
+    folder `without`. Links are followed, but into no folder twice."""
     def refuse(error):
-        raise UserError(f"can't read the folder {error.filename}: {error.strerror}")
+        raise UserError(f"can't read {error.filename}: {error.strerror}")
 
-    found, seen = [], {os.path.realpath(folder)}
+    def is_file(path):  # to read a pipe would wait for ever
+        try:
+            return path.is_file()
+        except OSError as error:
+            refuse(error)
+
+    found, seen = [], {os.path.realpath(path) for path in (folder, without) if path}
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         wanted = {name: os.path.realpath(Path(parent, name)) for name in sorted(folders) if not name.startswith(".") and name not in skip}
         folders[:] = [name for name, real in wanted.items() if not (real in seen or seen.add(real))]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())  # to read a pipe would wait for ever
+    return sorted(filter(is_file, found))
 
 
 def read_text(path):
@@ -163,7 +169,7 @@ def open_parquet(path):
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(path, pre_buffer=False, buffer_size=BLOCK) as file:  # or all rows of a group are in memory at once
             yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is damaged, or no parquet file ({error}): fetch it again") from None
@@ -176,6 +182,8 @@ def compressed(path):
 def raw_blocks(path):
     """The bytes of a file, decompressed, block by block. UserError: unreadable, truncated."""
     try:
+        if compressed(path) and not path.stat().st_size:
+            raise UserError(f"{path} has 0 bytes, fewer than anything compressed has: fetch it again")
         with (import_pyarrow(path).input_stream(str(path), compression="zstd") if compressed(path)
               else open(path, "rb") as file):  # fmt: skip
             while block := file.read(BLOCK):
@@ -430,10 +438,13 @@ def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, v
         aside.mkdir(parents=True, exist_ok=True)
         with _locked(aside):
             try:
-                unfinished = _Unfinished(aside, key)
-                _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder)
-                unfinished.finish()
-                meta |= _summary(unfinished, folder)
+                if moving := _moving(aside, key):
+                    meta = moving
+                else:
+                    unfinished = _Unfinished(aside, key)
+                    _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder)
+                    unfinished.finish()
+                    meta |= _summary(unfinished, folder)
                 _move_into_place(aside, folder, meta)
                 shutil.rmtree(aside)
             except BaseException as error:
@@ -512,7 +523,8 @@ def _check_space(folder, source, done, size, encoded, most):
         guesses.append((source.total_bytes - done) * encoded / max(size, 1))
     need, free = ROOM * min(guesses, default=0), shutil.disk_usage(folder).free
     if need > free:
-        raise UserError(f"the corpus needs about {need / 1e9:.1f} GB more, and {folder} has {free / 1e9:.1f} GB free")
+        fewer = "; a smaller --max_tokens needs less" if most is not None else ""
+        raise UserError(f"the corpus needs about {need / 1e6:,.1f} MB more, and {folder} has {free / 1e6:,.1f} MB free{fewer}")
 
 
 def _summary(unfinished, folder):
@@ -521,6 +533,7 @@ def _summary(unfinished, folder):
     for split in SPLITS:
         ends = np.fromfile(unfinished.folder / f"{split}_ends.bin", np.uint64)
         if not len(ends):
+            unfinished.journal.unlink(missing_ok=True)  # to go on would end here again
             short = f" ({unfinished.entry['dropped']:,} documents were too short)" if unfinished.entry["dropped"] else ""
             raise UserError(f"{folder}: there is no text for {split}.bin{short}; more text is needed, "
                             "or another share of it for validation")
@@ -532,13 +545,23 @@ def _summary(unfinished, folder):
     return meta | {"left_out_as_too_short": unfinished.entry["dropped"]}
 
 
+def _moving(aside, key):
+    """The meta data of this corpus, if it is whole already and was stopped while it moved."""
+    try:
+        journal, meta = (json.loads((aside / name).read_bytes()) for name in (JOURNAL, "meta.json"))
+        return meta if journal["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _move_into_place(aside, folder, meta):
     for name, content in ("meta.json", meta), ("moving.json", {"unfinished": True}):
         with _synced(aside / name) as file:
             file.write(json.dumps(content, indent=1).encode())
     os.replace(aside / "moving.json", folder / "meta.json")  # no corpus from here ...
     for name in *(f"{split}{kind}.bin" for split in SPLITS for kind in ("", "_ends")), "meta.json":
-        os.replace(aside / name, folder / name)  # ... to the last of these
+        if (aside / name).exists():  # else it has moved before
+            os.replace(aside / name, folder / name)  # ... to the last of these
     note_checked(folder)
 
 
@@ -656,7 +679,10 @@ def changed_files(folder, meta):
     wanted = {f"{name}.bin": meta[f"{name}_sha256"] for split in SPLITS for name in (split, f"{split}_ends")
               if f"{name}_sha256" in meta and (folder / f"{name}.bin").exists()}  # fmt: skip
     sizes = {name: (folder / name).stat().st_size for name in wanted}
-    changed = [name for name, checksum in _checksums(folder, sizes).items() if checksum.hexdigest() != wanted[name]]
+    try:
+        changed = [name for name, checksum in _checksums(folder, sizes).items() if checksum.hexdigest() != wanted[name]]
+    except OSError as error:
+        raise UserError(f"can't read {error.filename}: {error.strerror}") from None
     if not changed:
         note_checked(folder)
     return changed

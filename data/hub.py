@@ -22,7 +22,7 @@ from data.corpus import Document, Source, bytes_of_text, pieces, row_text, why_n
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
 VAL_SHARE = 20  # a validation split is cut after max_tokens / VAL_SHARE tokens or so, so that it is never most of a corpus
-TOKEN_CHARACTERS = 4  # of one of tiktoken's tokens, roughly
+TOKEN_CHARACTERS, TOKEN_CHARACTERS_AT_MOST = 4, 8  # of one of tiktoken's tokens, roughly, on the average of a document
 NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}  # packages whose errors may pass
 ROWS = 100  # of a parquet file that are in memory at a time: books are long
 
@@ -68,7 +68,7 @@ class Hub(Source):
     parts       (split, pattern of the files' names) in the order in which they are read; *.parquet or *.jsonl.zst
     columns     those that are needed, the text's first
     name        the column of the documents' names, if there is one
-    keep        whether a row is wanted at all
+    keep        whether a row is wanted at all; None: all are
     options     further entries for meta.json: what else the documents depend on
 
     Rows without text are skipped; those with a NUL or half a surrogate pair too, and left_out counts them.
@@ -76,10 +76,10 @@ class Hub(Source):
     And: no network, or what came over it is damaged; then the same command goes on.
     """
 
-    def __init__(self, config, parts, columns, name=None, keep=lambda row: True, **options):
+    def __init__(self, config, parts, columns, name=None, keep=None, **options):
         self.hub, self.parts, self.columns, self.name, self.keep = config.hub, parts, columns, name, keep
-        token = 1 if config.tokenizer == "byte" else TOKEN_CHARACTERS
-        self.val_chars, self.min_chars = config.max_tokens * token / VAL_SHARE or math.inf, config.min_doc_tokens * token
+        token, most = (1, 1) if config.tokenizer == "byte" else (TOKEN_CHARACTERS, TOKEN_CHARACTERS_AT_MOST)
+        self.val_chars, self.min_chars = config.max_tokens * token / VAL_SHARE or math.inf, config.min_doc_tokens * most
         self.left_out, self.stream, self.part, self.files = 0, None, 0, []
         _import(parts)
         folder = Path(os.path.expanduser(config.hub))
@@ -93,9 +93,10 @@ class Hub(Source):
                 self.root = f"hf://datasets/{config.hub}@{revision}"
             self.files = [self._files(pattern) for _, pattern in parts]
         super().__init__({"hub": config.hub, "revision": revision, "files": [pattern for _, pattern in parts], **options})
-        if self.local:
+        if self.local and keep is None and not config.min_doc_tokens:  # else nobody knows how much of it is wanted
             size = sum(bytes_of_text(Path(path), columns[0]) for paths in self.files for path in paths)
             self.total_bytes = min(size, config.max_tokens * token or math.inf)
+        if self.local:
             self.fingerprint = json.dumps([(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for paths in self.files for path in paths])
 
     def _files(self, pattern):
@@ -130,9 +131,9 @@ class Hub(Source):
                     if split == "val" and self.chars >= self.val_chars:
                         break
                     row = self._row(table)
-                    if row and self.keep(row):
+                    if row and (self.keep is None or self.keep(row)):
                         length = len(row[self.columns[0]])
-                        self.chars += length if length >= self.min_chars else 0  # what is too short won't be kept
+                        self.chars += length if length >= self.min_chars else 0  # what may be too short may not be kept
                         yield split, row
             stream, self.chars = None, 0
 
@@ -141,7 +142,9 @@ class Hub(Source):
         from datasets import load_dataset
         where = {"data_files": f"{self.root}/{pattern}", "split": "train", "streaming": True}
         if pattern.endswith(".parquet"):
-            stream = load_dataset("parquet", columns=list(self.columns), batch_size=ROWS, **where)
+            from pyarrow.dataset import ParquetFragmentScanOptions
+            little = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
+            stream = load_dataset("parquet", columns=list(self.columns), batch_size=ROWS, fragment_scan_options=little, **where)
             self._check_columns(stream.column_names)
         else:  # as lines: the JSON reader gives up at one half of a surrogate pair
             stream = load_dataset("text", **where)

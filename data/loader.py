@@ -124,7 +124,8 @@ class Corpus:
 
     def val_windows(self, count):
         """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct. With
-        windows=document first of those within documents; where they are too few, all of them, and the rest from the stream."""
+        windows=document first of those within documents; where they are too few, all of them, and the rest from the stream,
+        but for those that are among them."""
         inside = np.zeros(0, np.int64)
         if self.windows == "document":
             documents = self._documents("val")

@@ -259,6 +259,47 @@ def test_killed_while_it_writes(tmp_path, earlier):
     assert documents(tmp_path, "train") == [text for _, text in TRAIN]
 
 
+MOVES = """
+import os, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from test_corpus import BYTE, Unsplit
+from data import corpus
+corpus.SAVE, corpus.BATCH = -1, 5
+left, replace = int(sys.argv[3]), os.replace
+def counted(source, target):
+    global left
+    if str(target).endswith((".bin", "meta.json")):
+        left -= 1
+        if left < 0:
+            os._exit(9)
+    replace(source, target)
+os.replace = counted
+corpus.write_corpus(sys.argv[2], Unsplit([5] * 8), BYTE)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", range(6))
+def test_killed_while_it_moves(tmp_path, moves):
+    """What was encoded is not encoded again; meanwhile it is no corpus, but for the very first instant."""
+    write_corpus(tmp_path / "whole", Unsplit([5] * 8), BYTE)
+    write(tmp_path / "x")
+    done = subprocess.run([sys.executable, "-c", MOVES, ROOT, tmp_path / "x", f"{moves}"], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    if moves:
+        with pytest.raises(UserError, match="was cut off at its very end"):
+            load_corpus(tmp_path / "x", 8)
+
+    class Read(Unsplit):
+        def documents(self, state=None):
+            raise AssertionError
+
+    write_corpus(tmp_path / "x", Read([5] * 8), BYTE)
+    assert {name: content(tmp_path / "x")[name] for name in (*FILES, "meta.json")} == {
+        name: content(tmp_path / "whole")[name] for name in (*FILES, "meta.json")}
+    assert not (tmp_path / "x/unfinished").exists()
+
+
 @pytest.mark.parametrize("broken", ["{", "[]", '{"key": 1}', None])
 def test_a_journal_which_is_none_begins_anew(tmp_path, broken):
     run_killed(tmp_path, 20)
@@ -321,7 +362,7 @@ def test_room_on_the_disk_is_looked_at_beforehand(tmp_path, monkeypatch):
         free = 80
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
-    with pytest.raises(UserError, match=r"needs about 0.0 GB more, and .* has 0.0 GB free"):
+    with pytest.raises(UserError, match=r"needs about 0.0 MB more, and .* has 0.0 MB free"):
         write(tmp_path / "x")  # 69 bytes of text, twice as many in uint16
     assert not (tmp_path / "x").exists()
     Usage.free = 200
@@ -687,6 +728,40 @@ def test_text_in_truncated_files(tmp_path):
         text_corpus(tmp_path / "3", {"c.parquet": (tmp_path / "c.parquet").read_bytes()}, column="body")
 
 
+@pytest.mark.parametrize("size", [0, 5])
+def test_text_in_no_bytes(tmp_path, size):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match="a.jsonl.zst(: Truncated| has 0 bytes)"):
+        text_corpus(tmp_path, {"a.jsonl.zst": compressed(b"{}")[:size]})
+
+
+def test_text_as_far_as_it_can_be_read(tmp_path, capsys):
+    rows = [{"text": "".join(f"{n}.{i} " for i in range(9000))} for n in range(40)]
+    files = {"a.jsonl.zst": compressed(jsonl(*rows))[:-100], "b.txt": "text " * 20}
+    _, folder = text_corpus(tmp_path, files, skip_bad=True)
+    there = documents(folder, "train") + documents(folder, "val")
+    assert 30 < len(there) < 42 and {row["text"] for row in rows[:30]} < set(there)
+    assert "used as far as it can be read: can't read" in capsys.readouterr().out
+
+
+def test_text_with_the_corpus_in_its_own_folder(tmp_path):
+    """A preparation that goes on must not read what it has made."""
+    tree(tmp_path, {"a.txt": "text " * 20, "data/mine/unfinished/train.bin": b"\0", "data/other/b.txt": "more " * 20})
+    (tmp_path / "data/other/link").symlink_to("../mine")
+    meta = script["text"].prepare(str(tmp_path), "mine", data=tmp_path / "data")
+    assert meta["source"]["files"] == 2
+
+
+def test_text_in_parquet_takes_little_memory(tmp_path):
+    """Rows of one group are not read all at once."""
+    pyarrow = pytest.importorskip("pyarrow")
+    draw = np.random.default_rng(0)
+    parquet(tmp_path / "a.parquet", text=[draw.bytes(10_000).hex() for _ in range(8000)])
+    before = pyarrow.total_allocated_bytes()
+    most = max(pyarrow.total_allocated_bytes() for _ in script["text"].rows_of(tmp_path / "a.parquet", "text"))
+    assert most - before < (tmp_path / "a.parquet").stat().st_size / 2
+
+
 def test_text_without_the_package_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="a.txt.zst needs a package more: pip install -r requirements-data.txt"):
@@ -708,7 +783,7 @@ def test_text_a_wrong_column_is_no_bad_file(tmp_path):
 
 def test_text_goes_on_with_the_next_document(tmp_path):
     tree(tmp_path, {"a.jsonl": jsonl({"text": "one"}, {"text": 5}, {"text": "two"}), "b.txt": "text " * 20, "c.md": "more " * 30})
-    files = script["text"].Files(str(tmp_path), 0.1, "text", False, True)
+    files = script["text"].Files(str(tmp_path), 0.1, "text", False, True, None)
     read = lambda documents: [(d.split, d.name, "".join(d.texts)) for d in documents]  # noqa: E731
     whole = read(files.documents())
     assert len(whole) == 6
@@ -716,10 +791,10 @@ def test_text_goes_on_with_the_next_document(tmp_path):
         state = json.loads(json.dumps(files.state()))
         assert state == n
     for state in range(7):
-        assert read(script["text"].Files(str(tmp_path), 0.1, "text", False, True).documents(state)) == whole[state:]
+        assert read(script["text"].Files(str(tmp_path), 0.1, "text", False, True, None).documents(state)) == whole[state:]
     before = files.fingerprint
     os.utime(tmp_path / "b.txt", (1, 1))
-    assert script["text"].Files(str(tmp_path), 0.1, "text", False, True).fingerprint != before
+    assert script["text"].Files(str(tmp_path), 0.1, "text", False, True, None).fingerprint != before
 
 
 def test_text_is_not_taken_from_where_the_corpus_goes(tmp_path):

@@ -408,7 +408,7 @@ def test_room_for_a_copy_is_guessed_by_what_is_in_it(tmp_path, monkeypatch):
     class Usage:
         free = 100_000
 
-    for name in "pg19", "arxiv":
+    for name in "pg19", "arxiv", "code":
         copy[name](tmp_path / name)
     bytes_of_books = sum(len(text("train", 10 * i + j)) for i in range(3) for j in range(7)) + sum(len(text("validation", j)) for j in range(7))
     total = source(config("pg19", tmp_path / "pg19")).total_bytes
@@ -417,9 +417,12 @@ def test_room_for_a_copy_is_guessed_by_what_is_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     for name in "pg19", "arxiv":
         prepare(config(name, tmp_path / name), tmp_path / f"made-{name}")
+    prepare(config("code", tmp_path / "code", languages="C", max_tokens=0), tmp_path / "made-code")  # who knows how much it is
+    with pytest.raises(UserError, match="needs about 0.2 MB more, and .* has 0.1 MB free; a smaller --max_tokens needs less"):
+        prepare(config("pg19", tmp_path / "pg19", min_doc_tokens=10, max_tokens=100_000), tmp_path / "other")
     Usage.free = 10_000
     for name in "pg19", "arxiv":
-        with pytest.raises(UserError, match="needs about 0.0 GB more"):
+        with pytest.raises(UserError, match="needs about 0.[01] MB more"):
             prepare(config(name, tmp_path / name), tmp_path / f"other-{name}")
 
 

@@ -41,7 +41,7 @@ class Projects(Hub):
     def __init__(self, config):
         self.wanted = {name.strip().lower() for name in config.languages.split(",") if name.strip()}
         self.seen = Counter()
-        super().__init__(config, [(None, "data/*.parquet")], ("code", "repo_name", "path", "language"), keep=self._is_wanted,
+        super().__init__(config, [(None, "data/*.parquet")], ("code", "repo_name", "path", "language"), keep=self._is_wanted if self.wanted else None,
                          languages=sorted(self.wanted), buffer_mb=config.buffer_mb)  # fmt: skip
         self.buffer = config.buffer_mb << 20
 
@@ -66,8 +66,6 @@ class Projects(Hub):
             start, given = end, 0
 
     def _is_wanted(self, row):
-        if not self.wanted:
-            return True
         self.seen[str(row["language"]).lower()] += 1
         if self.seen.total() == TRIED:
             self._check_languages()

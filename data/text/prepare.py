@@ -59,26 +59,28 @@ def prepare(input, out, tokenizer="byte", val_fraction=0.05, column="text", stri
     encoder = tokenizer_from_meta({"name": tokenizer})
     if folder.resolve() in [Path(input).resolve(), *Path(input).resolve().parents]:
         raise UserError(f"--input={input} is in {folder}, which is where the corpus goes: keep texts elsewhere, or give another --out")
-    source = Files(input, val_fraction, column, strip_gutenberg, skip_bad)
+    source = Files(input, val_fraction, column, strip_gutenberg, skip_bad, without=folder)
     meta = write_corpus(folder, source, encoder, val_every=max(2, round(1 / val_fraction)), workers=num_proc)
     if source.bad_rows:
         print(f"left out, as they are not text: {source.bad_rows:,} rows")
+    for mistake in source.cut_off:
+        print(f"used as far as it can be read: {mistake}")
     return meta
 
 
 class Files(Source):
-    """The documents of a file, or of a folder's files. Texts are looked through beforehand, so that a stray picture stops an
-    hour's work before it begins."""
+    """The documents of a file, or of a folder's files but those in the folder `without`. Texts are looked through beforehand,
+    so that a stray picture stops an hour's work before it begins."""
 
-    def __init__(self, input, val_fraction, column, strip_gutenberg, skip_bad):
+    def __init__(self, input, val_fraction, column, strip_gutenberg, skip_bad, without):
         where = Path(os.path.expanduser(input))
         if not (os.path.isdir(where) or os.path.isfile(where)):
             raise UserError(f"--input={input}: no such file or folder; give a file, or a folder of files")
-        self.paths = files_under(where) if os.path.isdir(where) else [where]
+        self.paths = files_under(where, without=without) if os.path.isdir(where) else [where]
         if not self.paths:
             raise UserError(f"--input={input}: this folder has no files (hidden ones don't count)")
         self.column, self.strip_gutenberg, self.val_fraction, self.skip_bad = column, strip_gutenberg, val_fraction, skip_bad
-        self.count = self.bad_rows = 0
+        self.count, self.bad_rows, self.cut_off = 0, 0, []
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg, skip_bad]).encode()).hexdigest()
         self.characters, self.total_bytes, mistakes, columns = {}, 0, [], []
@@ -120,7 +122,7 @@ class Files(Source):
         return size
 
     def documents(self, state=None):
-        self.count = self.bad_rows = 0
+        self.count, self.bad_rows, self.cut_off = 0, 0, []
         for path in self.paths:
             for document in self._rows(path) if kind(path) in ROWS else self._halves(path):
                 self.count += 1
@@ -141,9 +143,14 @@ class Files(Source):
         return _without_gutenberg(blocks) if self.strip_gutenberg else blocks
 
     def _rows(self, path):
-        for row in rows_of(path, self.column):
-            if document := self._row(path, *row):
-                yield document
+        try:
+            for row in rows_of(path, self.column):
+                if document := self._row(path, *row):
+                    yield document
+        except UserError as mistake:
+            if not self.skip_bad:
+                raise
+            self.cut_off.append(str(mistake))
 
     def _row(self, path, number, text, problem):
         """The Document of a row, if there is text in it. UserError: it has a problem, and is not to be skipped."""
