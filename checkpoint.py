@@ -6,6 +6,9 @@ whatever else train.py keeps. It holds tensors, Python scalars and strings, and 
 that needs code to be read back. So load() can refuse to run any (weights_only=True), and a checkpoint from a stranger
 is data.
 
+Of a LoRA fine-tuning, model holds the adapters only, and `lora` says what they are and whose: rank, alpha and targets (see
+add_adapters), the base (its file, as seen from the checkpoint's folder, or GPT-2's name) and the fingerprint of its weights.
+
 save() writes aside in the same folder, syncs to the disk, then renames onto the name: whenever the process or the
 machine dies, the name holds either the former checkpoint or the new one. What it leaves aside then, FILE.aside, the
 next save overwrites.
@@ -23,6 +26,7 @@ from configurator import UserError
 
 REQUIRED = {"model": dict, "model_args": dict, "iter_num": int, "best_val_loss": (int, float, torch.Tensor),
             "config": dict}
+LORA = {"rank": int, "alpha": float, "targets": str, "base": str, "fingerprint": str}
 
 
 def save(path: Path, state: dict) -> None:
@@ -74,10 +78,19 @@ def load(path: Path, map_location="cpu") -> dict:
     wrong = [name for name, kind in REQUIRED.items() if not isinstance(state.get(name), kind)]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}")
+    if lora := state.get("lora"):  # None: not of a LoRA fine-tuning
+        wrong = [name for name, kind in LORA.items() if not (isinstance(lora, dict) and isinstance(lora.get(name), kind))]
+        if wrong:
+            raise UserError(f"{path} is no adapter checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}")
     # torch.compile and DDP put these prefixes before the names of the weights
     state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): weight for name, weight in state["model"].items()}
     state["best_val_loss"] = float(state["best_val_loss"])  # a tensor in nanoGPT's
     return state
+
+
+def find(path: Path) -> Path:
+    """The checkpoint's file: path itself, or ckpt.pt where path is a run's folder."""
+    return Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -213,8 +213,8 @@ class TrainConfig:
     """Every key of train.py. Names and meanings are nanoGPT's where it has them."""
 
     out_dir: str = key("out", "folder of the checkpoints and of metrics.jsonl", section="Run")
-    init_from: str = key("scratch", "the weights",
-                         choices=("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
+    init_from: str = key("scratch", "the weights: scratch | resume | gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or the path of a "
+                         "checkpoint or its folder, to fine-tune it")  # fmt: skip
     seed: int = key(1337, "seeds the weights, the batches and the draws of SUS", low=0, high=2**63 - 1)
 
     eval_interval: int = key(2000, "iterations between evaluations", low=1, section="Evaluation and logging")
@@ -241,9 +241,18 @@ class TrainConfig:
     bias: bool = key(False, "biases in linear layers and norms")
     pos: str = key("learned", "position encoding", choices=("learned", "rope"))
     rope_theta: float = key(10000.0, "base of RoPE's wavelengths; larger reaches further", above=0)
+    rope_scaling: float = key(1.0, "RoPE's positions are divided by it, to stretch those of a trained model", low=1)
     norm: str = key("layernorm", "normalisation layer", choices=("layernorm", "rmsnorm"))
     qk_norm: bool = key(False, "normalise queries and keys")
     activation_checkpointing: bool = key(False, "recompute in the backward: less memory, slower")
+
+    lora_rank: int = key(0, "fine-tune only adapters of this rank beside the linear layers; 0: all weights", low=0,
+                         section="LoRA, to fine-tune with few trained weights")  # fmt: skip
+    lora_alpha: float = key(16.0, "adapters count lora_alpha / lora_rank", above=0)
+    lora_targets: str = key("c_attn,c_proj,c_fc", "layers that get adapters, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; "
+                            "c_proj: both")  # fmt: skip
+    lora_dropout: float = key(0.0, "of what goes into the adapters", low=0, below=1)
+    lora_base: str = key("", "for init_from=resume: where the base is now, if it has moved")
 
     attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
     sus_c: float = key(4.0, "tiles of 64 keys kept a query row; inf: all (exact gradient); auto: sets itself, see sus_rho", above=0,
@@ -285,6 +294,22 @@ def validate(cfg):
     if cfg.pos == "rope" and head_dim % 2:
         raise UserError(f"pos=rope needs an even head dimension, but n_embd / n_head = {cfg.n_embd} / {cfg.n_head} "
                         f"= {head_dim}")
+    if cfg.rope_scaling != 1 and cfg.pos != "rope":
+        raise UserError(f"rope_scaling={cfg.rope_scaling} is for rotary positions, and pos={cfg.pos}: leave it out, or "
+                        "set --pos=rope")
+    if cfg.lora_rank == 0 and "lora_rank" not in cfg.explicit:  # given as 0, it switches off what a config file has
+        for name in ("lora_alpha", "lora_targets", "lora_dropout"):
+            if name in cfg.explicit:
+                raise UserError(f"{name}={getattr(cfg, name)} needs adapters: give --lora_rank=8, say, or leave {name} out")
+    if cfg.lora_rank and cfg.init_from == "scratch":
+        raise UserError(f"lora_rank={cfg.lora_rank} needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2")
+    if cfg.lora_base and not (cfg.lora_rank and cfg.init_from == "resume"):
+        raise UserError(f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out, or "
+                        "set --init_from=resume")
+    if cfg.lora_rank and cfg.attn_backward == "sus" and cfg.sus_c == "auto":
+        if not {"c_attn", "attn.c_attn"} & {name.strip() for name in cfg.lora_targets.split(",")}:
+            raise UserError(f"sus_c=auto goes by the gradient of c_attn, which lora_targets={cfg.lora_targets} leaves out: "
+                            "add c_attn, or give a number")
     if cfg.dropout > 0 and cfg.attn_backward == "sus":
         raise UserError(f"dropout={cfg.dropout} includes attention dropout, which attn_backward=sus does not support: "
                         "set --dropout=0.0 or --attn_backward=exact")

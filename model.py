@@ -13,6 +13,7 @@ Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V voc
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import checkpoint as checkpoints
 from configurator import UserError
+from lora import add_adapters, fingerprint, merge
 from sus_attn import fold_in, sus_attention
 
 
@@ -36,6 +39,7 @@ class GPTConfig:
     bias: bool = True
     pos: str = "learned"  # or "rope"
     rope_theta: float = 10000.0
+    rope_scaling: float = 1.0  # positions are divided by it
     norm: str = "layernorm"  # or "rmsnorm"
     qk_norm: bool = False
     # How it is trained: free to change from run to run.
@@ -78,10 +82,15 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-def rope_table(D: int, T: int, theta: float) -> Tensor:
-    """cos and sin of the rotary angles, (2, T, D/2) float32 (Su et al., arXiv 2104.09864)."""
+def rope_table(D: int, T: int, theta: float, scaling: float = 1.0) -> Tensor:
+    """cos and sin of the rotary angles, (2, T, D/2) float32 (Su et al., arXiv 2104.09864).
+
+    scaling: position t has the angles of t / scaling, so that a longer context has none that a model has not seen in
+    training (position interpolation, Chen et al., arXiv 2306.15595).
+    """
     frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency  # float64: at 128k float32 angles are off by 1e-2
+    position = torch.arange(T, dtype=torch.float64) / scaling
+    angle = position[:, None] * frequency  # float64: at 128k float32 angles are off by 1e-2
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
@@ -213,14 +222,15 @@ class GPT(nn.Module):
         })  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        rope = None
-        if config.pos == "rope":
-            rope = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
-        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("rope", self._rope(), persistent=False)
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():  # GPT-2's scaled initialisation of the residual projections
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _rope(self) -> Tensor | None:
+        c = self.config
+        return rope_table(c.n_embd // c.n_head, c.block_size, c.rope_theta, c.rope_scaling) if c.pos == "rope" else None
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -271,9 +281,12 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Nominal floating-point operations a token, forward and backward, at context T (PaLM, arXiv 2204.02311, B).
 
-        Nominal: attention counts as dense, T keys a query, whatever the causal mask or SUS leaves out.
+        Nominal: attention counts as dense, T keys a query, whatever the causal mask or SUS leaves out. A frozen weight has
+        no gradient of its own: 4 operations instead of 6.
         """
-        return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        n = self.num_params()
+        trained = min(n, sum(p.numel() for p in self.parameters() if p.requires_grad))  # n is without position embeddings
+        return 4 * n + 2 * trained + 12 * self.config.n_layer * self.config.n_embd * T
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
         """AdamW, with weight decay on matrices and embeddings only."""
@@ -301,15 +314,19 @@ class GPT(nn.Module):
                 weight.copy_(theirs[name].T if transposed else theirs[name])
         return model
 
-    def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context, e.g. GPT-2's 1024; learned positions are cut."""
-        if block_size > self.config.block_size:
-            raise ValueError(f"block_size {block_size} is above the model's {self.config.block_size}")
-        self.config.block_size = block_size
-        if self.config.pos == "learned":
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+    def set_context(self, block_size: int, rope_scaling: float = 1.0) -> None:
+        """Change the length of the context, and the scaling of rotary positions (see `rope_table`).
+
+        Learned positions can be cut, but there are no more of them: ValueError.
+        """
+        config = self.config
+        if config.pos == "learned" and (block_size > config.block_size or rope_scaling != 1):
+            raise ValueError(f"learned positions do not go beyond the model's {config.block_size}, nor scale")
+        config.block_size, config.rope_scaling = block_size, rope_scaling
+        if config.pos == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         else:
-            self.rope = self.rope[:, :block_size]
+            self.rope = self._rope().to(self.rope.device)
 
     # -- sampling --------------------------------------------------------------------------------
 
@@ -369,22 +386,72 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def model_from_checkpoint(saved: dict, path, **training_keys) -> GPT:
-    """The model of a checkpoint's dict, ours or nanoGPT's; path is for messages. UserError if they do not fit."""
+def model_from_checkpoint(saved: dict, path: Path, lora_base: str = "", **training_keys) -> GPT:
+    """The model of a checkpoint's dict, ours or nanoGPT's; path is its file. UserError if they do not fit.
+
+    Of an adapter checkpoint it is the base with the adapters merged. lora_base: where the base is, see `adapted_model`.
+    """
+    if saved.get("lora"):
+        return merge(adapted_model(saved, path, lora_base, **training_keys))
+    if lora_base:
+        raise UserError(f"lora_base={lora_base} is for adapters, and {path} holds a whole model: leave it out")
     architecture = {k: v for k, v in saved["model_args"].items() if k not in TRAINING_KEYS}
     if unknown := architecture.keys() - set(ARCHITECTURE_KEYS):
         raise UserError(f"{path} is of another version: its model has the unknown keys {', '.join(sorted(unknown))}")
     model = GPT(GPTConfig(**architecture, **training_keys))
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise UserError(f"{path}: its weights do not fit its model_args: {' '.join(reasons)[:300]}") from None
+    load_weights(model, saved["model"], path)
     return model
 
 
+def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: float = 0.0, **training_keys) -> GPT:
+    """The model of an adapter checkpoint's dict, its adapters not merged; path is its file.
+
+    lora_base: the base's file or folder, or GPT-2's name; empty: as the checkpoint has it. UserError if it is not there,
+    or another than the adapters were trained on.
+    """
+    lora = saved["lora"]
+    base = lora_base or lora["base"]
+    if base in PRETRAINED:
+        model = load_pretrained(base, **training_keys)
+    else:
+        base = checkpoints.find(path.resolve().parent / base if not lora_base else base)
+        if not base.is_file():
+            raise UserError(f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, give "
+                            "--lora_base=PATH (of the checkpoint or its folder)")  # fmt: skip
+        model = model_from_checkpoint(load_base(base), base, **training_keys)
+    if (actual := fingerprint(model)) != lora["fingerprint"]:
+        raise UserError(f"{path} holds adapters of other weights than those in {base}, which have changed or are another "
+                        f"model's (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right "
+                        "ones by --lora_base=PATH")  # fmt: skip
+    model.set_context(saved["model_args"]["block_size"], saved["model_args"]["rope_scaling"])
+    weights = model.state_dict()
+    add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], lora_dropout)
+    load_weights(model, saved["model"] | weights, path)
+    return model
+
+
+def load_base(path: Path) -> dict:
+    """The checkpoint at path, to be fine-tuned. UserError if it holds adapters only."""
+    saved = checkpoints.load(path)
+    if saved.get("lora"):
+        raise UserError(f"{path} holds adapters, not a whole model: merge them first, by "
+                        f"python merge_lora.py --out_dir={path.parent} --merged=FOLDER")  # fmt: skip
+    return saved
+
+
+def load_weights(model: GPT, weights: dict, path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise UserError(f"{path}: its weights do not fit its model_args: {' '.join(reasons)[:300]}") from None
+
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
 def load_pretrained(name: str, **training_keys) -> GPT:
-    """GPT-2's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl) from the hub or its cache, by `transformers`. UserError."""
+    """GPT-2's weights (name: one of PRETRAINED) from the hub or its cache, by `transformers`. UserError."""
     try:
         from transformers import GPT2LMHeadModel
 

@@ -17,7 +17,8 @@ def capture(model: GPT, layer: int, x, y, device: Device, sus_seed):
     seen = {}
 
     def hook(module, args, out):
-        seen["qkv"], seen["out"] = [t.detach() for t in args[:3]], out
+        seen["qkv"] = [t.detach() for t in args[:3]]
+        seen["out"] = out.requires_grad_()  # below the first adapters nothing asks for its gradient
 
     handle = model.transformer.h[layer].attn.attend.register_forward_hook(hook)
     was_training = model.training

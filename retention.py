@@ -44,7 +44,8 @@ class Retention:
         """stats: of `collect_stats`. target: of rho."""
         self.config, self.stats, self.target = model.config, stats, target
         layers = [block.attn for block in model.transformer.h]
-        self.weights = [layer.c_attn.weight for layer in layers]
+        # With LoRA c_attn.weight is frozen. lora_b's gradient, of the same rows, is what its own would be, projected by lora_a.
+        self.weights = [getattr(layer.c_attn, "lora_b", layer.c_attn.weight) for layer in layers]
         self.rows = (layers[0].n_head + layers[0].n_kv_head) * layers[0].D  # of these: those of queries and keys
         self.c = torch.tensor(START)  # a tensor, so that a compiled model needs no compilation when it changes
         self.rho = math.nan  # as last estimated

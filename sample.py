@@ -28,6 +28,7 @@ class SampleConfig:
                          choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), section="Model")  # fmt: skip
     out_dir: str = key("out", "folder of the checkpoint")
     ckpt: str = key("ckpt.pt", "its file: ckpt.pt (the latest) or ckpt_best.pt")
+    lora_base: str = key("", "of a checkpoint with adapters: where the base is now, if it has moved")
     start: str = key("\n", "the prompt; FILE:prompt.txt reads it from a file", section="Text")
     num_samples: int = key(10, "samples to draw", low=1)
     max_new_tokens: int = key(500, "tokens of each sample", low=1)
@@ -46,7 +47,7 @@ def main():
     device = resolve_device(cfg.device, cfg.dtype)
     start = read_start(cfg.start)
     if cfg.init_from == "resume":
-        model, tokenizer = load_model(Path(cfg.out_dir) / cfg.ckpt)
+        model, tokenizer = load_model(Path(cfg.out_dir) / cfg.ckpt, cfg.lora_base)
     else:
         model, tokenizer = load_pretrained(cfg.init_from), tokenizer_from_meta({"name": "gpt2"})
     model.eval().to(device.device)
@@ -87,10 +88,10 @@ def read_start(start: str) -> str:
         raise UserError(f"--start={start}: {path} is not UTF-8 text") from None
 
 
-def load_model(path: Path):
+def load_model(path: Path, lora_base: str = ""):
     """The model and the tokenizer of a checkpoint."""
     saved = checkpoint.load(path)
-    model = model_from_checkpoint(saved, path)
+    model = model_from_checkpoint(saved, path, lora_base)
     if "tokenizer" not in saved and model.config.vocab_size not in (50257, 50304):
         raise UserError(f"{path} does not say which tokenizer it was trained with: only nanoGPT checkpoints with GPT-2's "
                         "tokens are read without")  # fmt: skip

@@ -4,6 +4,7 @@ Train a GPT, with attention's gradient exact or by SUS backprop.
     python train.py config/long_ctx.py                                    # SUS, on whatever this machine has
     python train.py config/long_ctx.py --attn_backward=exact --out_dir=out-exact
     python train.py config/long_ctx.py --init_from=resume
+    python train.py config/lora_long_ctx.py                               # a trained model at a longer context, by LoRA
     torchrun --standalone --nproc_per_node=8 train.py config/long_ctx_124m.py
 
 Every batch, dropout mask and draw of SUS is a function of (seed, iteration, micro-batch, layer) alone: a resumed run
@@ -31,7 +32,9 @@ from configurator import TrainConfig, UserError, load_config, run_main, validate
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
 from device import Device, memory_errors, resolve_device
-from model import ARCHITECTURE_KEYS, TRAINING_KEYS, GPT, GPTConfig, load_pretrained, model_args, model_from_checkpoint
+from lora import adapter_state, add_adapters, fingerprint
+from model import (ARCHITECTURE_KEYS, PRETRAINED, TRAINING_KEYS, GPT, GPTConfig, adapted_model, load_base, load_pretrained,
+                   model_args, model_from_checkpoint)  # fmt: skip
 from probe import probe_attention
 from record import Record
 from retention import CALIBRATE, HIGH, START, STEER, Retention, collect_stats
@@ -47,8 +50,12 @@ def main():
     master = rank == 0
     out_dir = Path(cfg.out_dir)
     saved = checkpoint.load(out_dir / "ckpt.pt") if cfg.init_from == "resume" else None
+    base_path = find_base(cfg)
+    base = load_base(base_path) if base_path else None
     if saved is not None:
         adopt(cfg, saved, master)
+    elif base is not None:
+        adopt_base(cfg, architecture_of(base), str(base_path))
     validate(cfg)
     if cfg.gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
@@ -64,11 +71,11 @@ def main():
     if not cfg.eval_only:
         check_writable(out_dir)
     torch.manual_seed(cfg.seed)
-    model = None
+    model, lora = None, None  # lora: what a checkpoint keeps of the adapters and their base
     if saved is not None:
-        model = model_from_checkpoint(saved, out_dir / "ckpt.pt", **training_keys(cfg))
-    elif cfg.init_from.startswith("gpt2"):
-        model = gpt2(cfg)
+        model, lora = resumed_model(cfg, saved)
+    elif cfg.init_from != "scratch":
+        model, lora = fine_tuned_model(cfg, base, base_path)
 
     # -- data --------------------------------------------------------------------------------------
     if world > 1:
@@ -80,7 +87,7 @@ def main():
             load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)  # looks at the checksums, once for all processes
         dist.barrier()
     corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)
-    tokenizer = {"name": "gpt2"} if cfg.init_from.startswith("gpt2") else (saved or {}).get("tokenizer")
+    tokenizer = {"name": "gpt2"} if cfg.init_from in PRETRAINED else (saved or base or {}).get("tokenizer")
     if tokenizer is not None and tokenizer != corpus.tokenizer_meta:
         raise UserError(f"dataset={cfg.dataset} is in tokens of the {corpus.tokenizer_meta['name']} tokenizer, but the "
                         f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={tokenizer['name']}")
@@ -129,7 +136,7 @@ def main():
 
     def save(name):
         checkpoint.save(out_dir / name, {
-            "model": checkpoint.unwrap(ddp).state_dict(), "optimizer": optimizer.state_dict(),
+            "model": adapter_state(model) if lora else checkpoint.unwrap(ddp).state_dict(), "lora": lora, "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "model_args": model_args(model.config), "iter_num": it,
             "best_val_loss": best_val_loss, "config": dataclasses.asdict(cfg), "tokenizer": corpus.tokenizer_meta,
             "wandb_run_id": record.run_id, "retention": retention.state if retention else None,
@@ -237,15 +244,49 @@ def main():
 def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
     """Fill cfg from a checkpoint: its architecture, and of the other keys those that neither a file nor the command line
     gives. What differs from the earlier run is printed."""
-    defaults = dataclasses.asdict(GPTConfig())  # for nanoGPT's checkpoints, which lack the keys that it lacks
-    take_architecture(cfg, {k: saved["model_args"].get(k, defaults[k]) for k in ARCHITECTURE_KEYS}, "the checkpoint")
+    take_architecture(cfg, architecture_of(saved), "the checkpoint")
+    adapters = {f"lora_{name}": (saved.get("lora") or {}).get(name, default) for name, default in
+                (("rank", 0), ("alpha", TrainConfig.lora_alpha), ("targets", TrainConfig.lora_targets))}  # fmt: skip
+    for name, value in adapters.items():
+        if name in cfg.explicit and getattr(cfg, name) != value:
+            raise UserError(f"{name}={getattr(cfg, name)} conflicts with the checkpoint, which has {value}: leave {name} out, or "
+                            "begin a fine-tuning by --init_from=PATH and another out_dir")  # fmt: skip
+        setattr(cfg, name, value)
     for name, value in saved["config"].items():
-        if not hasattr(cfg, name) or name in ("out_dir", "init_from", "eval_only", *ARCHITECTURE_KEYS):
+        if not hasattr(cfg, name) or name in ("out_dir", "init_from", "eval_only", "lora_base", *ARCHITECTURE_KEYS, *adapters):
             continue
         if name not in cfg.explicit:
             setattr(cfg, name, value)
         elif getattr(cfg, name) != value and master:
             print(f"resume: {name} was {value!r}, is now {getattr(cfg, name)!r}")
+
+
+def architecture_of(saved: dict) -> dict:
+    defaults = dataclasses.asdict(GPTConfig())  # for checkpoints of nanoGPT and of earlier versions, which lack some keys
+    return {k: saved["model_args"].get(k, defaults[k]) for k in ARCHITECTURE_KEYS}
+
+
+def adopt_base(cfg: TrainConfig, architecture: dict, owner: str) -> None:
+    """Set cfg's keys of the architecture to those of a model that is to be fine-tuned, but for its context, if given."""
+    if "block_size" in cfg.explicit and architecture["pos"] == "learned" and cfg.block_size > architecture["block_size"]:
+        raise UserError(f"block_size={cfg.block_size} is above the {architecture['block_size']} of {owner}, which has learned "
+                        "positions, and so none beyond: only models trained with pos=rope can go further")  # fmt: skip
+    free = cfg.explicit & {"block_size", "rope_scaling"}
+    take_architecture(cfg, {k: v for k, v in architecture.items() if k not in free}, owner)
+
+
+def find_base(cfg: TrainConfig) -> Path | None:
+    """The checkpoint to be fine-tuned that init_from is the path of; None if it is another word. UserError."""
+    if cfg.init_from in ("scratch", "resume", *PRETRAINED):
+        return None
+    path = checkpoint.find(cfg.init_from)
+    if not path.is_file():
+        raise UserError(f"init_from={cfg.init_from} must be one of scratch, resume, {', '.join(PRETRAINED)}, or the path of a "
+                        f"checkpoint or its folder, and there is no {path}")  # fmt: skip
+    if path.resolve().parent == Path(cfg.out_dir).resolve() and not cfg.eval_only:
+        raise UserError(f"out_dir={cfg.out_dir} is the folder of init_from, whose run would be replaced: choose another "
+                        "out_dir, or --init_from=resume to go on with that run")  # fmt: skip
+    return path
 
 
 def take_architecture(cfg: TrainConfig, architecture: dict, owner: str) -> None:
@@ -304,13 +345,41 @@ def check_writable(out_dir: Path) -> None:
         raise UserError(f"out_dir={out_dir} can't be used: no permission to write in {there}")
 
 
-def gpt2(cfg: TrainConfig) -> GPT:
-    """GPT-2's weights, for cfg.init_from; cfg takes their architecture, and a conflicting key is an error."""
-    model = load_pretrained(cfg.init_from, **training_keys(cfg))
-    if "block_size" in cfg.explicit and cfg.block_size < model.config.block_size:
-        model.crop_block_size(cfg.block_size)
-    take_architecture(cfg, model_args(model.config), cfg.init_from)
-    return model
+def resumed_model(cfg: TrainConfig, saved: dict) -> tuple[GPT, dict | None]:
+    """The model of out_dir's checkpoint, and the checkpoint's `lora` (None: it has no adapters)."""
+    path = Path(cfg.out_dir, "ckpt.pt")
+    lora = saved.get("lora")
+    if not lora:
+        return model_from_checkpoint(saved, path, **training_keys(cfg)), None
+    model = adapted_model(saved, path, cfg.lora_base, cfg.lora_dropout, **training_keys(cfg))
+    return model, lora | ({"base": base_from(cfg.out_dir, cfg.lora_base)} if cfg.lora_base else {})
+
+
+def fine_tuned_model(cfg: TrainConfig, base: dict | None, base_path: Path | None) -> tuple[GPT, dict | None]:
+    """A model that begins as the one in the checkpoint `base`, or as GPT-2, and what a checkpoint keeps as `lora`.
+
+    In the latter case cfg takes the architecture; a conflicting key is a UserError.
+    """
+    if base is not None:
+        model = model_from_checkpoint(base, base_path, **training_keys(cfg))
+    else:
+        model = load_pretrained(cfg.init_from, **training_keys(cfg))
+        adopt_base(cfg, model_args(model.config), cfg.init_from)
+    lora = None
+    if cfg.lora_rank:  # the fingerprint is of the base as it is, before its context is changed
+        lora = {"rank": cfg.lora_rank, "alpha": cfg.lora_alpha, "targets": cfg.lora_targets,
+                "base": base_from(cfg.out_dir, cfg.init_from), "fingerprint": fingerprint(model)}  # fmt: skip
+    model.set_context(cfg.block_size, cfg.rope_scaling)
+    if lora:
+        add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.lora_dropout)
+    return model, lora
+
+
+def base_from(out_dir: str, base: str) -> str:
+    """The base of adapters, as their checkpoint keeps it: by its path from out_dir, or GPT-2's name."""
+    if base in PRETRAINED:
+        return base
+    return os.path.relpath(checkpoint.find(base).resolve(), Path(out_dir).resolve())
 
 
 def describe_backward(cfg: TrainConfig) -> str:
@@ -339,11 +408,16 @@ def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it)
         "data": f"{cfg.dataset}: {corpus.train_tokens:,} training and {corpus.val_tokens:,} validation tokens, "
         f"{corpus.tokenizer_meta['name']} tokenizer",
         "model": f"{model.num_params() / 1e6:.2f} M parameters: {cfg.n_layer} layers, {cfg.n_head} heads, width "
-        f"{cfg.n_embd}, context {cfg.block_size}",
+        f"{cfg.n_embd}, context {cfg.block_size}{f', positions / {cfg.rope_scaling:g}' if cfg.rope_scaling != 1 else ''}"
+        + ("" if cfg.init_from in ("scratch", "resume") else f", from {cfg.init_from}"),
         "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
         f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens",
         "attention": attention,
     }
+    if cfg.lora_rank:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows["lora"] = (f"rank {cfg.lora_rank} on {cfg.lora_targets.replace(',', ', ')}: {trained:,} of "
+                        f"{model.num_params() / 1e6:.2f} M weights trained")  # fmt: skip
     warnings.filterwarnings("ignore", "sus_attention uses the slow reference")  # the line above has said so
     rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}" + (f", resumed at iteration {it}" if it else "")
     for name, text in rows.items():

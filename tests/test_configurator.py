@@ -136,8 +136,6 @@ def test_flag(arg, value):
     ("--dropout=-0.1", "--dropout=-0.1: dropout must be >= 0 and < 1, not -0.1"),
     (f"--seed={2**63}", f"--seed={2**63}: seed must be >= 0 and <= {2**63 - 1}, not {2**63}"),
     ("--pos=Rope", "--pos=Rope: pos must be one of learned, rope, not 'Rope'"),
-    ("--init_from=gpt3", "--init_from=gpt3: init_from must be one of scratch, resume, gpt2, gpt2-medium, gpt2-large, "
-                         "gpt2-xl, not 'gpt3'"),
     ("--n_layers=4", "--n_layers=4: unknown key 'n_layers'; did you mean n_layer?"),
     ("--n-layer=4", "--n-layer=4: unknown key 'n-layer'; did you mean n_layer?"),
     ("--N_LAYER=4", "--N_LAYER=4: unknown key 'N_LAYER'; did you mean n_layer?"),

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "checkpoint": {"configurator"},
     "record": {"configurator"},
     "device": {"configurator"},
-    "model": {"configurator", "sus_attn"},
+    "lora": {"configurator"},
+    "model": {"checkpoint", "configurator", "lora", "sus_attn"},
     "probe": {"device", "model", "sus_attn"},
     "retention": {"sus_attn"},
 }

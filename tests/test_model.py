@@ -55,7 +55,7 @@ def test_parity_with_transformers_gpt2():
         torch.testing.assert_close(all_logits(ours, idx), logits, rtol=1e-4, atol=1e-4)
         loss = ours(idx[:, :-1], idx[:, 1:])[1]
         torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()))
-        ours.crop_block_size(16)
+        ours.set_context(16)
         torch.testing.assert_close(ours(idx[:, :16])[0][:, 0], logits[:, 15], rtol=1e-4, atol=1e-4)
 
 
