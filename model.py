@@ -416,13 +416,13 @@ def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: fl
     else:
         base = checkpoints.find(path.resolve().parent / base if not lora_base else base)
         if not base.is_file():
-            raise UserError(f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, give "
-                            "--lora_base=PATH (of the checkpoint or its folder)")  # fmt: skip
+            raise UserError(f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, say "
+                            "where to, by --lora_base=PATH of train.py, sample.py or merge_lora.py")  # fmt: skip
         model = model_from_checkpoint(load_base(base), base, **training_keys)
     if (actual := fingerprint(model)) != lora["fingerprint"]:
         raise UserError(f"{path} holds adapters of other weights than those in {base}, which have changed or are another "
                         f"model's (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right "
-                        "ones by --lora_base=PATH")  # fmt: skip
+                        "ones by --lora_base=PATH of train.py, sample.py or merge_lora.py")  # fmt: skip
     model.set_context(saved["model_args"]["block_size"], saved["model_args"]["rope_scaling"])
     weights = model.state_dict()
     add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], lora_dropout)

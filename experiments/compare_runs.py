@@ -39,7 +39,7 @@ from record import plain, read_record
 
 # What says nothing about how a run trains.
 UNRELATED = {"seed", "out_dir", "init_from", "eval_only", "log_interval", "always_save_checkpoint", "wandb_log",
-             "wandb_project", "wandb_run_name"}
+             "wandb_project", "wandb_run_name", "lora_base"}
 MARKERS = "osD^vPX"
 MEASURED = ["tok/s", "exact bwd ms", "sus bwd ms", "kept/row"]
 MANY = 8  # more runs than these are shown as groups only

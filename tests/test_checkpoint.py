@@ -263,6 +263,21 @@ def test_prefixes_of_wrapped_models_are_stripped(tmp_path):
     assert same(state["best_val_loss"], 1.25)
 
 
+def test_an_adapter_checkpoint_says_whose_its_adapters_are(tmp_path):
+    lora = {"rank": 4, "alpha": 8.0, "targets": "c_attn", "base": "gpt2", "fingerprint": "ab"}
+    checkpoint.save(tmp_path / "ckpt.pt", make_state() | {"lora": lora})
+    assert checkpoint.load(tmp_path / "ckpt.pt")["lora"] == lora
+    for wrong in ([4], "c_attn", *({**lora, name: None} for name in lora), *({k: v for k, v in lora.items() if k != name} for name in lora)):
+        checkpoint.save(tmp_path / "ckpt.pt", make_state() | {"lora": wrong})
+        with pytest.raises(UserError, match="ckpt.pt is no adapter checkpoint of train.py: missing or of the wrong type"):
+            checkpoint.load(tmp_path / "ckpt.pt")
+
+
+def test_find(tmp_path):
+    assert checkpoint.find(tmp_path) == checkpoint.find(str(tmp_path)) == tmp_path / "ckpt.pt"
+    assert checkpoint.find(tmp_path / "ckpt_best.pt") == tmp_path / "ckpt_best.pt"
+
+
 def test_unwrap():
     model = torch.nn.Linear(2, 2)
     compiled = torch.compile(model, backend="eager")

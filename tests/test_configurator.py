@@ -315,6 +315,15 @@ def test_nanogpt_dropout_meets_sus(config_file):
                                "lower the other, or set --decay_lr=False"),
     (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05: lower the one (usually to "
                                "learning_rate / 10), raise the other, or set --decay_lr=False"),
+    (["--rope_scaling=8"], "rope_scaling=8.0 is for rotary positions, and pos=learned: leave it out, or set --pos=rope"),
+    (["--lora_alpha=8"], "lora_alpha=8.0 needs adapters: give --lora_rank=8, say, or leave lora_alpha out"),
+    (["--lora_targets=c_fc", "--init_from=gpt2"], "lora_targets=c_fc needs adapters: give --lora_rank=8, say, or leave lora_targets out"),
+    (["--lora_dropout=0.1"], "lora_dropout=0.1 needs adapters: give --lora_rank=8, say, or leave lora_dropout out"),
+    (["--lora_rank=8"], "lora_rank=8 needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2"),
+    (["--lora_rank=8", "--init_from=gpt2", "--lora_base=a"], "lora_base=a is for resuming a run with adapters, whose base has moved: "
+                                                             "leave it out, or set --init_from=resume"),
+    (["--lora_rank=8", "--init_from=gpt2", "--lora_targets=c_fc,c_proj", "--attn_backward=sus", "--sus_c=auto"],
+     "sus_c=auto goes by the gradient of c_attn, which lora_targets=c_fc,c_proj leaves out: add c_attn, or give a number"),
     (["--out_dir="], "out_dir is empty: name a folder"),
     (["--dataset="], "dataset is empty: name a folder"),
 ])
@@ -328,7 +337,8 @@ def test_validate_refuses(argv, message):
     [], ["--n_kv_head=12"], ["--n_kv_head=1"], ["--n_embd=36"], ["--pos=rope"],
     ["--dropout=0.1", "--attn_backward=exact"], ["--sus_c=inf"], ["--lr_decay_iters=2000"],
     ["--lr_decay_iters=100", "--decay_lr=False"], ["--learning_rate=1e-5", "--decay_lr=False"],
-    ["--learning_rate=6e-5"], ["--max_iters=0"],
+    ["--learning_rate=6e-5"], ["--max_iters=0"], ["--pos=rope", "--rope_scaling=8"], ["--lora_rank=0", "--lora_alpha=8"],
+    ["--init_from=gpt2", "--lora_rank=4", "--lora_alpha=8", "--lora_targets=mlp.c_fc, attn.c_attn", "--attn_backward=sus", "--sus_c=auto"],
 ], ids=" ".join)
 def test_validate_accepts(argv):
     validate(load(*argv))

@@ -79,6 +79,12 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
     torch.testing.assert_close(rotate(q, table[:, :1]), q)
 
 
+def test_rope_scaling_puts_positions_between_those_of_training():
+    plain, scaled = rope_table(16, 100, 10000.0), rope_table(16, 200, 10000.0, 2.0)
+    assert scaled.shape == (2, 200, 8) and torch.equal(scaled[:, ::2], plain)  # 2t / 2
+    torch.testing.assert_close(scaled[:, 1], torch.stack([f(0.5 * 10000.0 ** (-torch.arange(8) / 8)) for f in (torch.cos, torch.sin)]))
+
+
 def test_grouped_query_attention_is_multi_head_attention_with_shared_heads():
     grouped, full = tiny(**LONG), tiny(**{**LONG, "n_kv_head": 0})
     weights = grouped.state_dict()
