@@ -136,9 +136,9 @@ def main():
 
     def save(name):
         checkpoint.save(out_dir / name, {
-            "model": adapter_state(model) if lora else checkpoint.unwrap(ddp).state_dict(), "lora": lora, "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "model_args": model_args(model.config), "iter_num": it,
-            "best_val_loss": best_val_loss, "config": dataclasses.asdict(cfg), "tokenizer": corpus.tokenizer_meta,
+            "model": adapter_state(model) if lora else checkpoint.unwrap(ddp).state_dict(), "lora": lora,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "model_args": model_args(model.config),
+            "iter_num": it, "best_val_loss": best_val_loss, "config": dataclasses.asdict(cfg), "tokenizer": corpus.tokenizer_meta,
             "wandb_run_id": record.run_id, "retention": retention.state if retention else None,
         })  # fmt: skip
 
@@ -245,8 +245,8 @@ def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
     """Fill cfg from a checkpoint: its architecture, and of the other keys those that neither a file nor the command line
     gives. What differs from the earlier run is printed."""
     take_architecture(cfg, architecture_of(saved), "the checkpoint")
-    adapters = {f"lora_{name}": (saved.get("lora") or {}).get(name, default) for name, default in
-                (("rank", 0), ("alpha", TrainConfig.lora_alpha), ("targets", TrainConfig.lora_targets))}  # fmt: skip
+    lora = saved.get("lora") or {"rank": 0}
+    adapters = {f"lora_{name}": lora[name] for name in ("rank", "alpha", "targets") if name in lora}
     for name, value in adapters.items():
         if name in cfg.explicit and getattr(cfg, name) != value:
             raise UserError(f"{name}={getattr(cfg, name)} conflicts with the checkpoint, which has {value}: leave {name} out, or "
@@ -262,6 +262,7 @@ def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
 
 
 def architecture_of(saved: dict) -> dict:
+    """A checkpoint's keys of the architecture, all of them."""
     defaults = dataclasses.asdict(GPTConfig())  # for checkpoints of nanoGPT and of earlier versions, which lack some keys
     return {k: saved["model_args"].get(k, defaults[k]) for k in ARCHITECTURE_KEYS}
 

@@ -267,7 +267,7 @@ def test_an_adapter_checkpoint_says_whose_its_adapters_are(tmp_path):
     lora = {"rank": 4, "alpha": 8.0, "targets": "c_attn", "base": "gpt2", "fingerprint": "ab"}
     checkpoint.save(tmp_path / "ckpt.pt", make_state() | {"lora": lora})
     assert checkpoint.load(tmp_path / "ckpt.pt")["lora"] == lora
-    for wrong in ([4], "c_attn", *({**lora, name: None} for name in lora), *({k: v for k, v in lora.items() if k != name} for name in lora)):
+    for wrong in ([4], "c_attn", *({**lora, name: None} for name in lora), {k: v for k, v in lora.items() if k != "base"}):
         checkpoint.save(tmp_path / "ckpt.pt", make_state() | {"lora": wrong})
         with pytest.raises(UserError, match="ckpt.pt is no adapter checkpoint of train.py: missing or of the wrong type"):
             checkpoint.load(tmp_path / "ckpt.pt")

@@ -317,7 +317,8 @@ def test_nanogpt_dropout_meets_sus(config_file):
                                "learning_rate / 10), raise the other, or set --decay_lr=False"),
     (["--rope_scaling=8"], "rope_scaling=8.0 is for rotary positions, and pos=learned: leave it out, or set --pos=rope"),
     (["--lora_alpha=8"], "lora_alpha=8.0 needs adapters: give --lora_rank=8, say, or leave lora_alpha out"),
-    (["--lora_targets=c_fc", "--init_from=gpt2"], "lora_targets=c_fc needs adapters: give --lora_rank=8, say, or leave lora_targets out"),
+    (["--lora_targets=c_fc", "--init_from=gpt2"], "lora_targets=c_fc needs adapters: give --lora_rank=8, say, or leave "
+                                                  "lora_targets out"),
     (["--lora_dropout=0.1"], "lora_dropout=0.1 needs adapters: give --lora_rank=8, say, or leave lora_dropout out"),
     (["--lora_rank=8"], "lora_rank=8 needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2"),
     (["--lora_rank=8", "--init_from=gpt2", "--lora_base=a"], "lora_base=a is for resuming a run with adapters, whose base has moved: "
@@ -338,7 +339,7 @@ def test_validate_refuses(argv, message):
     ["--dropout=0.1", "--attn_backward=exact"], ["--sus_c=inf"], ["--lr_decay_iters=2000"],
     ["--lr_decay_iters=100", "--decay_lr=False"], ["--learning_rate=1e-5", "--decay_lr=False"],
     ["--learning_rate=6e-5"], ["--max_iters=0"], ["--pos=rope", "--rope_scaling=8"], ["--lora_rank=0", "--lora_alpha=8"],
-    ["--init_from=gpt2", "--lora_rank=4", "--lora_alpha=8", "--lora_targets=mlp.c_fc, attn.c_attn", "--attn_backward=sus", "--sus_c=auto"],
+    ["--init_from=gpt2", "--lora_rank=4", "--lora_targets=c_fc, attn.c_attn", "--attn_backward=sus", "--sus_c=auto"],
 ], ids=" ".join)
 def test_validate_accepts(argv):
     validate(load(*argv))

@@ -82,7 +82,8 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
 def test_rope_scaling_puts_positions_between_those_of_training():
     plain, scaled = rope_table(16, 100, 10000.0), rope_table(16, 200, 10000.0, 2.0)
     assert scaled.shape == (2, 200, 8) and torch.equal(scaled[:, ::2], plain)  # 2t / 2
-    torch.testing.assert_close(scaled[:, 1], torch.stack([f(0.5 * 10000.0 ** (-torch.arange(8) / 8)) for f in (torch.cos, torch.sin)]))
+    angle = 0.5 * 10000.0 ** (-torch.arange(8) / 8)
+    torch.testing.assert_close(scaled[:, 1], torch.stack([angle.cos(), angle.sin()]))
 
 
 def test_grouped_query_attention_is_multi_head_attention_with_shared_heads():
