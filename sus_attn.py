@@ -44,6 +44,7 @@ Each is refused by name.
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -95,32 +96,35 @@ def sus_attention(
     Raises TypeError or ValueError that names the argument. Double backward is not supported and says so.
     The backward is a pure function of (inputs, seed): the same under activation checkpointing and torch.compile.
     """
-    _check_inputs(q, k, v)
-    q, k, v = _autocast(q, k, v)
-    c, c_max = _check_c(c, c_max, q.device)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
-    D = q.shape[3]
-    if q.device.type == "cpu" and D <= cpu.MAX_D and backend != "triton":
-        D = cpu.MAX_D  # where compiled code has it as a symbol, only this is fixed
-    backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), is_causal, sampler, c_max)
-    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number or None, not {scale!r}")
-    if u is not None:
-        if sampler == "poisson":
-            raise ValueError("u is an argument of the systematic samplers; sampler is 'poisson'")
-        u = _check_u(u, q)
-    if stats is not None:
-        _check_tensor("stats", stats)
-        if stats.shape != (3,) or stats.dtype != torch.float32 or stats.device != q.device:
-            raise ValueError(f"stats must be a float32 tensor of shape (3,) on {q.device}, not {_describe(stats)}")
-    # scaled_dot_product_attention's own default, also where it is exact: D ** -0.5
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    draws = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out, *_ = _attention(q, k, v, c, _seed_tensor(seed, q.device), u, stats, c_max, is_causal, scale, sampler, backend, draws)
+    arguments = _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u)
+    draws = torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:3])
+    out, *_ = _attention(*arguments, draws)
     return out
+
+
+def sus_attention_and_backward(
+    q: Tensor, k: Tensor, v: Tensor, c: float | Tensor = 4.0, *, is_causal: bool = True, scale: float | None = None,
+    seed: int | Tensor | None = None, sampler: str = "tiles", backend: str = "auto", c_max: float | None = None,
+    stats: Tensor | None = None, u: float | Tensor | None = None,
+) -> tuple[Tensor, Callable]:  # fmt: skip
+    """`sus_attention` for who does without autograd: (out, backward), where backward(grad_out) gives (dq, dk, dv).
+
+    The arguments, and the bits, are sus_attention's.
+    """
+    arguments = _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u)
+    q, k, v, c, seed, u, stats, *static = arguments
+    with torch.no_grad():
+        outputs = _attention(*arguments, True)
+    c, seed = c.clone(), seed.clone()  # as in _setup_context
+
+    @torch.no_grad()
+    def backward(grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *grads, found = _attention_backward(grad_out, q, k, v, *outputs, c, seed, u, *static, stats is not None)
+        if stats is not None:
+            stats.copy_(found)
+        return tuple(grads)
+
+    return outputs[0], backward
 
 
 def resolve_backend(
@@ -155,13 +159,41 @@ def resolve_backend(
 def _resolve_backend(backend, device_type, dtype, D, is_causal, sampler, c_max) -> str:
     name, reason = resolve_backend(backend, device_type, dtype, D, is_causal=is_causal, sampler=sampler, c_max=c_max)
     if backend == "auto" and device_type in ("cpu", "cuda") and name == "reference":
-        warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=3)
+        warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=4)
     return name
 
 
 # ---------------------------------------------------------------------------------------------
 # Argument checks.
 # ---------------------------------------------------------------------------------------------
+
+
+def _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u) -> tuple:
+    """sus_attention's arguments, checked, as those of the custom op but for `draws`."""
+    _check_inputs(q, k, v)
+    q, k, v = _autocast(q, k, v)
+    c, c_max = _check_c(c, c_max, q.device)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
+    D = q.shape[3]
+    if q.device.type == "cpu" and D <= cpu.MAX_D and backend != "triton":
+        D = cpu.MAX_D  # where compiled code has it as a symbol, only this is fixed
+    backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), is_causal, sampler, c_max)
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None, not {scale!r}")
+    if u is not None:
+        if sampler == "poisson":
+            raise ValueError("u is an argument of the systematic samplers; sampler is 'poisson'")
+        u = _check_u(u, q)
+    if stats is not None:
+        _check_tensor("stats", stats)
+        if stats.shape != (3,) or stats.dtype != torch.float32 or stats.device != q.device:
+            raise ValueError(f"stats must be a float32 tensor of shape (3,) on {q.device}, not {_describe(stats)}")
+    # scaled_dot_product_attention's own default, also where it is exact: D ** -0.5
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return q, k, v, c, _seed_tensor(seed, q.device), u, stats, c_max, is_causal, scale, sampler, backend
 
 
 def _describe(x) -> str:
