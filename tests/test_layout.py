@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "device": {"configurator"},
     "lora": {"configurator"},
     "model": {"checkpoint", "configurator", "lora", "sus_attn"},
+    "backprop": {"lora", "model", "sus_attn"},
     "probe": {"device", "model", "sus_attn"},
     "retention": {"sus_attn"},
 }
