@@ -275,6 +275,8 @@ class TrainConfig:
     min_lr: float = key(6e-5, "learning rate after the decay", low=0)
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", section="Machine")
+    backprop: str = key("autograd", "who makes the gradients; analytic: backprop.py, by closed forms, in less memory",
+                        choices=("autograd", "analytic"))  # fmt: skip
     dtype: str = key("auto", "of the forward", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = key(None, "torch.compile; auto: on CUDA only")
     backend: str = key("auto", "of DDP", choices=("auto", "nccl", "gloo"))
@@ -313,6 +315,18 @@ def validate(cfg):
     if cfg.dropout > 0 and cfg.attn_backward == "sus":
         raise UserError(f"dropout={cfg.dropout} includes attention dropout, which attn_backward=sus does not support: "
                         "set --dropout=0.0 or --attn_backward=exact")
+    if cfg.backprop == "analytic":
+        if cfg.dropout > 0:
+            raise UserError(f"dropout={cfg.dropout} is not covered by backprop=analytic: set --dropout=0.0 or --backprop=autograd")
+        if cfg.attn_backward not in ("exact", "sus"):
+            raise UserError(f"attn_backward={cfg.attn_backward} is not covered by backprop=analytic: set --attn_backward=exact, "
+                            "--attn_backward=sus or --backprop=autograd")  # fmt: skip
+        if cfg.attn_backward == "sus" and cfg.sus_c == "auto":
+            raise UserError("sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, "
+                            "e.g. --sus_c=4, or --backprop=autograd")  # fmt: skip
+        if cfg.compile:
+            raise UserError("compile=True compiles autograd's backward, not that of backprop=analytic: set --compile=False or "
+                            "--backprop=autograd")  # fmt: skip
     if cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
         raise UserError(f"lr_decay_iters={cfg.lr_decay_iters} is below warmup_iters={cfg.warmup_iters}: raise the one "
                         "(usually to max_iters), lower the other, or set --decay_lr=False")

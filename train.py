@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+from backprop import loss_and_gradients
 from configurator import TrainConfig, UserError, load_config, run_main, validate
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
@@ -110,9 +111,10 @@ def main():
         retention = Retention(model, stats, cfg.sus_rho)
         if (saved or {}).get("retention"):
             retention.state = saved["retention"]
-    compiled = torch.compile(model) if (device.type == "cuda" if cfg.compile is None else cfg.compile) else model
+    compiles = device.type == "cuda" and cfg.backprop == "autograd" if cfg.compile is None else cfg.compile
+    compiled = torch.compile(model) if compiles else model
     ddp = compiled
-    if world > 1:
+    if world > 1 and cfg.backprop == "autograd":
         ddp = DistributedDataParallel(compiled, device_ids=[device.device.index] if device.type == "cuda" else None)
 
     if master:
@@ -431,8 +433,9 @@ def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it)
 def train_step(cfg: TrainConfig, model, optimizer, scaler, corpus, device: Device, it: int, rank=0, world=1):
     """One iteration: the gradient over all micro-batches, clipped, and a step. Returns (loss, norm of the gradient).
 
-    model: a GPT, compiled or not, in DDP if world > 1.
+    model: a GPT, compiled or not, in DDP if world > 1; with backprop=analytic a plain GPT.
     """
+    analytic = cfg.backprop == "analytic"
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, it)
     micro_steps = cfg.gradient_accumulation_steps // world
@@ -443,16 +446,24 @@ def train_step(cfg: TrainConfig, model, optimizer, scaler, corpus, device: Devic
         torch.manual_seed(seed)  # dropout
         batch = corpus.batch(cfg.batch_size, cfg.seed, it, micro, cfg.gradient_accumulation_steps)
         x, y = (t.to(device.device) for t in batch)
+        sus_seed = torch.tensor(seed) if cfg.attn_backward == "sus" else None
         if world > 1:
-            model.require_backward_grad_sync = step == micro_steps - 1  # read by the forward
+            model.require_backward_grad_sync = step == micro_steps - 1  # read by DDP's forward
         with device.autocast():
-            _, loss = model(x, y, sus_seed=torch.tensor(seed) if cfg.attn_backward == "sus" else None)
+            if analytic:
+                scale = scaler.scale(torch.ones((), device=device.device)) / micro_steps
+                loss = loss_and_gradients(model, x, y, sus_seed=sus_seed, scale=scale)
+            else:
+                _, loss = model(x, y, sus_seed=sus_seed)
             loss = loss / micro_steps
-        scaler.scale(loss).backward()
+        if not analytic:
+            scaler.scale(loss).backward()
         total += loss.detach()
     if world > 1:
-        dist.all_reduce(total)
-        total /= world
+        gradients = [p.grad for p in model.parameters() if p.grad is not None] if analytic else []  # else by DDP
+        for tensor in (total, *gradients):
+            dist.all_reduce(tensor)
+            tensor /= world
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     scaler.step(optimizer)
