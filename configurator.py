@@ -275,9 +275,9 @@ class TrainConfig:
     min_lr: float = key(6e-5, "learning rate after the decay", low=0)
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", section="Machine")
-    backprop: str = key("autograd", "who makes the gradients; analytic: backprop.py, by closed forms, in less memory",
-                        choices=("autograd", "analytic"))  # fmt: skip
     dtype: str = key("auto", "of the forward", choices=("auto", "float32", "bfloat16", "float16"))
+    backprop: str = key("autograd", "what makes the gradients; analytic: closed forms by hand, in less memory",
+                        choices=("autograd", "analytic"))  # fmt: skip
     compile: bool | None = key(None, "torch.compile; auto: on CUDA only")
     backend: str = key("auto", "of DDP", choices=("auto", "nccl", "gloo"))
     peak_tflops: float = key(0.0, "dense peak, for the MFU; 0: by the device's name", low=0)

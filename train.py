@@ -414,7 +414,8 @@ def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it)
         f"{cfg.n_embd}, context {cfg.block_size}{f', positions / {cfg.rope_scaling:g}' if cfg.rope_scaling != 1 else ''}"
         + ("" if cfg.init_from in ("scratch", "resume") else f", from {cfg.init_from}"),
         "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
-        f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens",
+        f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens"
+        + ("; gradients without autograd" if cfg.backprop == "analytic" else ""),
         "attention": attention,
     }
     if cfg.lora_rank:

@@ -58,6 +58,8 @@ def main():
             raise UserError(f"--{name} means nothing here: {instead}")
     if cfg.init_from != "scratch":
         raise UserError(f"init_from={cfg.init_from}: only new weights are timed here; leave it out")
+    if cfg.backprop == "analytic":  # which wakes none of the clocks around attention
+        raise UserError("backprop=analytic is measured by experiments/bench_backprop.py: leave it out")
     if cfg.sus_c == "auto":
         raise UserError("sus_c=auto is steered by a whole run: give a number")
     cfg.attn_backward = "sus"  # validate then also refuses what SUS can't do

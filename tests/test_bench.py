@@ -574,6 +574,7 @@ def test_memory_of_training(tiny, corpus):
         (bench_train, "--block_size=64", "context lengths by --T"),
         (bench_train, "--attn_backward=exact", "both are measured"),
         (bench_train, "--init_from=gpt2", "only new weights"),
+        (bench_train, "--backprop=analytic", "bench_backprop.py"),
         (bench_train, "--dropout=0.1", "dropout"),
         (bench_train, "--dataset=missing", "missing"),
         (bench_train, "--T=64,99999999", "too few for block_size=99999999"),

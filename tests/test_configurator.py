@@ -311,6 +311,13 @@ def test_nanogpt_dropout_meets_sus(config_file):
     (["--n_embd=36", "--pos=rope"], "pos=rope needs an even head dimension, but n_embd / n_head = 36 / 12 = 3"),
     (["--dropout=0.1", "--attn_backward=sus"], "dropout=0.1 includes attention dropout, which attn_backward=sus does not support: "
                         "set --dropout=0.0 or --attn_backward=exact"),
+    (["--backprop=analytic", "--dropout=0.1"], "dropout=0.1 is not covered by backprop=analytic: set --dropout=0.0 or "
+                                               "--backprop=autograd"),
+    (["--backprop=analytic", "--attn_backward=sus", "--sus_c=auto"],
+     "sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, e.g. --sus_c=4, or "
+     "--backprop=autograd"),
+    (["--backprop=analytic", "--compile=True"], "compile=True compiles autograd's backward, not that of backprop=analytic: set "
+                                                "--compile=False or --backprop=autograd"),
     (["--lr_decay_iters=100"], "lr_decay_iters=100 is below warmup_iters=2000: raise the one (usually to max_iters), "
                                "lower the other, or set --decay_lr=False"),
     (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05: lower the one (usually to "
@@ -340,6 +347,8 @@ def test_validate_refuses(argv, message):
     ["--lr_decay_iters=100", "--decay_lr=False"], ["--learning_rate=1e-5", "--decay_lr=False"],
     ["--learning_rate=6e-5"], ["--max_iters=0"], ["--pos=rope", "--rope_scaling=8"], ["--lora_rank=0", "--lora_alpha=8"],
     ["--init_from=gpt2", "--lora_rank=4", "--lora_targets=c_fc, attn.c_attn", "--attn_backward=sus", "--sus_c=auto"],
+    ["--backprop=analytic", "--attn_backward=sus"],
+    ["--backprop=analytic", "--sus_c=auto"], ["--backprop=analytic", "--compile=False", "--activation_checkpointing=True"],
 ], ids=" ".join)
 def test_validate_accepts(argv):
     validate(load(*argv))

@@ -132,6 +132,38 @@ def test_infinite_c_follows_exact(run):
             assert abs(x["train/loss"] - y["train/loss"]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "keys", [{}, {"attn_backward": "exact", "activation_checkpointing": True}, {"attn_backward": "exact", "dtype": "bfloat16"}],
+    ids=["sus", "exact-recomputed", "exact-bfloat16"],
+)  # fmt: skip
+def test_the_analytic_backward_trains_as_autograd_does(run, capsys, keys):
+    """The same weights at first, so the same bits of the first loss; then the same to what gradients' rounding makes of it."""
+    a, b = run("autograd", **keys), run("analytic", backprop="analytic", **keys)
+    assert "gradients without autograd" in capsys.readouterr().out
+    assert a[0]["val/loss"] == b[0]["val/loss"] and a[1]["train/loss"] == b[1]["train/loss"]
+    assert len(a) == len(b) == 16
+    for x, y in zip(a, b):
+        for name in {"train/loss", "val/loss", "train/grad_norm"} & x.keys():
+            assert abs(x[name] - y[name]) < (2e-2 if "dtype" in keys else 2e-4) * max(1, x[name]), (x["iter"], name)
+
+
+def test_the_analytic_backward_makes_no_graph(run, monkeypatch):
+    """Autograd's engine runs for the probe at evaluations, never for a step."""
+    steps = []
+    train_step = train.train_step
+
+    def step(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "backward", None)
+            patch.setattr(torch.autograd, "grad", None)
+            steps.append(train_step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(train, "train_step", step)
+    run(backprop="analytic")
+    assert len(steps) == 12
+
+
 def test_position_buckets():
     assert train.position_buckets(torch.arange(300.0)) == {"0-63": 31.5, "64-127": 95.5, "128-255": 191.5, "256-299": 277.5}
     assert train.position_buckets(torch.zeros(10)) == {"0-9": 0.0}
@@ -286,7 +318,8 @@ def test_always_save_checkpoint_off_keeps_the_best_until_the_end(run, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [{}, {"attn_backward": "exact", "dropout": 0.1}], ids=["sus", "exact-with-dropout"])
+@pytest.mark.parametrize("keys", [{}, {"attn_backward": "exact", "dropout": 0.1}, {"backprop": "analytic"}],
+                         ids=["sus", "exact-with-dropout", "analytic"])  # fmt: skip
 def test_two_processes_follow_one(corpus, tmp_path, keys):
     """The same global micro-batches, seeds and draws: the same losses to rounding, wherever they are computed."""
     one = start(corpus, tmp_path / "one", **keys)
@@ -370,6 +403,7 @@ MISTAKES = [
     (dict(block_size=10**6), "too few for block_size"),
     (dict(device="cuda:7"), "device 'cuda:7' can't be used"),
     (dict(sus_backend="fastest"), "sus_backend must be one of"),
+    (dict(backprop="analytic", sus_c="auto"), "sus_c=auto .* not covered by backprop=analytic: give a number"),
     (dict(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
     (dict(learning_rate=1e30, grad_clip=0.0, decay_lr=False), "(loss|norm).* is (nan|inf).*Try a lower --learning_rate"),
 ]
