@@ -132,8 +132,7 @@ def rope_backward(dy: Tensor, table: Tensor) -> Tensor:
     return rotate(dy, torch.stack([cos, -sin]))
 
 
-# Of one block's scores, over all batches and heads. A CPU's caches should hold a block's few buffers.
-CPU_BLOCK_ENTRIES, BLOCK_ENTRIES = 1 << 19, 1 << 24
+BLOCK_ROWS = 64  # of W, that stand in memory at once. With fewer, products are thin, and dK and dV are gone through more often.
 
 
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, m: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,16 +150,16 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, m: Tensor | 
     q_, do_ = (widened(x).unflatten(1, (K, H // K)) for x in (q, do))  # (B, K, G, T, D)
     k_, v_ = (widened(x).unsqueeze(2) for x in (k, v))  # (B, K, 1, T, D)
     dq, dk, dv = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
-    entries = CPU_BLOCK_ENTRIES if q.device.type == "cpu" else BLOCK_ENTRIES
-    for start in range(0, T, R := max(1, entries // (B * H * T))):
-        end = min(start + R, T)  # rows start..end see the keys before end
+    for start in range(0, T, BLOCK_ROWS):
+        end = min(start + BLOCK_ROWS, T)  # rows start..end see the keys before end
         rows, keys = (..., slice(start, end), slice(None)), (..., slice(end), slice(None))
         Q, dO, K_, V = q_[rows], do_[rows], k_[keys], v_[keys]
         S = (Q * scale) @ K_.mT  # (B, K, G, R, N)
-        unseen = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
-        W = S.masked_fill_(unseen, -math.inf).softmax(-1)
-        dW = dO @ V.mT
-        dS = dW - (dW * W).sum(-1, keepdim=True)
+        unseen = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+        S[..., start:].masked_fill_(unseen, -math.inf)  # before start all is seen
+        W = S.softmax(-1)
+        dS = dO @ V.mT  # dW, as yet
+        dS -= (dS * W).sum(-1, keepdim=True)
         if m is not None:
             W = W * m[:, :, start:end, :end].unflatten(1, (K, H // K))
         dS *= W

@@ -109,7 +109,7 @@ ATTENTION = [(2, 4, 4, 37, 8), (1, 4, 2, 20, 6), (3, 3, 1, 1, 4), (1, 2, 2, 130,
 @pytest.mark.parametrize("block_rows", [1, 7, 1000])
 @pytest.mark.parametrize("B, H, K, T, D", ATTENTION)
 def test_attention(monkeypatch, B, H, K, T, D, block_rows):
-    monkeypatch.setattr(backprop, "CPU_BLOCK_ENTRIES", block_rows * B * H * T)
+    monkeypatch.setattr(backprop, "BLOCK_ROWS", block_rows)
     q, k, v, do = randn(B, H, T, D), randn(B, K, T, D, seed=1), randn(B, K, T, D, seed=2), randn(B, H, T, D, seed=3)
     out = F.scaled_dot_product_attention(*(x.requires_grad_() for x in (q, k, v)), is_causal=True, enable_gqa=True)
     want = torch.autograd.grad(out, (q, k, v), do)
@@ -128,7 +128,7 @@ def test_attention_holds_nothing_of_size_T_squared(monkeypatch):
             return out
 
     T, D, rows = 256, 4, 8
-    monkeypatch.setattr(backprop, "CPU_BLOCK_ENTRIES", rows * 2 * T)
+    monkeypatch.setattr(backprop, "BLOCK_ROWS", rows)
     q, k, v, do = (randn(1, 2, T, D, seed=seed) for seed in range(4))
     with LargestTensor() as largest:
         attention_backward(q, k, v, do)
@@ -271,7 +271,7 @@ def check_model(model, x, y, tolerance=1e-10, **keys):
 def small_blocks(monkeypatch):
     """Several chunks of the cross-entropy, and several blocks of attention, the last of each ragged."""
     monkeypatch.setattr(model_module, "LOSS_CHUNK", 11 * 61)
-    monkeypatch.setattr(backprop, "CPU_BLOCK_ENTRIES", 2 * 4 * 37 * 5)
+    monkeypatch.setattr(backprop, "BLOCK_ROWS", 5)
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
