@@ -53,16 +53,7 @@ def main():
     cfg = load_config(BenchTrainConfig, sys.argv[1:], usage=__doc__)
     Ts = numbers("T", cfg.T, int, 2)
     check_writable(cfg.json)
-    for name, instead in (("block_size", "give the context lengths by --T"), ("attn_backward", "both are measured")):
-        if any(arg.startswith(f"--{name}=") for arg in sys.argv[1:]):  # a config file may have them, for train.py
-            raise UserError(f"--{name} means nothing here: {instead}")
-    if cfg.init_from != "scratch":
-        raise UserError(f"init_from={cfg.init_from}: only new weights are timed here; leave it out")
-    if cfg.backprop == "analytic":  # which wakes none of the clocks around attention
-        raise UserError("backprop=analytic is measured by experiments/bench_backprop.py: leave it out")
-    if cfg.sus_c == "auto":
-        raise UserError("sus_c=auto is steered by a whole run: give a number")
-    cfg.attn_backward = "sus"  # validate then also refuses what SUS can't do
+    check_keys(cfg, backprop="experiments/bench_backprop.py measures the analytic one")
     validate(cfg)
     with memory_errors("Give a smaller --T"):
         data = plain(measure(cfg, Ts), nonfinite=str)
@@ -71,6 +62,20 @@ def main():
     report(data)
     if cfg.json:
         print(f"every figure: {cfg.json}")
+
+
+def check_keys(cfg: BenchTrainConfig, **meaningless: str) -> None:
+    """Refuse keys that mean nothing to a benchmark of steps, e.g. those that it sets, {name: what else to do}; UserError.
+    Then attn_backward and backprop of a config file are set aside."""
+    meaningless |= {"block_size": "give the context lengths by --T", "attn_backward": "both are measured"}
+    for name, instead in meaningless.items():
+        if any(arg.startswith(f"--{name}=") for arg in sys.argv[1:]):  # a config file may have them, for train.py
+            raise UserError(f"--{name} means nothing here: {instead}")
+    if cfg.init_from != "scratch":
+        raise UserError(f"init_from={cfg.init_from}: only new weights are timed here; leave it out")
+    if cfg.sus_c == "auto":
+        raise UserError("sus_c=auto is steered by a whole run: give a number")
+    cfg.attn_backward, cfg.backprop = "sus", "autograd"  # validate then also refuses what SUS can't do
 
 
 # -- a step, as in train.py -------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import backprop  # noqa: E402
 import bench_attention  # noqa: E402
+import bench_backprop  # noqa: E402
 import bench_train  # noqa: E402
 import checkpoint  # noqa: E402
 import measure  # noqa: E402
@@ -550,6 +552,52 @@ def test_memory_of_training(tiny, corpus):
     assert found is None or found > 4 * 4 * trainer.model.num_params()  # weights, gradients, two moments
 
 
+# -- bench_backprop.py ------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_analytic_backward(tiny, tmp_path, monkeypatch, capsys):
+    order = []
+    step = bench_train.Trainer.timed_step
+
+    def record_order(self, kind, it, model=None):
+        order.append((self.cfg.block_size, kind, self.cfg.backprop, it))
+        return step(self, kind, it, model)
+
+    monkeypatch.setattr(bench_train.Trainer, "timed_step", record_order)
+    config = tmp_path / "config.py"
+    config.write_text("block_size = 32\nbackprop = 'analytic'\n")  # of a config file, for train.py
+    options = "--T=64,32", "--repeats=2", "--memory=False", f"--json={tmp_path / 'a.json'}"
+    command(bench_backprop, monkeypatch, config, *tiny, *options)
+    steps = [("exact", "autograd"), ("exact", "analytic"), ("sus", "autograd"), ("sus", "analytic")]
+    assert order == [(T, *step, it) for T in (32, 64) for it in range(3) for step in (steps[::-1] if it % 2 else steps)]
+    titles, *rows = table_in(capsys.readouterr().out)
+    assert titles[:5] == ["T", "attention", "autograd ms", "analytic ms", "autograd / analytic"]
+    assert [row[:2] for row in rows] == [["32", "exact"], ["32", "sus"], ["64", "exact"], ["64", "sus"]]
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["benchmark"] == "bench_backprop" and [len(row["step_ms"]) for row in data["results"]] == [2] * 8
+    for row in data["results"]:
+        if row["way"] == "analytic":
+            assert row["loss_difference"] == 0 and 0 < row["difference"] <= row["worst_difference"] < 1e-5
+
+
+def test_wrong_gradients_get_no_figures(tiny, corpus, monkeypatch):
+    trainer = make_trainer(tiny, corpus)
+    gelu_backward = backprop.gelu_backward
+    monkeypatch.setattr(backprop, "gelu_backward", lambda x, dy: 1.01 * gelu_backward(x, dy))
+    with pytest.raises(UserError, match="the exact gradients differ by"):
+        bench_backprop.compare_gradients(trainer, "exact")
+
+
+def test_memory_of_the_analytic_backward(tiny, corpus):
+    """Where it can be measured, it is less than autograd's, on activations that outweigh the model."""
+    found = [
+        measure.in_child(bench_train.memory_of, make_trainer(tiny, corpus, f"--backprop={way}").cfg, "exact", 4096, CPU,
+                         bench_train.load_corpus(corpus, 4096))
+        for way in bench_backprop.WAYS
+    ]  # fmt: skip
+    assert found == [None, None] or found[1] < 0.9 * found[0]
+
+
 # -- mistakes ---------------------------------------------------------------------------------------
 
 
@@ -578,12 +626,17 @@ def test_memory_of_training(tiny, corpus):
         (bench_train, "--dropout=0.1", "dropout"),
         (bench_train, "--dataset=missing", "missing"),
         (bench_train, "--T=64,99999999", "too few for block_size=99999999"),
+        (bench_backprop, "--T=1", "integers >= 2"),
+        (bench_backprop, "--backprop=autograd", "both are measured"),
+        (bench_backprop, "--compile=True", "compile=True"),
+        (bench_backprop, "--sus_c=auto", "give a number"),
+        (bench_backprop, "--dropout=0.1", "dropout"),
     ],
     ids=lambda x: x if isinstance(x, str) and x.startswith("--") else "",
 )
 def test_mistakes_get_one_clear_error(module, argument, message, monkeypatch, tmp_path, corpus):
     monkeypatch.chdir(tmp_path)
-    data = [f"--dataset={corpus}"] if module is bench_train else []
+    data = [f"--dataset={corpus}"] if module is not bench_attention else []
     with pytest.raises(UserError) as error:
         command(module, monkeypatch, "--device=cpu", *data, argument)
     assert message in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""
+Whole training steps, the analytic backward (backprop.py) beside autograd's: time, memory, and how far the gradients differ.
+
+    python experiments/bench_backprop.py config/long_ctx.py                  # T = 2048, 4096, 8192; minutes on a CPU
+    python experiments/bench_backprop.py config/long_ctx.py --T=8192 --activation_checkpointing=True --json=backprop.json
+
+Takes train.py's config files and keys, with each T in turn as block_size. One model takes four kinds of steps by turns, each
+on the same batch as the others': attention's gradient exact and by SUS, and each by autograd and by hand. Times are medians,
+ratios those of steps of the same round, with their lowest and highest. Memory is the peak of two steps as bench_train.py
+has it. On CUDA autograd's steps are compiled, as train.py has them, unless --compile=False.
+
+The gradients that are compared are those of the first step: |by hand - autograd's| / |autograd's|, over all parameters, and the
+worst parameter's alone. With SUS a difference in rounding also decides here and there whether a tile is kept.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from backprop import loss_and_gradients
+from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, memory_of
+from configurator import UserError, load_config, run_main, validate
+from data.loader import Corpus, load_corpus
+from device import Device, memory_errors, resolve_device
+from measure import (
+    describe_machine, environment, idleness, in_child, mib, numbers, product_ms, ratio, ratio_text, spread, sus_backend, write_json,
+)  # fmt: skip
+from output import check_writable, print_table, progress_bar
+from record import plain
+from train import DATA, prepare_stdlib
+
+WAYS = ("autograd", "analytic")
+STEPS = [(kind, way) for kind in KINDS for way in WAYS]
+LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # of the exact gradients' difference: beyond, something is wrong
+
+
+def main():
+    cfg = load_config(BenchTrainConfig, sys.argv[1:], usage=__doc__)
+    Ts = numbers("T", cfg.T, int, 2)
+    check_writable(cfg.json)
+    check_keys(cfg, backprop="both are measured")
+    cfg.backprop = "analytic"  # validate then also refuses what it doesn't cover
+    validate(cfg)
+    with memory_errors("Give a smaller --T"):
+        data = plain(measure(cfg, Ts), nonfinite=str)
+    if cfg.json:  # before a reader of the table can leave
+        write_json(Path(cfg.json), data)
+    report(data)
+    if cfg.json:
+        print(f"every figure: {cfg.json}")
+
+
+# -- measuring --------------------------------------------------------------------------------------
+
+
+def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
+    """Every figure. UserError if the gradients are wrong."""
+    device = resolve_device(cfg.device, cfg.dtype)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as train.py
+    backend, why = sus_backend(cfg.sus_backend, device, cfg.n_embd // cfg.n_head, cfg.sus_c, cfg.sus_sampler)
+    print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
+    prepare_stdlib(cfg)
+    corpora = {T: load_corpus(DATA / cfg.dataset, T, cfg.windows) for T in Ts}  # too long a T is an error now
+    results, product = [], [product_ms(device)]
+    with progress_bar(sum(T**2 for T in Ts) * (cfg.repeats + 2) * len(STEPS)) as bar:
+        for T, corpus in corpora.items():
+            bar.set_description(f"T = {T:,}")
+            results += measure_at(cfg, T, device, corpus, bar)
+            product.append(product_ms(device))
+    return {
+        "benchmark": "bench_backprop",
+        "config": dataclasses.asdict(cfg),
+        "environment": environment(device),
+        "idle": idleness(product),
+        "sus_backend": backend,
+        "dtype": str(device.dtype).removeprefix("torch."),
+        "results": results,
+    }
+
+
+def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar) -> list[dict]:
+    """One context length: a row of results for each of STEPS."""
+    trainer = Trainer(cfg, T, device, corpus)
+    rows = {step: {"T": T, "kind": step[0], "way": step[1], "step_ms": []} for step in STEPS}
+    for kind in KINDS:
+        rows[kind, "analytic"] |= compare_gradients(trainer, kind)
+    for it in range(cfg.repeats + 1):
+        for kind, way in reversed(STEPS) if it % 2 else STEPS:
+            trainer.cfg.backprop = way
+            ms = trainer.timed_step(kind, it, trainer.model if way == "analytic" else None)
+            if it:  # the first is the warm-up
+                rows[kind, way]["step_ms"].append(ms)
+            bar.update(T**2)
+    parameters = trainer.model.num_params()
+    del trainer  # CUDA's memory is measured in this process
+    for (kind, way), row in rows.items():
+        row["parameters"] = parameters
+        if cfg.memory:
+            run = in_child if device.type == "cpu" else lambda function, *arguments: function(*arguments)
+            row["peak_bytes"] = run(memory_of, dataclasses.replace(cfg, backprop=way), kind, T, device, corpus)
+        bar.update(T**2)
+    return list(rows.values())
+
+
+def compare_gradients(trainer: Trainer, kind: str) -> dict:
+    """How far the two gradients of the first micro-batch are apart. UserError if the loss differs, or exact gradients by too much."""
+    model, device, seed = trainer.model, trainer.device, torch.tensor(0)
+    model.config.attn_backward = kind
+    x, y = (t.to(device.device) for t in trainer.corpus.batch(trainer.cfg.batch_size, trainer.cfg.seed, 0, 0))
+    found = {}
+    for way in WAYS:
+        with device.autocast():
+            loss = model(x, y, sus_seed=seed)[1] if way == "autograd" else loss_and_gradients(model, x, y, sus_seed=seed)
+        if way == "autograd":
+            loss.backward()
+        found[way] = loss.item(), [p.grad for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+    norm = lambda gradients: torch.stack([g.double().norm() for g in gradients])  # noqa: E731
+    (want_loss, want), (loss, got) = found["autograd"], found["analytic"]
+    difference, size = norm([a - b for a, b in zip(got, want, strict=True)]), norm(want)
+    whole, worst = (difference.norm() / size.norm()).item(), (difference / size).max().item()
+    if not abs(loss - want_loss) <= 8 * torch.finfo(device.dtype).eps * abs(want_loss) or (kind == "exact" and not whole <= LIMIT[device.dtype]):
+        raise UserError(f"the analytic backward is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it "
+                        f"is {loss:.8g}, autograd's {want_loss:.8g}, and the {kind} gradients differ by {whole:.2g}")  # fmt: skip
+    return {"loss_difference": loss - want_loss, "difference": whole, "worst_difference": worst}
+
+
+# -- the table --------------------------------------------------------------------------------------
+
+
+def report(data: dict) -> None:
+    machine, idle = describe_machine(data)
+    cfg, results = data["config"], data["results"]
+    model = f"{cfg['n_layer']} layers, {cfg['n_head']} heads, width {cfg['n_embd']}; {data['dtype']}"
+    step = f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step"
+    recomputes = "; activation checkpointing" if cfg["activation_checkpointing"] else ""
+    sus = f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend"
+    print(f"{machine}\n{results[0]['parameters'] / 1e6:.2f} M parameters: {model}; {step}{recomputes}; {sus}\n")
+    rows = [["T", "attention", "autograd ms", "analytic ms", "autograd / analytic", "autograd MiB", "analytic MiB", "of the MiB",
+             "gradients differ by", "worst parameter's"]]  # fmt: skip
+    for pair in zip(results[::2], results[1::2]):
+        autograd, analytic = pair
+        peaks = [row.get("peak_bytes") for row in pair]
+        rows.append([
+            f"{autograd['T']:,}", autograd["kind"], *(f"{spread(row['step_ms'])['median']:,.0f}" for row in pair),
+            ratio_text(ratio(autograd["step_ms"], analytic["step_ms"])), *(mib(peak) for peak in peaks),
+            f"{peaks[1] / peaks[0]:.0%}" if all(peaks) else "-", f"{analytic['difference']:.1e}", f"{analytic['worst_difference']:.1e}",
+        ])  # fmt: skip
+    print_table(rows)
+    print(f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
+          "of the rounds.\nMiB: the peak of model, optimizer and step. Gradients: |analytic - autograd's| / |autograd's|, of the "
+          f"first step.\n{idle}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)
