@@ -170,8 +170,8 @@ def _resolve_backend(backend, device_type, dtype, D, is_causal, sampler, c_max) 
 
 def _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u) -> tuple:
     """sus_attention's arguments, checked, as those of the custom op but for `draws`."""
-    _check_inputs(q, k, v)
-    q, k, v = _autocast(q, k, v)
+    check_inputs(q, k, v)
+    q, k, v = autocast_inputs(q, k, v)
     c, c_max = _check_c(c, c_max, q.device)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
@@ -209,7 +209,7 @@ def _check_tensor(name: str, x) -> None:
         raise TypeError(f"{name} must be a tensor, not {_describe(x)}")
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does for scaled_dot_product_attention: cast to its dtype (float64 stays)."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -218,7 +218,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
         if x.dim() != 4:
