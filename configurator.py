@@ -244,6 +244,8 @@ class TrainConfig:
     rope_scaling: float = key(1.0, "RoPE's positions are divided by it, to stretch those of a trained model", low=1)
     norm: str = key("layernorm", "normalisation layer", choices=("layernorm", "rmsnorm"))
     qk_norm: bool = key(False, "normalise queries and keys")
+    qk_norm_scale: float = key(0.0, "gain of qk_norm, which bounds scores by its square times the root of the head dimension; 0: learned",
+                               low=0)  # fmt: skip
     activation_checkpointing: bool = key(False, "recompute in the backward: less memory, slower")
 
     lora_rank: int = key(0, "fine-tune only adapters of this rank beside the linear layers; 0: all weights", low=0,
@@ -254,7 +256,7 @@ class TrainConfig:
     lora_dropout: float = key(0.0, "of what goes into the adapters", low=0, below=1)
     lora_base: str = key("", "for init_from=resume: where the base is now, if it has moved")
 
-    attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus"), section="Attention's backward")
+    attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus", "lowrank"), section="Attention's backward")
     sus_c: float = key(4.0, "tiles of 64 keys kept a query row; inf: all (exact gradient); auto: sets itself, see sus_rho", above=0,
                        words=("auto",))  # fmt: skip
     sus_rho: float = key(0.01, "for sus_c=auto: the noise that SUS may add to the gradient of the weights of queries and keys, as a "
@@ -262,6 +264,8 @@ class TrainConfig:
     sus_sampler: str = key("tiles", "what is drawn, and how; poisson: single keys, as in the paper",
                            choices=("tiles", "weighted", "rows", "values", "rows+values", "systematic", "poisson"))  # fmt: skip
     sus_backend: str = key("auto", "the kernels", choices=("auto", "reference", "cpu", "triton"))
+    lowrank_degree: int = key(2, "of the polynomial in place of exp, even; cost grows as head dimension ^ (degree + 1)", low=2)
+    lowrank_forward: str = key("exact", "in training; approximate: by the polynomial too", choices=("exact", "approximate"))
 
     learning_rate: float = key(6e-4, "peak learning rate", low=0, section="Optimizer")
     max_iters: int = key(600000, "training steps", low=0)
@@ -312,8 +316,13 @@ def validate(cfg):
         if not {"c_attn", "attn.c_attn"} & {name.strip() for name in cfg.lora_targets.split(",")}:
             raise UserError(f"sus_c=auto goes by the gradient of c_attn, which lora_targets={cfg.lora_targets} leaves out: "
                             "add c_attn, or give a number")
-    if cfg.dropout > 0 and cfg.attn_backward == "sus":
-        raise UserError(f"dropout={cfg.dropout} includes attention dropout, which attn_backward=sus does not support: "
+    if cfg.qk_norm_scale and not cfg.qk_norm:
+        raise UserError(f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True")
+    if cfg.lowrank_degree % 2:
+        raise UserError(f"lowrank_degree={cfg.lowrank_degree} must be even: polynomials of odd degree are negative somewhere, and "
+                        "weights must not be")  # fmt: skip
+    if cfg.dropout > 0 and cfg.attn_backward != "exact":
+        raise UserError(f"dropout={cfg.dropout} includes attention dropout, which attn_backward={cfg.attn_backward} does not support: "
                         "set --dropout=0.0 or --attn_backward=exact")
     if cfg.backprop == "analytic":
         if cfg.dropout > 0:

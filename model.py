@@ -4,8 +4,9 @@ With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), a
 weights. For long contexts: rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention
 (`n_kv_head`), activation checkpointing, and a cross-entropy which never holds the logits of the whole context.
 
-While the model trains, attention's gradient is exact or SUS (`attn_backward`, see sus_attn.py). Its forward is
-always exact, and evaluation and sampling use torch's own attention.
+While the model trains, attention's gradient is exact, SUS or low-rank (`attn_backward`, see sus_attn.py and
+lowrank_attn.py). Its forward is exact unless `lowrank_forward` says otherwise, and evaluation and sampling use torch's
+own attention.
 
 Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V vocabulary.
 """
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import checkpoint as checkpoints
 from configurator import UserError
 from lora import add_adapters, fingerprint, merge
+from lowrank_attn import lowrank_attention
 from sus_attn import fold_in, sus_attention
 
 
@@ -42,21 +44,25 @@ class GPTConfig:
     rope_scaling: float = 1.0  # positions are divided by it
     norm: str = "layernorm"  # or "rmsnorm"
     qk_norm: bool = False
+    qk_norm_scale: float = 0.0  # its gain; 0: learned
     # How it is trained: free to change from run to run.
     dropout: float = 0.0
     activation_checkpointing: bool = False
-    attn_backward: str = "exact"  # or "sus"
+    attn_backward: str = "exact"  # or "sus", "lowrank"
     sus_c: float | Tensor = 4.0  # a 0-d tensor needs sus_c_max, see sus_attention
     sus_c_max: float | None = None
     sus_sampler: str = "tiles"
     sus_backend: str = "auto"
+    lowrank_degree: int = 2
+    lowrank_forward: str = "exact"  # or "approximate"
 
     def __post_init__(self):
-        if self.dropout > 0 and self.attn_backward == "sus":
-            raise ValueError("attention dropout is not supported with attn_backward='sus': set dropout to 0")
+        if self.dropout > 0 and self.attn_backward != "exact":
+            raise ValueError(f"attention dropout is not supported with attn_backward={self.attn_backward!r}: set dropout to 0")
 
 
-TRAINING_KEYS = ("dropout", "activation_checkpointing", "attn_backward", "sus_c", "sus_sampler", "sus_backend")
+TRAINING_KEYS = ("dropout", "activation_checkpointing", "attn_backward", "sus_c", "sus_sampler", "sus_backend", "lowrank_degree",
+                 "lowrank_forward")  # fmt: skip
 ARCHITECTURE_KEYS = tuple(f.name for f in fields(GPTConfig) if f.name not in (*TRAINING_KEYS, "sus_c_max"))
 
 
@@ -102,7 +108,16 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm of each query or key, in the weight's precision also under autocast (QK-norm, arXiv 2302.05442)."""
+    """RMSNorm of each query or key, in the weight's precision also under autocast (QK-norm, arXiv 2302.05442).
+
+    scale: its gain, the same for all D, for good: scores are then at most scale^2 sqrt(D). 0: one for each, learned.
+    """
+
+    def __init__(self, D: int, scale: float):
+        super().__init__(D, eps=1e-5)
+        if scale:
+            del self.weight  # no parameter
+            self.register_buffer("weight", torch.full((D,), scale), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -122,6 +137,8 @@ class Attend(nn.Module):
         if self.training and config.attn_backward == "sus":
             return sus_attention(q, k, v, config.sus_c, c_max=config.sus_c_max, seed=seed, sampler=config.sus_sampler,
                                  backend=config.sus_backend, stats=self.stats)  # fmt: skip
+        if self.training and config.attn_backward == "lowrank":
+            return lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=config.lowrank_forward == "approximate")
         T, N = q.shape[2], k.shape[2]
         mask = None
         if 1 < T < N:  # SDPA's is_causal is aligned to the top left; the last T of N positions need the bottom right
@@ -140,8 +157,8 @@ class CausalSelfAttention(nn.Module):
         self.D = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = HeadNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.D, config.qk_norm_scale) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.D, config.qk_norm_scale) if config.qk_norm else nn.Identity()
         self.attend = Attend(config)
         self.resid_dropout = nn.Dropout(config.dropout)
 

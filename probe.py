@@ -1,4 +1,4 @@
-"""What attention costs in a run: one layer's real q, k, v and output gradient, timed alone, exact beside SUS."""
+"""What attention costs in a run: one layer's real q, k, v and output gradient, timed alone, exact beside SUS or low-rank."""
 
 import statistics
 import time
@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from device import Device
+from lowrank_attn import lowrank_attention, score_bound, worst_error
 from model import GPT
 from sus_attn import sus_attention
 
@@ -69,7 +70,8 @@ def time_attention(functions: dict, q, k, v, grad_out, device: Device, repeats: 
 
 def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
     """The probe's line for the record, from the batch (x, y): milliseconds of the middle layer's attention, and, for
-    SUS, how many entries a query row keeps and which fraction of the causal ones that is."""
+    SUS, how many entries a query row keeps and which fraction of the causal ones that is; for low-rank, the largest score,
+    and the largest relative error that its polynomial has up to there."""
     config = model.config
     q, k, v, grad_out = capture(model, config.n_layer // 2, x, y, device, sus_seed)
     B, H, T, _ = q.shape
@@ -88,6 +90,11 @@ def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
         kept = stats[0].item()
         result["sus/kept_per_row"] = kept / (B * H * T)
         result["sus/kept_fraction"] = kept / (B * H * T * (T + 1) / 2)
+    if config.attn_backward == "lowrank":
+        approximate = config.lowrank_forward == "approximate"
+        functions["lowrank"] = lambda q, k, v: lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=approximate)
+        result["lowrank/bound"] = score_bound(q, k)
+        result["lowrank/worst_error"] = worst_error(result["lowrank/bound"], config.lowrank_degree)
     times = time_attention(functions, q, k, v, grad_out, device)
     result["attn/exact_forward_ms"], result["attn/exact_backward_ms"] = times["exact"]
     result["attn/forward_ms"], result["attn/backward_ms"] = times[config.attn_backward]

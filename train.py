@@ -1,5 +1,5 @@
 """
-Train a GPT, with attention's gradient exact or by SUS backprop.
+Train a GPT, with attention's gradient exact, by SUS backprop, or low-rank.
 
     python train.py config/long_ctx.py                                    # SUS, on whatever this machine has
     python train.py config/long_ctx.py --attn_backward=exact --out_dir=out-exact
@@ -34,6 +34,7 @@ from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
 from device import Device, memory_errors, resolve_device
 from lora import adapter_state, add_adapters, fingerprint
+from lowrank_attn import count_features
 from model import (ARCHITECTURE_KEYS, PRETRAINED, TRAINING_KEYS, GPT, GPTConfig, adapted_model, load_base, load_pretrained,
                    model_args, model_from_checkpoint)  # fmt: skip
 from probe import probe_attention
@@ -146,6 +147,7 @@ def main():
 
     stop = StopSignal(world)
     python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"  # for commands to copy
+    warned = False
     evaluated_at = it if saved is not None and not cfg.eval_only else None  # evaluated before it was saved
     progress = tqdm(total=cfg.max_iters, initial=it, disable=not (master and sys.stdout.isatty()) or cfg.eval_only,
                     file=sys.stdout, dynamic_ncols=True, unit="it")  # fmt: skip
@@ -167,8 +169,11 @@ def main():
             if record is not None:
                 x, y = (t.to(device.device) for t in corpus.val_batch(val_starts[:1]))
                 seed = torch.tensor(fold_in(cfg.seed, it))
-                record.log({"iter": it, "val/loss": val_loss, "val/loss_by_position": buckets,
-                            **probe_attention(model, x, y, device, seed)})  # fmt: skip
+                probed = probe_attention(model, x, y, device, seed)
+                record.log({"iter": it, "val/loss": val_loss, "val/loss_by_position": buckets, **probed})
+                if (error := probed.get("lowrank/worst_error", 0)) > 1 and not warned:
+                    warned = True
+                    say(lowrank_warning(cfg, it, probed["lowrank/bound"], error))
                 if improved:
                     save("ckpt_best.pt")
                 if it > 0 and (improved or cfg.always_save_checkpoint or it == cfg.max_iters):
@@ -386,6 +391,8 @@ def base_from(out_dir: str, base: str) -> str:
 
 
 def describe_backward(cfg: TrainConfig) -> str:
+    if cfg.attn_backward == "lowrank":
+        return f"lowrank-g{cfg.lowrank_degree}" + ("-approximate" if cfg.lowrank_forward == "approximate" else "")
     if cfg.attn_backward != "sus":
         return cfg.attn_backward
     return f"sus-c{cfg.sus_c if cfg.sus_c == 'auto' else f'{cfg.sus_c:g}'}" + ("" if cfg.sus_sampler == "tiles" else f"-{cfg.sus_sampler}")
@@ -393,6 +400,9 @@ def describe_backward(cfg: TrainConfig) -> str:
 
 def describe_attention(cfg: TrainConfig, device: Device) -> str:
     """The summary's line on attention. UserError if the backend that is asked for can't be had here."""
+    if cfg.attn_backward == "lowrank":
+        features = count_features(cfg.n_embd // cfg.n_head, cfg.lowrank_degree + 1)
+        return f"low-rank backward, degree {cfg.lowrank_degree}, {features:,} features a token; {cfg.lowrank_forward} forward"
     if cfg.attn_backward != "sus":
         return "exact backward"
     try:
@@ -524,6 +534,12 @@ def sus_metrics(model: GPT, stats, retention: Retention | None) -> dict:
     by_layer = {str(layer): value for layer, value in enumerate(torch.stack(stats)[:, 2].tolist())}
     return {"sus/c": float(model.config.sus_c), "sus/added_variance": by_layer,
             **({"sus/rho": retention.rho} if retention else {})}  # fmt: skip
+
+
+def lowrank_warning(cfg: TrainConfig, it: int, bound: float, error: float) -> str:
+    return (f"WARNING: at iteration {it} scores of attention reach {bound:.1f}, where the polynomial of lowrank_degree="
+            f"{cfg.lowrank_degree} is off by up to {error:.0%}: the gradient may mean little. Try --qk_norm=True with a small "
+            "--qk_norm_scale (0.6) and small heads (a larger --n_head), a higher --lowrank_degree, or --attn_backward=sus")
 
 
 class StopSignal:

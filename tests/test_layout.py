@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "record": {"configurator"},
     "device": {"configurator"},
     "lora": {"configurator"},
-    "model": {"checkpoint", "configurator", "lora", "sus_attn"},
+    "lowrank_attn": {"backends.reference", "sus_attn"},
+    "model": {"checkpoint", "configurator", "lora", "lowrank_attn", "sus_attn"},
     "backprop": {"lora", "model", "sus_attn"},
-    "probe": {"device", "model", "sus_attn"},
+    "probe": {"device", "lowrank_attn", "model", "sus_attn"},
     "retention": {"sus_attn"},
 }
 LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton",
