@@ -325,8 +325,9 @@ def validate(cfg):
         raise UserError(f"dropout={cfg.dropout} includes attention dropout, which attn_backward={cfg.attn_backward} does not support: "
                         "set --dropout=0.0 or --attn_backward=exact")
     if cfg.backprop == "analytic":
-        if cfg.dropout > 0:
-            raise UserError(f"dropout={cfg.dropout} is not covered by backprop=analytic: set --dropout=0.0 or --backprop=autograd")
+        for name in "dropout", "lora_dropout":
+            if (value := getattr(cfg, name)) > 0:
+                raise UserError(f"{name}={value} is not covered by backprop=analytic: set --{name}=0.0 or --backprop=autograd")
         if cfg.attn_backward not in ("exact", "sus"):
             raise UserError(f"attn_backward={cfg.attn_backward} is not covered by backprop=analytic: set --attn_backward=exact, "
                             "--attn_backward=sus or --backprop=autograd")  # fmt: skip

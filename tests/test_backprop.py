@@ -15,7 +15,7 @@ from backprop import (
     attention_backward, block_backward, block_forward, cross_entropy, embedding_backward, gelu_backward, linear_backward,
     loss_and_gradients, norm_backward, rope_backward,
 )  # fmt: skip
-from lora import LoRALinear
+from lora import LoRALinear, add_adapters
 from model import Block, GPTConfig, rope_table, rotate
 from sus_attn import SAMPLERS, fold_in, sus_attention, sus_attention_and_backward
 
@@ -68,7 +68,7 @@ def test_linear(shape, bias):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("trained", ["lora", "lora_a", "lora_b", "all"])
 def test_lora(shape, trained):
-    layer = randomize(LoRALinear(12, 5, bias=True, r=3, alpha=7.0).double())
+    layer = randomize(LoRALinear(nn.Linear(12, 5), 3, 7.0).double())
     for name, p in layer.named_parameters():
         p.requires_grad_(trained == "all" or name.startswith(trained))
     check_layer(layer, randn(*shape), lambda x, dy: linear_backward(layer, x, dy))
@@ -225,19 +225,6 @@ BACKWARDS = {
 }
 
 
-def with_lora(model, *names):
-    """LoRA on the linear layers of these names, as fine-tuning has it: all else is frozen."""
-    model.requires_grad_(False)
-    for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if isinstance(layer, nn.Linear) and name in names:
-                    adapted = LoRALinear(layer.in_features, layer.out_features, layer.bias is not None, r=3, alpha=4.0)
-                    adapted.load_state_dict(layer.state_dict(), strict=False)
-                    setattr(part, name, adapted.to(layer.weight))
-    return model
-
-
 def gradients(model):
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
@@ -287,7 +274,9 @@ def test_whole_model(small_blocks, architecture, backward):
 @pytest.mark.parametrize("keys", [GPT2_LIKE, LONG], ids=["gpt2", "all"])
 @pytest.mark.parametrize("names", [("c_attn",), ("c_attn", "c_proj", "c_fc")], ids=["c_attn", "all layers"])
 def test_whole_model_with_lora(small_blocks, names, keys, backward):
-    model = randomize(with_lora(tiny(**keys, **BACKWARDS[backward]), *names)).double()
+    model = tiny(**keys, **BACKWARDS[backward])
+    add_adapters(model, 3, 4.0, ",".join(names))
+    model = randomize(model).double()
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 2 * {1: 1, 3: 4}[len(names)]
     check_model(model, tokens(T=37), tokens(T=37, seed=1))
 
@@ -418,7 +407,7 @@ def test_what_is_not_covered_is_refused_by_name():
         loss_and_gradients(tiny(dropout=0.1), x, x)
     loss_and_gradients(tiny(dropout=0.1).eval(), x, x)  # which drops nothing
     model = tiny()
-    model.transformer.h[1].mlp.c_fc = LoRALinear(32, 128, True, r=2, alpha=1.0, dropout=0.2)
+    add_adapters(model, 2, 1.0, "c_fc", dropout=0.2)
     with pytest.raises(ValueError, match="dropout, which is 0.2"):
         loss_and_gradients(model, x, x)
     model = tiny()

@@ -311,6 +311,8 @@ def test_nanogpt_dropout_meets_sus(config_file):
     (["--n_embd=36", "--pos=rope"], "pos=rope needs an even head dimension, but n_embd / n_head = 36 / 12 = 3"),
     (["--dropout=0.1", "--attn_backward=sus"], "dropout=0.1 includes attention dropout, which attn_backward=sus does not support: "
                         "set --dropout=0.0 or --attn_backward=exact"),
+    (["--backprop=analytic", "--init_from=gpt2", "--lora_rank=2", "--lora_dropout=0.1"], "lora_dropout=0.1 is not covered by backprop=analytic: set "
+     "--lora_dropout=0.0 or --backprop=autograd"),
     (["--backprop=analytic", "--dropout=0.1"], "dropout=0.1 is not covered by backprop=analytic: set --dropout=0.0 or "
                                                "--backprop=autograd"),
     (["--backprop=analytic", "--attn_backward=sus", "--sus_c=auto"],
