@@ -10,7 +10,7 @@ is there, so that less is kept between forward and backward than autograd keeps.
 
 `loss_and_gradients` is the forward and the backward of a model. It calls model.py's layers, in the same order: its loss
 has the bits of the model's own. The gradients agree with autograd's to rounding. A tensor's gradient has the tensor's dtype,
-also under autocast, as autograd's has; sums within a layer are made in float32 at least.
+also under autocast, as autograd's has; what isn't a product of matrices is computed in float32 at least.
 
 Deliberately missing: dropout, and the attn_backward whose backward isn't here. Both are refused by name.
 

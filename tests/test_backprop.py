@@ -1,6 +1,7 @@
 """The analytic backward against autograd in float64: each layer alone, then whole models, and training with it."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -364,6 +365,22 @@ def test_a_block_keeps_less_than_autograd():
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (a.x, a.heads, a.o, a.x_mid, a.h)}
     assert sum(stored.values()) == 10 * x.nbytes < 0.7 * sum(kept.values())
     block_backward(block, a, torch.ones_like(x), None)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_activation_checkpointing_keeps_inputs_only(monkeypatch, recomputes):
+    """Then the activations of one block live at a time, and each block's forward runs twice."""
+    alive, most = weakref.WeakSet(), []
+
+    def forward(*args):
+        y, activations = block_forward(*args)
+        alive.add(activations.h)
+        most.append(len(alive))
+        return y, activations
+
+    monkeypatch.setattr(backprop, "block_forward", forward)
+    loss_and_gradients(tiny(n_layer=5, activation_checkpointing=recomputes), tokens(), tokens())
+    assert (len(most), max(most)) == ((10, 2) if recomputes else (5, 5))
 
 
 def test_no_seed_is_drawn_from_torchs_generator():

@@ -133,8 +133,9 @@ def test_infinite_c_follows_exact(run):
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"attn_backward": "exact", "activation_checkpointing": True}, {"attn_backward": "exact", "dtype": "bfloat16"}],
-    ids=["sus", "exact-recomputed", "exact-bfloat16"],
+    "keys",
+    [{}, {"attn_backward": "exact", "activation_checkpointing": True}, *({"attn_backward": "exact", "dtype": d} for d in ("bfloat16", "float16"))],
+    ids=["sus", "exact-recomputed", "exact-bfloat16", "exact-float16"],
 )  # fmt: skip
 def test_the_analytic_backward_trains_as_autograd_does(run, capsys, keys):
     """The same weights at first, so the same bits of the first loss; then the same to what gradients' rounding makes of it."""
