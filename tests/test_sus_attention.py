@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backends import cpu, reference
+from backprop import attention_backward
 from sus_attn import SAMPLERS, UNIT, fold_in, resolve_backend, sus_attention
 
 SHAPES = [  # B, Hq, Hkv, T, D
@@ -137,6 +138,23 @@ def test_strided_inputs():
     got = grads(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad_out)), 0.4, seed=1)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [100, 128])
+@pytest.mark.parametrize("backend, sampler", [("cpu", "tiles"), *(("reference", sampler) for sampler in SAMPLERS)])
+def test_dq_and_dk_are_the_closed_form_s_with_the_w_that_dv_shows(backend, sampler, T):
+    """dV = W~^T G: with a diagonal G the operator tells its own W~, whatever drew it, and dQ and dK must be made of the same."""
+    if backend == "cpu" and cpu.missing():
+        pytest.skip(cpu.missing())
+    q, k, v, _ = inputs(1, 2, 2, T, T, torch.float32)
+    g = torch.linspace(0.3, 2, T)  # rows of different weight, which thinning looks at
+    grad_out = g.diag().expand(1, 2, T, T).contiguous()
+    _, dq, dk, dv = grads(q, k, v, grad_out, 0.5 if sampler == "tiles" else 3.0, seed=3, backend=backend, sampler=sampler)
+    q, k, v, grad_out, shown = (x.detach().double() for x in (q, k, v, grad_out, (dv / g).mT))
+    m = shown / naive(q, k, v, grad_out)[-1].where(shown != 0, 1)
+    assert 0.01 < (m != 0).double().mean() < 0.4
+    for name, got, want in zip("qk", (dq, dk), attention_backward(q, k, v, grad_out, m)):
+        assert (got - want).norm() <= 1e-5 * want.norm(), name
 
 
 # -- unbiasedness ------------------------------------------------------------------------------
