@@ -303,9 +303,10 @@ def validate(cfg):
     if cfg.rope_scaling != 1 and cfg.pos != "rope":
         raise UserError(f"rope_scaling={cfg.rope_scaling} is for rotary positions, and pos={cfg.pos}: leave it out, or "
                         "set --pos=rope")
-    if cfg.lora_rank == 0 and "lora_rank" not in cfg.explicit:  # given as 0, it switches off what a config file has
+    explicit = getattr(cfg, "explicit", set())  # none where a program made cfg
+    if cfg.lora_rank == 0 and "lora_rank" not in explicit:  # given as 0, it switches off what a config file has
         for name in ("lora_alpha", "lora_targets", "lora_dropout"):
-            if name in cfg.explicit:
+            if name in explicit:
                 raise UserError(f"{name}={getattr(cfg, name)} needs adapters: give --lora_rank=8, say, or leave {name} out")
     if cfg.lora_rank and cfg.init_from == "scratch":
         raise UserError(f"lora_rank={cfg.lora_rank} needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2")
