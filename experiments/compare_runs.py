@@ -5,7 +5,7 @@ Train runs to compare, or compare those there are: one picture, and tables of th
     python experiments/compare_runs.py out-sweep [--out=curves.png]          # all the runs in a folder
     python experiments/compare_runs.py OUT_DIR [OUT_DIR ...]                 # these runs; they may still be training
 
-A sweep trains, one run after the other, exact attention and SUS at each c, all with the first seed, then all with the
+A sweep trains, one run after the other, exact attention, SUS at each c, and lowrank, all with the first seed, then all with the
 next: interrupted, it can be compared already. Runs of one seed start from the same weights and see the same batches.
 Each has a folder in --runs, with its train.log. Ctrl-C saves and leaves; the same command then goes on from there.
 
@@ -41,14 +41,14 @@ from record import plain, read_record
 UNRELATED = {"seed", "out_dir", "init_from", "eval_only", "log_interval", "always_save_checkpoint", "wandb_log",
              "wandb_project", "wandb_run_name", "lora_base"}
 MARKERS = "osD^vPX"
-MEASURED = ["tok/s", "exact bwd ms", "sus bwd ms", "kept/row"]
+MEASURED = ["tok/s", "exact bwd ms", "own bwd ms", "kept/row"]
 MANY = 8  # more runs than these are shown as groups only
 
 
 @dataclasses.dataclass
 class CompareConfig(TrainConfig):
     out: str = key("curves.png", "the picture: .png, .svg or .pdf", section="Comparison")
-    sweep: str = key("", "train these: exact, and SUS by its c, a number or auto; e.g. exact,2,4,auto")
+    sweep: str = key("", "train these: exact, lowrank, and SUS by its c, a number or auto; e.g. exact,2,4,auto")
     seeds: str = key("1,2,3", "of the sweep: integers, each for all of it")
     runs: str = key("out-sweep", "folder of the sweep's runs")
 
@@ -76,6 +76,10 @@ class Run:
     @property
     def is_sus(self) -> bool:
         return self.config.get("attn_backward") == "sus"
+
+    @property
+    def is_exact(self) -> bool:
+        return self.config.get("attn_backward", "exact") == "exact"
 
     @property
     def c(self) -> str:
@@ -132,8 +136,8 @@ def read_all(cfg: CompareConfig, paths: list[Path]) -> list[Run]:
 
 
 def rank(run: Run) -> tuple:
-    """Sorts exact first, then SUS by c, auto last; each by seed."""
-    return run.is_sus, math.inf if run.c in ("-", "auto") else float(run.c), run.c == "auto", run.config.get("seed", 0)
+    """Sorts exact first, then SUS by c, auto last, then low-rank; each by seed."""
+    return not run.is_exact, not run.is_sus, math.inf if run.c in ("-", "auto") else float(run.c), run.c == "auto", run.config.get("seed", 0)
 
 
 # -- the sweep --------------------------------------------------------------------------------------
@@ -158,12 +162,12 @@ def plan(cfg: CompareConfig, paths: list[str]) -> list[Planned]:
     modes, seeds = {}, cfg.seeds.split(",")
     for c in cfg.sweep.split(","):
         try:
-            name = c if c == "exact" else f"sus-c{c}" if c == "auto" else f"sus-c{float(c):g}"
-            if name in modes or c not in ("exact", "auto") and not float(c) > 0:
+            name = c if c in ("exact", "lowrank") else f"sus-c{c}" if c == "auto" else f"sus-c{float(c):g}"
+            if name in modes or c not in ("exact", "lowrank", "auto") and not float(c) > 0:
                 raise ValueError
         except ValueError:
-            raise UserError(f"--sweep={cfg.sweep}: {c!r} is not exact, auto or a c above 0, or comes twice") from None
-        modes[name] = ["--attn_backward=exact"] if c == "exact" else ["--attn_backward=sus", f"--sus_c={c}"]
+            raise UserError(f"--sweep={cfg.sweep}: {c!r} is not exact, lowrank, auto or a c above 0, or comes twice") from None
+        modes[name] = [f"--attn_backward={c}"] if name == c else ["--attn_backward=sus", f"--sus_c={c}"]
     if not all(seed.isascii() and seed.isdigit() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
         raise UserError(f"--seeds={cfg.seeds} must be a list of integers, each once, such as 1,2,3")
     given, planned = [a for a in sys.argv[1:] if not a.startswith(("--out=", "--sweep=", "--seeds=", "--runs="))], []
@@ -187,7 +191,7 @@ def look(run: Planned) -> Planned:
     config = plain(dataclasses.asdict(run.config), nonfinite=str)
     for name in (config.keys() & header["config"].keys()) - (UNRELATED - {"seed"}):
         was = header["config"][name]
-        if was != config[name] and (run.config.attn_backward == "sus" or not name.startswith("sus_")):
+        if was != config[name] and matters(name, config):
             raise UserError(f"{run.folder} has a run with {name}={was}, not {config[name]}: choose another --runs")
     at_end = Run(run.name, config, lines).is_finished
     # The last checkpoint is newer than the record, unless train.py was killed just before, or the files were copied.
@@ -197,6 +201,12 @@ def look(run: Planned) -> Planned:
     run.state = "finished" if at_end else "begun" if ckpt.exists() else "new"
     run.it = lines[-1]["iter"] if lines and run.state != "new" else 0
     return run
+
+
+def matters(name: str, config: dict) -> bool:
+    """Whether the key says anything of a run with this config: those of other backwards do not."""
+    owner = next((kind for kind in ("sus", "lowrank") if name.startswith(f"{kind}_")), None)
+    return owner in (None, config.get("attn_backward"))
 
 
 def train_all(planned: list[Planned]) -> None:
@@ -286,19 +296,19 @@ def table(runs: list[Run]) -> list[list[str]]:
 
 def measured(runs: list[Run]) -> list[str]:
     return [cell(median(runs, "train/tok_per_sec"), ",.0f"), cell(median(runs, "attn/exact_backward_ms"), ".2f"),
-            cell(median(runs, "attn/backward_ms") if runs[0].is_sus else None, ".2f"),
+            cell(None if runs[0].is_exact else median(runs, "attn/backward_ms"), ".2f"),
             cell(median(runs, "sus/kept_per_row"), ".1f")]  # fmt: skip
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs which differ in nothing but the seed (and what can't matter), under a label of what sets them apart."""
     configs = [{name: value for name, value in run.config.items()
-                if name not in UNRELATED and (run.is_sus or not name.startswith("sus_"))} for run in runs]
+                if name not in UNRELATED and matters(name, run.config)} for run in runs]
     differing = sorted({name for a, b in itertools.combinations(configs, 2) for name in a.keys() & b.keys()
                         if a[name] != b[name] and name not in ("attn_backward", "sus_c")})  # fmt: skip
     groups = {}
     for run, config in zip(runs, configs):
-        label = [f"sus c={run.c}" if run.is_sus else "exact", *(f"{n}={config[n]}" for n in differing if n in config)]
+        label = [f"sus c={run.c}" if run.is_sus else run.config.get("attn_backward", "exact"), *(f"{n}={config[n]}" for n in differing if n in config)]
         groups.setdefault(", ".join(label), []).append(run)
     return groups
 
@@ -365,7 +375,7 @@ def draw(runs: list[Run]):
     many = len(runs) > MANY
     lines = []
     for i, (name, members) in enumerate(group(comparable(runs)[0]).items() if many else [(r.name, [r]) for r in runs]):
-        dashes = (0, (4, 2)) if members[0].is_sus else "-"  # where curves coincide, both are seen
+        dashes = "-" if members[0].is_exact else (0, (4, 2))  # where curves coincide, both are seen
         lines.append((name, members, {"color": COLORS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "linewidth": 1.8,
                                       "markersize": max(8 - i, 4), "linestyle": dashes}))  # fmt: skip
     timed = len(lines) > 1 and all(run.series("train/dt")[0] for run in runs)
@@ -445,7 +455,7 @@ def draw_times(ax, lines):
     for (i, (_, runs, style)), (place, name) in itertools.product(enumerate(lines), enumerate(ways)):
         x, value = place + (i - (len(lines) - 1) / 2) * width, median(runs, f"attn/{name}_ms")
         if value is not None:
-            times.append((x, value, median(runs, f"attn/exact_{name}_ms") if runs[0].is_sus else None, style["color"]))
+            times.append((x, value, None if runs[0].is_exact else median(runs, f"attn/exact_{name}_ms"), style["color"]))
     top = max(max(value, exact or 0) for _, value, exact, _ in times)
     for x, value, exact, color in times:
         ax.bar(x, value, 0.9 * width, color=color)
