@@ -35,6 +35,21 @@ def capture(model: GPT, layer: int, x, y, device: Device, sus_seed):
     return *seen["qkv"], grad_out
 
 
+@torch.no_grad()
+def largest_score(model: GPT, x, device: Device) -> float:
+    """The largest absolute score, q . k / sqrt(D), of all heads and layers on x (B, T)."""
+    found = []
+    handles = [block.attn.attend.register_forward_hook(lambda module, args, out: found.append(score_bound(args[0], args[1])))
+               for block in model.transformer.h]  # fmt: skip
+    try:
+        with device.autocast():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(found)
+
+
 def take_turns(functions: dict, q, k, v, grad_out, device: Device, rounds: int) -> Iterator[tuple]:
     """Times each functions(q, k, v) and its backward, all by turns: yields (round, name, forward ms, backward ms).
 
@@ -70,8 +85,8 @@ def time_attention(functions: dict, q, k, v, grad_out, device: Device, repeats: 
 
 def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
     """The probe's line for the record, from the batch (x, y): milliseconds of the middle layer's attention, and, for
-    SUS, how many entries a query row keeps and which fraction of the causal ones that is; for low-rank, the largest score,
-    and the largest relative error that its polynomial has up to there."""
+    SUS, how many entries a query row keeps and which fraction of the causal ones that is; for low-rank, the largest score
+    of all layers, and the largest relative error that its polynomial has up to there."""
     config = model.config
     q, k, v, grad_out = capture(model, config.n_layer // 2, x, y, device, sus_seed)
     B, H, T, _ = q.shape
@@ -93,7 +108,7 @@ def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
     if config.attn_backward == "lowrank":
         approximate = config.lowrank_forward == "approximate"
         functions["lowrank"] = lambda q, k, v: lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=approximate)
-        result["lowrank/bound"] = score_bound(q, k)
+        result["lowrank/bound"] = largest_score(model, x, device)
         result["lowrank/worst_error"] = worst_error(result["lowrank/bound"], config.lowrank_degree)
     times = time_attention(functions, q, k, v, grad_out, device)
     result["attn/exact_forward_ms"], result["attn/exact_backward_ms"] = times["exact"]

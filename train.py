@@ -95,6 +95,8 @@ def main():
                         f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={tokenizer['name']}")
     if model is not None and tokenizer is None and corpus.vocab_size > model.config.vocab_size:
         raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
+    if master and (saved or {}).get("train_sha256") not in (None, corpus.checksum):
+        print(f"resume: the training text in {corpus.folder} is not the one that the run began with")
 
     # -- model and optimizer -------------------------------------------------------------------------
     if device.type == "cuda":
@@ -142,7 +144,7 @@ def main():
             "model": adapter_state(model) if lora else checkpoint.unwrap(ddp).state_dict(), "lora": lora,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "model_args": model_args(model.config),
             "iter_num": it, "best_val_loss": best_val_loss, "config": dataclasses.asdict(cfg), "tokenizer": corpus.tokenizer_meta,
-            "wandb_run_id": record.run_id, "retention": retention.state if retention else None,
+            "train_sha256": corpus.checksum, "wandb_run_id": record.run_id, "retention": retention.state if retention else None,
         })  # fmt: skip
 
     stop = StopSignal(world)

@@ -93,6 +93,7 @@ class Corpus:
     train_tokens: int
     val_tokens: int
     windows: str = "packed"
+    checksum: str | None = None  # of train.bin; None: of nanoGPT's make
     _epochs: dict = field(default_factory=dict, init=False, repr=False)  # the last ones used: (seed, epoch) -> Epoch
 
     def batch(self, batch_size, seed, iteration, micro, micros=1):
@@ -192,7 +193,7 @@ def load_corpus(folder, block_size, windows="packed"):
         raise UserError(f"{folder / changed[0]} is not what was written there: its checksum differs from meta.json's. "
                         f"Copy it again, or {_remake(folder)}")
     return Corpus(folder, block_size, meta["vocab_size"], meta["tokenizer"], meta["dtype"],
-                  meta["train_tokens"], meta["val_tokens"], windows)
+                  meta["train_tokens"], meta["val_tokens"], windows, meta.get("train_sha256"))
 
 
 def _read_meta(folder):

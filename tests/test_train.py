@@ -262,6 +262,16 @@ def test_resume_takes_keys_from_the_checkpoint_and_prints_changes(run, tmp_path,
     assert state["iter_num"] == 6 and state["config"]["batch_size"] == 2 and state["config"]["sus_c"] == 5
 
 
+def test_resume_on_other_text_says_so(run, tmp_path, corpus, capsys):
+    run(max_iters=2)
+    run(max_iters=3, init_from="resume")
+    assert "is not the one that the run began with" not in capsys.readouterr().out
+    text = (STDLIB / "enum.py").read_text(encoding="utf-8")
+    write_corpus(tmp_path / "other", Texts([("a", text)], [("b", text)], {}), tokenizer_from_meta({"name": "byte"}))
+    run(max_iters=4, init_from="resume", dataset=tmp_path / "other")
+    assert f"the training text in {tmp_path / 'other'} is not the one that the run began with" in capsys.readouterr().out
+
+
 def test_resume_applies_changed_hyperparameters(run, tmp_path):
     run(max_iters=4)
     run(init_from="resume", max_iters=6, weight_decay=0.5, beta2=0.9)
