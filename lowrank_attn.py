@@ -22,15 +22,15 @@ take r_g D^2 a token. Here p_g is the derivative of p_{g+1}: with u_i = [G_i, -G
 whose features are r_{g+1} = r_g (D + g + 1) / (g + 1), at D a token: the same numbers for about a (g + 1)th of the work.
 
 Within a chunk scores are computed densely anyway, and exp is used itself. That is free, and most of what is right about the
-gradient of a trained model, which attends nearby: only what lies outside a query's own chunk is approximated. O, in u, and the normaliser are
-those of the approximated weights, so that the rows of W still sum to one and those of M to zero. g must be even: then p_g > 0
-everywhere, and the normaliser too.
+gradient of a trained model, which attends nearby: only what lies outside a query's own chunk is approximated. O, in u, and the
+normaliser are those of the approximated weights, so that the rows of W still sum to one and those of M to zero. g must be even:
+then p_g > 0 everywhere, and the normaliser too.
 
 What it takes, for a head:  time    T r (D + 1) multiplications, six times, and T C D, with r = r_{g+1}
                             memory  r (C + D + 1) numbers, a few times, beside q, k, v and their gradients: never T r
 
-The condition is that scores outside the chunk are small: see `score_bound` and `worst_error`. The error is a bias, the same at each
-step, and not a noise as that of SUS.
+The condition is that scores outside the chunk are small: see `score_bound` and `worst_error`. The error is a bias, and not a
+noise as that of SUS.
 """
 
 import math

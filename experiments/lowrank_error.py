@@ -4,11 +4,11 @@ How far the low-rank backward is from the exact gradient, what it takes, and how
     python experiments/lowrank_error.py --out=docs/lowrank.png                 # attention alone, and a model at its start
     python experiments/lowrank_error.py --parts=sides --out_dir=out-lowrank    # beside SUS, on a trained model
 
-Errors are |approximate - exact| / |exact| of gradients. "paper" has the polynomial everywhere (`exact_diagonal=False`); the
-operator has exp itself within a query's own chunk. Four parts:
+Errors are |approximate - exact| / |exact| of gradients. "paper" has the polynomial everywhere (`exact_diagonal=False`);
+the operator has exp itself within a query's own chunk. Four parts:
 
-    errors    (dq, dk, dv) of attention alone, float64, over the bound on scores, the degree and T. Queries and keys lie on spheres,
-              in random directions, so large that the bound holds, as QK-norm with a fixed gain makes them
+    errors    (dq, dk, dv) of attention alone, float64, over the bound on scores, the degree and T. Queries and keys lie
+              on spheres, in random directions, so large that the bound holds, as QK-norm with a fixed gain makes them
     model     the gradient of all weights of a model of four layers, over T: does the error fall, as the paper says?
     scaling   time and memory of attention alone over T, and the exponents fitted to them
     sides     a checkpoint's gradients: exact, SUS and low-rank
@@ -130,7 +130,8 @@ def measure_errors(cases: list[tuple[int, float, int]], cfg) -> list[dict]:
             for name, exact_diagonal in (("paper", False), ("ours", True)):
                 got = gradients(lowrank_attention, *tensors, degree=degree, exact_diagonal=exact_diagonal)[1:]
                 got = torch.cat([x.flatten() for x in got])
-                row[name], row[f"{name} cosine"] = ((got - truth).norm() / truth.norm()).item(), F.cosine_similarity(got, truth, 0).item()
+                row[name] = ((got - truth).norm() / truth.norm()).item()
+                row[f"{name} cosine"] = F.cosine_similarity(got, truth, 0).item()
             rows.append(row)
             bar.update(T)
     return rows
@@ -157,11 +158,12 @@ def gradient_of(model: GPT, parts: Parts, x: Tensor, y: Tensor, seed: int = 0, *
 
 
 def measure_model(lengths, degrees, bound, cfg, device: Device) -> list[dict]:
-    """Weights as they are initialised, text as it is: what has to hold is the bound, and it does for any weights."""
+    """Random weights, text as it is: what has to hold is the bound, and it does for any weights."""
     D, rows = 4, []
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig(block_size=lengths[-1], vocab_size=257, n_layer=4, n_head=8, n_embd=8 * D, bias=False, pos="rope",
-                          norm="rmsnorm", qk_norm=True, qk_norm_scale=math.sqrt(bound / math.sqrt(D)))).to(device.device)  # fmt: skip
+    config = GPTConfig(block_size=lengths[-1], vocab_size=257, n_layer=4, n_head=8, n_embd=8 * D, bias=False, pos="rope",
+                       norm="rmsnorm", qk_norm=True, qk_norm_scale=math.sqrt(bound / math.sqrt(D)))  # fmt: skip
+    model = GPT(config).to(device.device)
     for block in model.transformer.h:  # where residual branches count as much as in a trained model
         torch.nn.init.normal_(block.attn.c_attn.weight, std=0.2)
         torch.nn.init.normal_(block.attn.c_proj.weight, std=0.2)
@@ -184,8 +186,8 @@ def measure_model(lengths, degrees, bound, cfg, device: Device) -> list[dict]:
             bar.update(T)
     names = ("paper", "paper q, k", "ours", "ours q, k")
     mean = lambda rows, name: sum(row[name] for row in rows) / len(rows)  # noqa: E731
-    return [{"T": T, "degree": g, **{name: mean([r for r in rows if (r["T"], r["degree"]) == (T, g)], name) for name in names}}
-            for T in lengths for g in degrees]  # fmt: skip
+    of = lambda T, g: [row for row in rows if (row["T"], row["degree"]) == (T, g)]  # noqa: E731
+    return [{"T": T, "degree": g, **{name: mean(of(T, g), name) for name in names}} for T in lengths for g in degrees]
 
 
 # -- time and memory --------------------------------------------------------------------------------
@@ -210,13 +212,13 @@ def peak_bytes(name: str, T: int, D: int, device: Device) -> int | None:
 
 def measure_scaling(lengths, degrees, cfg, device: Device) -> list[dict]:
     methods, rows = make_methods(degrees[:2]), []
+    memory_of = functools.partial(in_child, peak_bytes) if device.type == "cpu" else peak_bytes
     with progress_bar(sum(T * T for T in lengths)) as bar:
         for T in lengths:
             tensors = [x.to(device.device) for x in on_spheres(T, cfg.D, 1.0, cfg.seed, torch.float32)]
             times = time_attention(methods, *tensors, device, 3)
             rows += [{"T": T, "name": name, "forward": times[name][0], "backward": times[name][1],
-                      "peak": in_child(peak_bytes, name, T, cfg.D, device) if device.type == "cpu" else peak_bytes(name, T, cfg.D, device)}
-                     for name in methods]  # fmt: skip
+                      "peak": memory_of(name, T, cfg.D, device)} for name in methods]  # fmt: skip
             bar.update(T * T)
     return rows
 
@@ -225,7 +227,8 @@ def measure_scaling(lengths, degrees, cfg, device: Device) -> list[dict]:
 
 
 def measure_sides(degrees, cs, cfg, device: Device) -> dict:
-    """Gradients of a checkpoint, of `sequences` windows; two draws of SUS each."""
+    """Gradients of a checkpoint, of `sequences` windows, and two draws of SUS for each. bias: the norm of the mean of what
+    is added to the gradient, over that of the mean gradient; its square is estimated, and may come out below 0."""
     model, dataset, _ = load_model(VarianceConfig(out_dir=cfg.out_dir))
     config, T = model.config, model.config.block_size
     parts = Parts(model.to(device.device).train())
@@ -234,11 +237,12 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
     backend, _ = sus_backend("auto", device, D, max(cs))
     methods = {f"SUS c={c:g}": dict(attn_backward="sus", sus_c=c, sus_backend=backend) for c in cs}
     methods |= {f"low-rank g={g}": dict(attn_backward="lowrank", lowrank_degree=g) for g in degrees}
-    n, product = cfg.sequences, {name: [] for name in methods}
+    n = cfg.sequences
+    sequence = lambda s: (x[[s]].to(device.device), y[[s]].to(device.device))  # noqa: E731
     with progress_bar(n * (1 + 2 * len(cs) + len(degrees))) as bar:
         truth = []
         for s in range(n):
-            truth.append(gradient_of(model, parts, x[[s]].to(device.device), y[[s]].to(device.device), attn_backward="exact"))
+            truth.append(gradient_of(model, parts, *sequence(s), attn_backward="exact"))
             bar.update(1)
         truth = torch.stack(truth)
         mean, squares = truth.mean(0), torch.stack([parts.squares(g) for g in truth])
@@ -248,33 +252,32 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
             draws, errors, cosines, halves = (2 if keys["attn_backward"] == "sus" else 1), 0, [], [0, 0]
             for s in range(n):
                 for draw in range(draws):
-                    got = gradient_of(model, parts, x[[s]].to(device.device), y[[s]].to(device.device), fold_in(cfg.seed, s, draw), **keys)
-                    cosines.append(F.cosine_similarity(got, truth[s], 0).item())
+                    got = gradient_of(model, parts, *sequence(s), fold_in(cfg.seed, s, draw), **keys)
+                    cosines.append(F.cosine_similarity(got.double(), truth[s].double(), 0).item())
                     off = got.sub_(truth[s])
                     errors = errors + parts.squares(off) / (n * draws)
-                    # Of two independent draws, or of one that is the same each time, the product of the means is free of noise.
                     halves[draw] = halves[draw] + off / n
-                    if draws == 1:
-                        halves[1] = halves[0]
                     bar.update(1)
-            bias = (halves[0] @ halves[1]).item() / mean.square().sum().item()
-            rows.append({"name": name, "cosine": sum(cosines) / len(cosines), "error": (errors[0] / squares[:, 0].mean()).sqrt().item(),
-                         "error q, k": (errors[-1] / squares[:, -1].mean()).sqrt().item(),
-                         "rho": (errors[0] / variance[0]).item(), "rho q, k": (errors[-1] / variance[-1]).item(),
-                         "bias": math.copysign(math.sqrt(abs(bias)), bias), "averaged": (sum(halves) / 2).norm().item() / mean.norm().item()})
+            if draws == 1:  # the same each time
+                halves[1] = halves[0]
+            bias = (halves[0] @ halves[1] / mean.square().sum()).item()  # of independent draws: free of their noise
+            error, rho = (errors / squares.mean(0)).sqrt(), errors / variance
+            rows.append({
+                "name": name, "cosine": sum(cosines) / len(cosines), "error": error[0].item(), "error q, k": error[-1].item(),
+                "rho": rho[0].item(), "rho q, k": rho[-1].item(), "bias": math.copysign(math.sqrt(abs(bias)), bias),
+            })  # fmt: skip
     model.config.attn_backward = "exact"
     scores, times = [], {}
     for layer in range(config.n_layer):
         inputs = capture(model, layer, x[:1].to(device.device), y[:1].to(device.device), device, None)
         scores.append(score_bound(*inputs[:2]))
-        functions = {"exact": exact_attention} | {
-            name: functools.partial(sus_attention, c=keys["sus_c"], seed=1, backend=backend)
-            if "sus_c" in keys else functools.partial(lowrank_attention, degree=keys["lowrank_degree"])
-            for name, keys in methods.items()}  # fmt: skip
         if layer == config.n_layer // 2:
+            functions = {"exact": exact_attention}
+            functions |= {f"SUS c={c:g}": functools.partial(sus_attention, c=c, seed=1, backend=backend) for c in cs}
+            functions |= {f"low-rank g={g}": functools.partial(lowrank_attention, degree=g) for g in degrees}
             times = time_attention(functions, *inputs, device, 3)
-    return {"rows": rows, "times": times, "scores": scores, "worst": {g: worst_error(max(scores), g) for g in degrees}, "T": T, "D": D,
-            "heads": config.n_head}  # fmt: skip
+    return {"rows": rows, "times": times, "scores": scores, "worst": {g: worst_error(max(scores), g) for g in degrees},
+            "T": T, "D": D, "heads": config.n_head}  # fmt: skip
 
 
 # -- the tables -------------------------------------------------------------------------------------
@@ -283,22 +286,33 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
 def report(found: dict, cfg) -> None:
     if "errors" in found:
         for rows, what in zip(found["errors"], ("bound on scores", "T")):
-            print(f"\nerrors of (dq, dk, dv) over the {what}, D = {cfg.D}; worst: the largest relative error of a weight before "
-                  "normalisation; all in %\n")  # fmt: skip
+            print(f"\nerrors of (dq, dk, dv) over the {what}, D = {cfg.D}; worst: the largest relative error of a weight "
+                  "before normalisation; all in %\n")  # fmt: skip
             print_table([["T", "bound", "g", "features", "worst", "paper", "operator", "paper: cosine", "operator: cosine"],
                          *([f"{r['T']:,}", f"{r['bound']:g}", str(r["degree"]), f"{count_features(cfg.D, r['degree'] + 1):,}",
                             percent(r["worst"]), percent(r["paper"]), percent(r["ours"]), f"{r['paper cosine']:.4f}",
                             f"{r['ours cosine']:.4f}"] for r in rows)])  # fmt: skip
     if "model" in found:
-        print("\nerrors of the gradient of a model of four layers over T, all in %: of all weights, of those that make queries and keys\n")
+        print("\nerrors of the gradient of a model of four layers over T, all in %: of all weights, of those that make queries "
+              "and keys\n")  # fmt: skip
         print_table([["T", "g", "paper", "paper: q, k", "operator", "operator: q, k"],
                      *([f"{r['T']:,}", str(r["degree"]), *(percent(r[n]) for n in ("paper", "paper q, k", "ours", "ours q, k"))]
                        for r in found["model"])])  # fmt: skip
+        print("\nexponents in T of these errors, with g fixed, and growing with log T:\n")
+        rows = found["model"]
+        lengths, degrees = (list(dict.fromkeys(r[n] for r in rows)) for n in ("T", "degree"))
+        growing = {T: degrees[i * len(degrees) // len(lengths)] for i, T in enumerate(lengths)}
+        chosen = {f"{g}": [r for r in rows if r["degree"] == g] for g in degrees}
+        chosen["..".join(map(str, growing.values()))] = [r for r in rows if r["degree"] == growing[r["T"]]]
+        fitted = lambda rows, name: fit_power([r["T"] for r in rows], [r[name] for r in rows])  # noqa: E731
+        print_table([["g", "paper", "operator"], *([g, *(f"{f[0]:.2f}" if (f := fitted(own, n)) else "-" for n in ("paper", "ours"))]
+                                                   for g, own in chosen.items())])  # fmt: skip
     if "scaling" in found:
         rows = found["scaling"]
-        print(f"\ntime (ms, medians of 3) and memory (MiB, the peak of forward and backward beyond the inputs) of 2 heads of {cfg.D}\n")
-        print_table([["T", "method", "forward", "backward", "MiB"],
-                     *([f"{r['T']:,}", r["name"], f"{r['forward']:.3g}", f"{r['backward']:.3g}", mib(r["peak"])] for r in rows)])  # fmt: skip
+        print("\ntime (ms, medians of 3) and memory (MiB, the peak of forward and backward beyond the inputs) of 2 heads of "
+              f"{cfg.D}\n")  # fmt: skip
+        cells = ([f"{r['T']:,}", r["name"], f"{r['forward']:.3g}", f"{r['backward']:.3g}", mib(r["peak"])] for r in rows)
+        print_table([["T", "method", "forward", "backward", "MiB"], *cells])
         print("\nexponents in T of forward, backward and memory, fitted over all T; and over the larger half:\n")
         table = [["method", "forward", "backward", "memory", "forward", "backward", "memory"]]
         for name in dict.fromkeys(r["name"] for r in rows):
@@ -316,13 +330,13 @@ def report_sides(sides: dict, cfg) -> None:
           f"{', '.join(f'{s:.2f}' for s in sides['scores'])}, where the polynomial is off by up to "
           f"{', '.join(f'{percent(e)} % (g = {g})' for g, e in sides['worst'].items())}\n")  # fmt: skip
     times = sides["times"]
-    print_table([["method", "fwd+bwd ms", "bwd ms", "cosine", "error %", "q, k: error %", "rho %", "q, k: rho %", "bias %", "mean off %"],
-                 ["exact", f"{sum(times['exact']):.3g}", f"{times['exact'][1]:.3g}", "1", *"------"],
-                 *([r["name"], f"{sum(times[r['name']]):.3g}", f"{times[r['name']][1]:.3g}", f"{r['cosine']:.4f}", percent(r["error"]),
-                    percent(r["error q, k"]), percent(r["rho"]), percent(r["rho q, k"]), f"{100 * r['bias']:.2g}", percent(r["averaged"])]
-                   for r in sides["rows"])])  # fmt: skip
+    cells = lambda name: [name, f"{sum(times[name]):.3g}", f"{times[name][1]:.3g}"]  # noqa: E731
+    print_table([["method", "fwd+bwd ms", "bwd ms", "cosine", "error %", "q, k: error %", "rho %", "q, k: rho %", "bias %"],
+                 [*cells("exact"), "1", *"00000"],
+                 *([*cells(r["name"]), f"{r['cosine']:.4f}", *map(percent, (r[n] for n in ("error", "error q, k", "rho", "rho q, k"))),
+                    f"{100 * r['bias']:.2g}"] for r in sides["rows"])])  # fmt: skip
     for name in [r["name"] for r in sides["rows"] if r["name"].startswith("low-rank")]:
-        affordable = [r["name"] for r in sides["rows"] if r["name"].startswith("SUS") and sum(times[r["name"]]) <= sum(times[name])]
+        affordable = [sus for sus in times if sus.startswith("SUS") and sum(times[sus]) <= sum(times[name])]
         print(f"in the time of {name}: {affordable[-1] if affordable else 'none of these c'}")
 
 
@@ -339,8 +353,9 @@ def draw(found: dict, middle: float, longest: int, D: int):
     ax, rows = axes[1, 1], found["scaling"]
     for i, name in enumerate(dict.fromkeys(r["name"] for r in rows)):
         own = [r for r in rows if r["name"] == name]
-        ax.plot([r["T"] for r in own], [r["forward"] + r["backward"] for r in own], marker="o", markersize=4, color=COLORS[i], label=name)
-        ax.plot([r["T"] for r in own], [r["backward"] for r in own], linestyle="--", color=COLORS[i])
+        T, both, backward = zip(*((r["T"], r["forward"] + r["backward"], r["backward"]) for r in own))
+        ax.plot(T, both, marker="o", markersize=4, color=COLORS[i], label=name)
+        ax.plot(T, backward, linestyle="--", color=COLORS[i])
     ax.set(title=f"time, 2 heads of {D} (dashed: backward alone)", xlabel="T", ylabel="ms", xscale="log", yscale="log")
     ax.legend(fontsize=8)
     for ax in axes.flat:
@@ -353,7 +368,8 @@ def draw_errors(ax, rows: list[dict], x: str, title: str, label: str) -> None:
         own = [r for r in rows if r["degree"] == degree]
         for name, style in (("ours", "-"), ("paper", "--")):
             points = [(r[x], 100 * r[name]) for r in own if r[name] > 0]
-            ax.plot(*zip(*points), style, marker="o", markersize=4, color=COLORS[i], label=f"g = {degree}" if name == "ours" else None)
+            shown = {"label": f"g = {degree}"} if name == "ours" else {}
+            ax.plot(*zip(*points), style, marker="o", markersize=4, color=COLORS[i], **shown)
     ax.set(title=title, xlabel=label, ylabel="error of the gradient (%)", xscale="log", yscale="log")
     ax.plot([], [], "--", color="grey", label="polynomial everywhere (paper)")
     ax.legend(fontsize=8)

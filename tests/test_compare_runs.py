@@ -192,8 +192,8 @@ def test_what_makes_another_run(config, tmp_path, main):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--sweep=foo"], "--sweep=foo: 'foo' is not exact, auto or a c"), (["--sweep=exact,0"], "'0' is not exact, auto or a c"),
-    (["--sweep=nan"], "'nan' is not exact, auto or a c"), (["--sweep=5,5.0"], "'5.0' is not exact, auto or a c"), (["--sweep="], "'' is not exact, auto or a c"),
+    (["--sweep=foo"], "--sweep=foo: 'foo' is not exact, lowrank, auto or a c"), (["--sweep=exact,0"], "'0' is not exact, lowrank, auto or a c"),
+    (["--sweep=nan"], "'nan' is not exact, lowrank, auto or a c"), (["--sweep=5,5.0"], "'5.0' is not exact, lowrank, auto or a c"), (["--sweep="], "'' is not exact, lowrank, auto or a c"),
     (["--sweep=5", "--seeds=1,x"], "--seeds=1,x must be a list of integers"),
     (["--sweep=5", "--seeds=1,-2"], "integers"), (["--sweep=5", "--seeds=2,02"], "each once"),
     (["--sweep=5", "--seed=3"], "--seed is set by"), (["--sweep=5", "--out_dir=b"], "--out_dir is set by"),
@@ -242,6 +242,14 @@ def test_groups_differ_in_more_than_the_seed():
         "exact": ["a", "b"], "sus c=25": ["c", "e"], "sus c=inf": ["d"]}
     labels = list(group([*runs, make_run("f", n_layer=6)]))
     assert labels == ["exact, n_layer=4", "sus c=25, n_layer=4", "sus c=inf, n_layer=4", "exact, n_layer=6"]
+
+
+def test_lowrank_runs_are_groups_by_their_own_keys_alone():
+    runs = [make_run("a", lowrank_degree=4), make_run("b", attn_backward="lowrank", lowrank_degree=2, sus_c=3.0),
+            make_run("c", attn_backward="lowrank", lowrank_degree=4), make_run("d", attn_backward="sus", lowrank_degree=6)]
+    assert list(group(runs)) == ["exact", "lowrank, lowrank_degree=2", "lowrank, lowrank_degree=4", "sus c=25"]
+    assert sorted(runs, key=compare_runs.rank) == [runs[0], runs[3], *runs[1:3]]
+    assert dict(zip(*table(runs[1:2])))["own bwd ms"] == "30.00"
 
 
 def groups_of(runs):

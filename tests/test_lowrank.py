@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_sus_attention import inputs
+from test_model import LONG, gradient, tiny, tokens
 from torch.nn import functional as F
 
 import lowrank_attn
@@ -120,7 +121,7 @@ def test_a_larger_degree_comes_nearer_to_the_exact_gradient():
     tensors = case((1, 2, 1, 2 * CHUNK + 5, 3))
     truth = exact(*tensors)
     errors = [distance(ours(*tensors, g), truth) for g in (2, 4, 8, 16)]
-    assert errors == sorted(errors, reverse=True) and errors[0] > 1e-2 and errors[-1] < 1e-5
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1e-2 and errors[-1] < 1e-4
     assert_same(ours(*tensors, 30), truth, 1e-9)
 
 
@@ -177,8 +178,8 @@ def test_opcheck_and_compile():
     q, k, v, grad_out = case((1, 2, 1, CHUNK + 3, 2), torch.float32)
     options = 2, True, False, True
     torch.library.opcheck(torch.ops.nanosus.lowrank_attention.default, (q.requires_grad_(), k.requires_grad_(), v, *options))
-    torch.library.opcheck(torch.ops.nanosus.lowrank_attention_backward.default, (grad_out, *(x.detach() for x in (q, k, v)), *options),
-                          test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+    torch.library.opcheck(torch.ops.nanosus.lowrank_attention_backward.default,
+                          (grad_out, *(x.detach() for x in (q, k, v)), *options), test_utils=("test_schema", "test_faketensor"))  # fmt: skip
     compiled = torch.compile(lowrank_attention, backend="aot_eager", fullgraph=True)
     (a,), (b,) = (torch.autograd.grad(f(q, k, v, 2).sum(), q) for f in (compiled, lowrank_attention))
     assert torch.equal(a, b)
@@ -224,3 +225,36 @@ def test_score_bound(shape):
     scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).tril() / q.shape[3] ** 0.5
     assert score_bound(q, k) == pytest.approx(scores.abs().max().item())
     assert score_bound(q, k) <= q.norm(dim=-1).max() * k.norm(dim=-1).max() / q.shape[3] ** 0.5 * (1 + 1e-12)
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": True}], ids=["", "checkpointing"])
+def test_a_model_s_gradient_comes_nearer_with_the_degree(keys):
+    T = 2 * CHUNK + 30
+    shape = dict(LONG, block_size=T, qk_norm_scale=0.7)
+    x, y = tokens(1, T), tokens(1, T, seed=1)
+    exact = gradient(tiny(**shape).train().double(), x, y)
+    errors = []
+    for degree in (2, 4, 6):
+        ours = gradient(tiny(**shape, **keys, attn_backward="lowrank", lowrank_degree=degree).train().double(), x, y)
+        errors.append(((ours - exact).norm() / exact.norm()).item())
+    assert 0 < errors[2] < errors[1] / 10 < errors[0] / 100 < 1e-3
+
+
+def test_the_approximate_forward_is_for_training_alone():
+    T = CHUNK + 30
+    model = tiny(**LONG, block_size=T, attn_backward="lowrank", lowrank_forward="approximate")
+    exact, x, y = tiny(**LONG, block_size=T), tokens(1, T), tokens(1, T, seed=1)
+    loss = lambda m: m(x, y)[1].item()  # noqa: E731
+    assert loss(model.eval()) == loss(exact.eval()) and loss(model.train()) != loss(exact.train())
+
+
+def test_a_fixed_gain_bounds_scores_and_is_no_parameter():
+    fixed, learned = tiny(**LONG, qk_norm_scale=0.5), tiny(**LONG)
+    assert fixed.num_params() == learned.num_params() - 2 * 2 * 8 and not any("_norm" in name for name in fixed.state_dict())
+    attention, x = fixed.transformer.h[0].attn, torch.randn(1, 9, 4, 8)
+    for norm in (attention.q_norm, attention.k_norm):
+        torch.testing.assert_close(norm(x).norm(dim=-1), torch.full((1, 9, 4), 0.5 * math.sqrt(8)), rtol=1e-4, atol=0)
+    assert attention.q_norm(x.bfloat16()).dtype == torch.float32

@@ -165,6 +165,27 @@ def test_the_analytic_backward_makes_no_graph(run, monkeypatch):
     assert len(steps) == 12
 
 
+def test_lowrank_records_its_bound_and_follows_exact_where_that_is_small(run, capsys):
+    keys = dict(block_size=160, batch_size=1, max_iters=6, eval_interval=3, qk_norm=True, qk_norm_scale=0.5)
+    a, b = run("a", attn_backward="lowrank", lowrank_degree=4, **keys), run("b", attn_backward="exact", **keys)
+    assert "low-rank backward, degree 4, 20,349 features a token; exact forward" in capsys.readouterr().out
+    val = [line for line in a if "val/loss" in line]
+    assert all(0 < line["lowrank/bound"] <= 1 and 0 < line["lowrank/worst_error"] < 0.02 for line in val)
+    assert val[0]["attn/backward_ms"] != val[0]["attn/exact_backward_ms"] and "lowrank/bound" not in b[0]
+    for x, y in zip(a, b):
+        if "train/loss" in x:
+            assert abs(x["train/loss"] - y["train/loss"]) < 1e-4
+
+
+def test_lowrank_warns_once_where_the_polynomial_is_meaningless(run, capsys):
+    keys = dict(attn_backward="lowrank", max_iters=4, eval_interval=2)
+    run("a", **keys, qk_norm=True)
+    out = capsys.readouterr().out
+    assert out.count("WARNING: at iteration 0 scores of attention reach") == 1 == out.count("lowrank_degree=2 is off by up to")
+    run("b", **keys, qk_norm=True, qk_norm_scale=0.5)
+    assert "WARNING: at iteration" not in capsys.readouterr().out
+
+
 def test_position_buckets():
     assert train.position_buckets(torch.arange(300.0)) == {"0-63": 31.5, "64-127": 95.5, "128-255": 191.5, "256-299": 277.5}
     assert train.position_buckets(torch.zeros(10)) == {"0-9": 0.0}
@@ -409,6 +430,8 @@ MISTAKES = [
     (dict(sus_cc=3), "unknown key 'sus_cc'; did you mean sus_c"),
     (dict(learning_rate="fast"), "learning_rate must be a number"),
     (dict(dropout=0.1), "attention dropout"),
+    (dict(lowrank_degree=3), "lowrank_degree=3 must be even"),
+    (dict(qk_norm_scale=0.5), "set --qk_norm=True"),
     (dict(init_from="resume"), "no checkpoint at .*ckpt.pt"),
     (dict(dataset="no_such_corpus"), "no train.bin and no val.bin"),
     (dict(block_size=10**6), "too few for block_size"),
