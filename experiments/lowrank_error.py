@@ -357,10 +357,18 @@ def draw(found: dict, middle: float, longest: int, D: int):
         ax.plot(T, both, marker="o", markersize=4, color=COLORS[i], label=name)
         ax.plot(T, backward, linestyle="--", color=COLORS[i])
     ax.set(title=f"time, 2 heads of {D} (dashed: backward alone)", xlabel="T", ylabel="ms", xscale="log", yscale="log")
-    ax.legend(fontsize=8)
+    label_points(ax, [r["T"] for r in rows])
+    for ax in axes[0, 0], axes[1, 1]:  # the other two have the first one's lines
+        ax.legend(fontsize=8)
     for ax in axes.flat:
         ax.grid(alpha=0.25)
     return figure
+
+
+def label_points(ax, xs) -> None:
+    xs = sorted(set(xs))
+    ax.set_xticks(xs, [f"{x // 1024}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}" for x in xs])
+    ax.minorticks_off()
 
 
 def draw_errors(ax, rows: list[dict], x: str, title: str, label: str) -> None:
@@ -372,7 +380,7 @@ def draw_errors(ax, rows: list[dict], x: str, title: str, label: str) -> None:
             ax.plot(*zip(*points), style, marker="o", markersize=4, color=COLORS[i], **shown)
     ax.set(title=title, xlabel=label, ylabel="error of the gradient (%)", xscale="log", yscale="log")
     ax.plot([], [], "--", color="grey", label="polynomial everywhere (paper)")
-    ax.legend(fontsize=8)
+    label_points(ax, [row[x] for row in rows])
 
 
 if __name__ == "__main__":
