@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from backprop import loss_and_gradients
+from lowrank_attn import lowrank_attention
 from model import GPT, GPTConfig
 from sus_attn import sus_attention
 
@@ -83,6 +85,32 @@ def test_compiled_training_under_autocast(dtype):
         assert all(p.grad.isfinite().all() for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("approximate_forward", [True, False])
+def test_lowrank_as_on_the_cpu(approximate_forward):
+    def ours(device):
+        q, k, v, grad_out = inputs(device, torch.float64, T=300, D=8)
+        out = lowrank_attention(q, k, v, 2, approximate_forward=approximate_forward)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
+
+    for a, b in zip(ours("cuda"), ours("cpu")):
+        assert (a.cpu() - b).norm() / b.norm() < 1e-9
+
+
+@pytest.mark.parametrize("attn_backward", ["exact", "sus"])
+def test_the_analytic_backward_gives_autograd_s_gradients(attn_backward):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=200, vocab_size=257, n_layer=2, n_head=4, n_embd=128, pos="rope", norm="rmsnorm", n_kv_head=2,
+                          bias=False, attn_backward=attn_backward, sus_c=0.8)).cuda().double()  # fmt: skip
+    x, seed = torch.randint(257, (2, 200), device="cuda"), torch.tensor(3)
+    loss = model(x, x, sus_seed=seed)[1]
+    loss.backward()
+    truth = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert abs(loss_and_gradients(model, x, x, sus_seed=seed) - loss) < 1e-12
+    for name, p in model.named_parameters():
+        assert (p.grad - truth[name]).norm() <= 1e-9 * truth[name].norm(), name
 
 
 def test_memory_does_not_grow_with_t_squared():

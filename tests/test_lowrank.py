@@ -9,9 +9,11 @@ from test_model import LONG, gradient, tiny, tokens
 from torch.nn import functional as F
 
 import lowrank_attn
+from device import resolve_device
 from lowrank_attn import (
     CHUNK, _features, _features_backward, _inverse_factorials, count_features, lowrank_attention, score_bound, worst_error,
 )  # fmt: skip
+from probe import largest_score
 
 SHAPES = [(1, 1, 1, 1, 3), (2, 2, 2, 5, 4), (1, 2, 1, CHUNK + 1, 3), (2, 4, 2, 2 * CHUNK + 37, 2)]  # B, Hq, Hkv, T, D
 
@@ -258,3 +260,20 @@ def test_a_fixed_gain_bounds_scores_and_is_no_parameter():
     for norm in (attention.q_norm, attention.k_norm):
         torch.testing.assert_close(norm(x).norm(dim=-1), torch.full((1, 9, 4), 0.5 * math.sqrt(8)), rtol=1e-4, atol=0)
     assert attention.q_norm(x.bfloat16()).dtype == torch.float32
+
+
+def test_the_largest_score_is_that_of_all_layers():
+    model = tiny(**LONG | {"qk_norm": False}).double().eval()
+    x = tokens(T=31)
+    with torch.no_grad():
+        for layer, block in enumerate(model.transformer.h):  # each layer in turn has the largest
+            weight = block.attn.c_attn.weight
+            weight.mul_(10.0 * (layer + 1))
+            seen = []
+            handles = [b.attn.attend.register_forward_hook(lambda module, args, out: seen.append(args[:2])) for b in model.transformer.h]
+            model(x)
+            for handle in handles:
+                handle.remove()
+            scores = [(q.unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).mT / q.shape[3] ** 0.5).tril().abs().max().item() for q, k in seen]
+            assert largest_score(model, x, resolve_device("cpu", "float32")) == pytest.approx(max(scores))
+            assert max(scores) == scores[layer] and len(scores) > 1
