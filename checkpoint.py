@@ -15,6 +15,7 @@ next save overwrites.
 """
 
 import itertools
+import math
 import os
 import re
 import zipfile
@@ -80,6 +81,8 @@ def load(path: Path, map_location="cpu") -> dict:
         raise UserError(f"{path} is not a checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}")
     if lora := state.get("lora"):  # None: not of a LoRA fine-tuning
         wrong = [name for name, kind in LORA.items() if not (isinstance(lora, dict) and isinstance(lora.get(name), kind))]
+        wrong += [] if wrong else [name for name in ("rank", "alpha") if not 0 < lora[name] < math.inf]
+        wrong += [] if isinstance(state["model_args"].get("block_size"), int) else ["block_size"]
         if wrong:
             raise UserError(f"{path} is no adapter checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}")
     # torch.compile and DDP put these prefixes before the names of the weights
@@ -102,6 +105,8 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 def restore_optimizer(saved: dict, path: Path, optimizer, scaler) -> None:
     """The optimizer's and the scaler's state from a checkpoint; weight decay and betas stay those of this run."""
+    if "optimizer" not in saved:
+        raise UserError(f"{path} has no optimizer's state to go on with: fine-tune it by --init_from={path.parent} and another out_dir")
     hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved["optimizer"])

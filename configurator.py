@@ -250,7 +250,7 @@ class TrainConfig:
 
     lora_rank: int = key(0, "fine-tune only adapters of this rank beside the linear layers; 0: all weights", low=0,
                          section="LoRA, to fine-tune with few trained weights")  # fmt: skip
-    lora_alpha: float = key(16.0, "adapters count lora_alpha / lora_rank", above=0)
+    lora_alpha: float = key(16.0, "adapters count lora_alpha / lora_rank", above=0, below=math.inf)
     lora_targets: str = key("c_attn,c_proj,c_fc", "layers that get adapters, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; "
                             "c_proj: both")  # fmt: skip
     lora_dropout: float = key(0.0, "of what goes into the adapters", low=0, below=1)
@@ -311,14 +311,14 @@ def validate(cfg):
     if cfg.lora_rank and cfg.init_from == "scratch":
         raise UserError(f"lora_rank={cfg.lora_rank} needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2")
     if cfg.lora_base and not (cfg.lora_rank and cfg.init_from == "resume"):
-        raise UserError(f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out, or "
-                        "set --init_from=resume")
+        raise UserError(f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out"
+                        + (", as this run has none" if cfg.init_from == "resume" else ", or set --init_from=resume"))
     if cfg.lora_rank and cfg.attn_backward == "sus" and cfg.sus_c == "auto":
         if not {"c_attn", "attn.c_attn"} & {name.strip() for name in cfg.lora_targets.split(",")}:
             raise UserError(f"sus_c=auto goes by the gradient of c_attn, which lora_targets={cfg.lora_targets} leaves out: "
                             "add c_attn, or give a number")
     if cfg.qk_norm_scale and not cfg.qk_norm:
-        raise UserError(f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True")
+        raise UserError(f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True, or --qk_norm_scale=0")
     if cfg.lowrank_degree % 2:
         raise UserError(f"lowrank_degree={cfg.lowrank_degree} must be even: polynomials of odd degree are negative somewhere, and "
                         "weights must not be")  # fmt: skip

@@ -45,10 +45,10 @@ class LoRALinear(nn.Linear):
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float = 0.0) -> None:
     """Give the linear layers `targets` of each of a GPT's blocks adapters, and freeze all else.
 
-    targets: names within a block, separated by commas; c_proj means attn.c_proj and mlp.c_proj. UserError if unknown.
+    targets: names within a block, separated by commas; c_proj means attn.c_proj and mlp.c_proj. UserError if unknown, or if rank is above theirs.
     """
     layers = [name for name, module in model.transformer.h[0].named_modules() if isinstance(module, nn.Linear)]
-    asked_for = [name.strip() for name in targets.split(",")]
+    asked_for = [name for name in map(str.strip, targets.split(",")) if name] or [""]
     for name in asked_for:
         if not any(matches(layer, name) for layer in layers):
             bare = dict.fromkeys(layer.rpartition(".")[2] for layer in layers)
@@ -58,7 +58,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: str, dropou
     for block in model.transformer.h:
         for layer in layers:
             if any(matches(layer, name) for name in asked_for):
-                block.set_submodule(layer, LoRALinear(block.get_submodule(layer), rank, alpha, dropout))
+                linear = block.get_submodule(layer)
+                if rank > min(linear.weight.shape):
+                    raise UserError(f"lora_rank={rank} is above the {min(linear.weight.shape)} that {layer} can have: no fewer weights "
+                                    "would be trained; give less")  # fmt: skip
+                block.set_submodule(layer, LoRALinear(linear, rank, alpha, dropout))
 
 
 def matches(layer: str, name: str) -> bool:

@@ -125,11 +125,12 @@ def _blocks(D: int, degree: int) -> list[tuple[slice, slice, int]]:
 @cache
 def _inverse_factorials(D: int, degree: int) -> Tensor:
     """1 / alpha! of each monomial, (r, 1) float64."""
-    exponents = torch.zeros(count_features(D, degree), D, dtype=torch.float64)
+    r = count_features(D, degree)
+    last, power, inverse = torch.full((r,), -1), torch.zeros(r), torch.ones(r, dtype=torch.float64)  # power: of the last variable
     for where, parents, i in _blocks(D, degree):
-        exponents[where] = exponents[parents]
-        exponents[where, i] += 1
-    return torch.lgamma(exponents + 1).sum(1, keepdim=True).neg().exp()
+        last[where], power[where] = i, 1 + power[parents] * (last[parents] == i)
+        inverse[where] = inverse[parents] / power[where]
+    return inverse[:, None]
 
 
 def _features(x: Tensor, degree: int) -> Tensor:

@@ -38,7 +38,7 @@ def main():
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't make {target.parent}: {error.strerror}") from None
-    kept = {name: saved[name] for name in ("iter_num", "best_val_loss", "tokenizer")}
+    kept = {name: saved[name] for name in ("iter_num", "best_val_loss", "tokenizer") if name in saved}
     config = saved["config"] | {"out_dir": cfg.merged, "lora_rank": 0}
     checkpoint.save(target, {"model": model.state_dict(), "model_args": model_args(model.config), "config": config, **kept})
     print(f"{target}: {model.num_params() / 1e6:.2f} M parameters, {target.stat().st_size / 1e6:.1f} MB")

@@ -436,16 +436,22 @@ def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: fl
     if base in PRETRAINED:
         model = load_pretrained(base, **training_keys)
     else:
-        base = checkpoints.find(path.resolve().parent / base if not lora_base else base)
+        folder = path.resolve().parent  # or the one above, for a run that was moved into earlier-1/
+        places = [Path(lora_base)] if lora_base else [folder / base, folder.parent / base]
+        base = next((p for place in places if (p := checkpoints.find(place)).is_file()), checkpoints.find(places[0])).resolve()
         if not base.is_file():
             raise UserError(f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, say "
                             "where to, by --lora_base=PATH of train.py, sample.py or merge_lora.py")  # fmt: skip
         model = model_from_checkpoint(load_base(base), base, **training_keys)
     if (actual := fingerprint(model)) != lora["fingerprint"]:
-        raise UserError(f"{path} holds adapters of other weights than those in {base}, which have changed or are another "
-                        f"model's (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right "
-                        "ones by --lora_base=PATH of train.py, sample.py or merge_lora.py")  # fmt: skip
-    model.set_context(saved["model_args"]["block_size"], saved["model_args"]["rope_scaling"])
+        raise UserError(f"{path} holds adapters of other weights than those in {base}, which was trained on since or is another "
+                        f"model (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right weights, a "
+                        "copy or those of an earlier-N folder, by --lora_base=PATH of train.py, sample.py or merge_lora.py")  # fmt: skip
+    for name, value in model_args(model.config).items():  # what leaves no trace in the weights
+        if name not in ("block_size", "rope_scaling") and saved["model_args"].get(name, value) != value:
+            raise UserError(f"{path} holds adapters of a model with {name}={saved['model_args'][name]}, but {base} has {value}: "
+                            "give the right base by --lora_base=PATH")  # fmt: skip
+    model.set_context(saved["model_args"]["block_size"], saved["model_args"].get("rope_scaling", 1.0))
     weights = model.state_dict()
     add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], lora_dropout)
     load_weights(model, saved["model"] | weights, path)

@@ -43,6 +43,7 @@ from retention import CALIBRATE, HIGH, START, STEER, Retention, collect_stats
 from sus_attn import fold_in, resolve_backend
 
 DATA = Path(__file__).resolve().parent / "data"
+MOST_FEATURES = 1 << 20  # of the low-rank backward: a chunk of them takes half a gigabyte, a few times
 
 
 def main():
@@ -123,7 +124,7 @@ def main():
     if master:
         if saved is None and not cfg.eval_only:
             checkpoint.keep_earlier_run(out_dir)
-        cfg.wandb_run_name = cfg.wandb_run_name or f"{describe_backward(cfg)}-{os.urandom(2).hex()}"
+        cfg.wandb_run_name = cfg.wandb_run_name or f"{'lora-' if cfg.lora_rank else ''}{describe_backward(cfg)}-{os.urandom(2).hex()}"
         print_summary(cfg, device, attention, corpus, model, compiled is not model, world, it)
     record = None
     if master and not cfg.eval_only:
@@ -292,7 +293,7 @@ def find_base(cfg: TrainConfig) -> Path | None:
     path = checkpoint.find(cfg.init_from)
     if not path.is_file():
         raise UserError(f"init_from={cfg.init_from} must be one of scratch, resume, {', '.join(PRETRAINED)}, or the path of a "
-                        f"checkpoint or its folder, and there is no {path}")  # fmt: skip
+                        f"checkpoint or its folder, and there is no {path}: train that model first")  # fmt: skip
     if path.resolve().parent == Path(cfg.out_dir).resolve() and not cfg.eval_only:
         raise UserError(f"out_dir={cfg.out_dir} is the folder of init_from, whose run would be replaced: choose another "
                         "out_dir, or --init_from=resume to go on with that run")  # fmt: skip
@@ -306,8 +307,10 @@ def take_architecture(cfg: TrainConfig, architecture: dict, owner: str) -> None:
         given = getattr(cfg, name, None)  # vocab_size is no key
         same = given == value or (name == "n_kv_head" and (given or n_head) == (value or n_head))
         if name in cfg.explicit and not same:
-            raise UserError(f"{name}={given} conflicts with {owner}, whose model has {value}: leave {name} out, or train "
-                            "from scratch")  # fmt: skip
+            free = name in ("block_size", "rope_scaling") and architecture["pos"] == "rope"
+            other = "begin another run, by --init_from=PATH and another out_dir" if free else "train from scratch"
+            raise UserError(f"{name}={given} conflicts with {owner}, whose model has {value}: leave {name} out (of the config file, "
+                            f"too), or {other}")  # fmt: skip
         if hasattr(cfg, name):
             setattr(cfg, name, value)
 
@@ -403,7 +406,11 @@ def describe_backward(cfg: TrainConfig) -> str:
 def describe_attention(cfg: TrainConfig, device: Device) -> str:
     """The summary's line on attention. UserError if the backend that is asked for can't be had here."""
     if cfg.attn_backward == "lowrank":
-        features = count_features(cfg.n_embd // cfg.n_head, cfg.lowrank_degree + 1)
+        D = cfg.n_embd // cfg.n_head
+        features = count_features(D, cfg.lowrank_degree + 1)
+        if features > MOST_FEATURES:
+            raise UserError(f"lowrank_degree={cfg.lowrank_degree} means {features:,} features a token with heads of {D}, too many for any "
+                            "memory: set a lower --lowrank_degree, or smaller heads by a larger --n_head")  # fmt: skip
         return f"low-rank backward, degree {cfg.lowrank_degree}, {features:,} features a token; {cfg.lowrank_forward} forward"
     if cfg.attn_backward != "sus":
         return "exact backward"
@@ -539,9 +546,10 @@ def sus_metrics(model: GPT, stats, retention: Retention | None) -> dict:
 
 
 def lowrank_warning(cfg: TrainConfig, it: int, bound: float, error: float) -> str:
+    off = f"up to {error:.0%}" if error < 10 else "more than 1000%"
     return (f"WARNING: at iteration {it} scores of attention reach {bound:.1f}, where the polynomial of lowrank_degree="
-            f"{cfg.lowrank_degree} is off by up to {error:.0%}: the gradient may mean little. Try --qk_norm=True with a small "
-            "--qk_norm_scale (0.6) and small heads (a larger --n_head), a higher --lowrank_degree, or --attn_backward=sus")
+            f"{cfg.lowrank_degree} is off by {off}: the gradient may mean little. --attn_backward=sus has no such limit; or train a model "
+            "with bounded scores from scratch, by --qk_norm=True --qk_norm_scale=0.6 and small heads (a larger --n_head)")
 
 
 class StopSignal:

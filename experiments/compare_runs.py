@@ -189,7 +189,8 @@ def look(run: Planned) -> Planned:
         return run
     header, lines = read_record(record)
     config = plain(dataclasses.asdict(run.config), nonfinite=str)
-    for name in (config.keys() & header["config"].keys()) - (UNRELATED - {"seed"}):
+    asked_for = config.keys() if run.config.init_from == "scratch" else run.config.explicit  # else the base has the architecture
+    for name in (asked_for & header["config"].keys()) - (UNRELATED - {"seed"}):
         was = header["config"][name]
         if was != config[name] and matters(name, config):
             raise UserError(f"{run.folder} has a run with {name}={was}, not {config[name]}: choose another --runs")

@@ -265,10 +265,14 @@ def test_prefixes_of_wrapped_models_are_stripped(tmp_path):
 
 def test_an_adapter_checkpoint_says_whose_its_adapters_are(tmp_path):
     lora = {"rank": 4, "alpha": 8.0, "targets": "c_attn", "base": "gpt2", "fingerprint": "ab"}
-    checkpoint.save(tmp_path / "ckpt.pt", make_state() | {"lora": lora})
+    state = make_state() | {"model_args": {"block_size": 64}}
+    checkpoint.save(tmp_path / "ckpt.pt", state | {"lora": lora})
     assert checkpoint.load(tmp_path / "ckpt.pt")["lora"] == lora
-    for wrong in ([4], "c_attn", *({**lora, name: None} for name in lora), {k: v for k, v in lora.items() if k != "base"}):
-        checkpoint.save(tmp_path / "ckpt.pt", make_state() | {"lora": wrong})
+    several = [{"lora": wrong} for wrong in (
+        [4], "c_attn", *({**lora, name: None} for name in lora), {k: v for k, v in lora.items() if k != "base"}, {**lora, "rank": 0},
+        {**lora, "alpha": float("nan")})]  # fmt: skip
+    for wrong in (*several, {"lora": lora, "model_args": {}}):
+        checkpoint.save(tmp_path / "ckpt.pt", state | wrong)
         with pytest.raises(UserError, match="ckpt.pt is no adapter checkpoint of train.py: missing or of the wrong type"):
             checkpoint.load(tmp_path / "ckpt.pt")
 

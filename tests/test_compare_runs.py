@@ -1,6 +1,7 @@
 """compare_runs.py: real sweeps of tiny models, its numbers against hand-made records, its picture from every shape of
 record, its errors."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare_runs  # noqa: E402
 from compare_runs import Run, draw, group, smooth, summary, table  # noqa: E402
-from configurator import UserError  # noqa: E402
+from configurator import TrainConfig, UserError, load_config  # noqa: E402
 from data.corpus import Texts, write_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
 from record import Record, plain, read_record  # noqa: E402
@@ -471,3 +472,21 @@ def test_missing_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install -r requirements-dev.txt"):
         compare_runs.draw([make_run()])
+
+
+def test_a_sweep_over_a_fine_tuning_knows_its_runs(tmp_path):
+    """Their record has the architecture of the base, which no key of the command gives."""
+
+    def planned(*arguments):
+        config = load_config(TrainConfig, ["--init_from=out-1k", "--learning_rate=0.001", *arguments], usage="")
+        return compare_runs.Planned("a", tmp_path / "a", list(arguments), config)
+
+    adopted = dataclasses.asdict(planned().config) | {"pos": "rope", "n_layer": 2}
+    record = Record(tmp_path / "a", adopted, run_name="a", run_id=None, group="", wandb_log=False, wandb_project="", resume_iter=None)
+    record.log({"iter": 4, "val/loss": 2.0})
+    record.finish()
+    compare_runs.look(planned())
+    compare_runs.look(planned("--n_layer=2"))
+    for key, was in ("n_layer=3", 2), ("learning_rate=0.002", 0.001):
+        with pytest.raises(UserError, match=f"has a run with {key.partition('=')[0]}={was}, not"):
+            compare_runs.look(planned(f"--{key}"))

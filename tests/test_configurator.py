@@ -323,7 +323,7 @@ def test_nanogpt_dropout_meets_sus(config_file):
     (["--dropout=0.1", "--attn_backward=lowrank"], "dropout=0.1 includes attention dropout, which attn_backward=lowrank does not "
                         "support: set --dropout=0.0 or --attn_backward=exact"),
     (["--lowrank_degree=3"], "lowrank_degree=3 must be even: polynomials of odd degree are negative somewhere, and weights must not be"),
-    (["--qk_norm_scale=0.5"], "qk_norm_scale=0.5 is the gain of qk_norm, which is off: set --qk_norm=True"),
+    (["--qk_norm_scale=0.5"], "qk_norm_scale=0.5 is the gain of qk_norm, which is off: set --qk_norm=True, or --qk_norm_scale=0"),
     (["--lr_decay_iters=100"], "lr_decay_iters=100 is below warmup_iters=2000: raise the one (usually to max_iters), "
                                "lower the other, or set --decay_lr=False"),
     (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05: lower the one (usually to "

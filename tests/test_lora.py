@@ -84,12 +84,20 @@ def test_targets(targets, layers):
     assert trained == adapter_state(model).keys()
 
 
-@pytest.mark.parametrize("targets", ["", "c_atn", "c_attn,", "attn", "lm_head", "h.0.attn.c_attn", "q_norm", "proj"])
+@pytest.mark.parametrize("targets", ["", ",", "c_atn", "attn", "lm_head", "h.0.attn.c_attn", "q_norm", "proj"])
 def test_unknown_targets_are_refused_with_what_there_is(targets):
     model = tiny(**LONG)
     with pytest.raises(UserError, match=r"lora_targets: '.*' is none of .*c_attn, attn.c_proj, .*\(c_attn, c_proj, c_fc\)"):
         add_adapters(model, 2, 4.0, targets)
     assert all(p.requires_grad for p in model.parameters())  # nothing was changed
+
+
+def test_a_rank_that_spares_nothing_is_refused():
+    model = tiny(**LONG)
+    most = min(model.transformer.h[0].attn.c_attn.weight.shape)
+    with pytest.raises(UserError, match=f"lora_rank={most + 1} is above the {most} that attn.c_attn can have"):
+        add_adapters(model, most + 1, 4.0, "c_attn")
+    add_adapters(model, most, 4.0, "c_attn, ")
 
 
 @pytest.mark.parametrize("keys", ARCHITECTURES)
@@ -326,6 +334,21 @@ def test_another_base_is_refused(based, tmp_path):
     assert resume(based, max_iters=14)[-1]["iter"] == 14  # it is found from now on
 
 
+def test_a_base_of_the_same_weights_and_another_architecture_is_refused(based, tmp_path):
+    fine_tune(based, max_iters=4)
+    path = tmp_path / "base" / "ckpt.pt"
+    state = load(tmp_path / "base")
+    torch.save(state | {"model_args": state["model_args"] | {"rope_theta": 5.0}}, path)
+    with pytest.raises(UserError, match=r"adapters of a model with rope_theta=10000.0, but .*base.ckpt.pt has 5.0"):
+        sample.load_model(tmp_path / "lora" / "ckpt.pt")
+
+
+def test_adapters_that_were_moved_aside_find_their_base(based, tmp_path, capsys):
+    fine_tune(based, max_iters=4)
+    fine_tune(based, max_iters=4)
+    assert sample.load_model(tmp_path / "lora" / "earlier-1" / "ckpt.pt")[0].config.block_size == 128
+
+
 def test_a_base_that_is_gone_is_refused_and_found_where_it_went(based, tmp_path, monkeypatch, capsys):
     fine_tune(based, max_iters=4)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
@@ -390,7 +413,8 @@ def test_a_truncated_or_spoiled_adapter_checkpoint(based, tmp_path):
     path.write_bytes(whole[:-1000])
     with pytest.raises(UserError, match="truncated"):
         resume(based)
-    for lora_, message in [(True, "rank, alpha"), ({**state["lora"], "fingerprint": None}, "wrong type: fingerprint")]:
+    for lora_, message in [(True, "rank, alpha"), ({**state["lora"], "fingerprint": None}, "wrong type: fingerprint"),
+                           ({**state["lora"], "rank": 0, "alpha": math.nan}, "wrong type: rank, alpha")]:  # fmt: skip
         torch.save({**state, "lora": lora_}, path)
         with pytest.raises(UserError, match=f"no adapter checkpoint.*{message}"):
             resume(based)
@@ -462,7 +486,7 @@ def test_sampling_merges_and_reads_beyond_the_base_s_context(based, tmp_path, mo
     with pytest.raises(UserError, match="nothing to merge"):
         merge_lora.main()
     monkeypatch.setattr(sys, "argv", ["train.py", f"--out_dir={tmp_path / 'merged'}", "--init_from=resume", "--max_iters=99"])
-    with pytest.raises(UserError, match="optimizer"):
+    with pytest.raises(UserError, match="no optimizer's state to go on with: fine-tune it by --init_from=.*merged"):
         train.main()
 
 

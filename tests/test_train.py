@@ -181,9 +181,15 @@ def test_lowrank_warns_once_where_the_polynomial_is_meaningless(run, capsys):
     keys = dict(attn_backward="lowrank", max_iters=4, eval_interval=2)
     run("a", **keys, qk_norm=True)
     out = capsys.readouterr().out
-    assert out.count("WARNING: at iteration 0 scores of attention reach") == 1 == out.count("lowrank_degree=2 is off by up to")
+    assert out.count("WARNING: at iteration 0 scores of attention reach") == 1 == out.count("lowrank_degree=2 is off by more than 1000%")
     run("b", **keys, qk_norm=True, qk_norm_scale=0.5)
     assert "WARNING: at iteration" not in capsys.readouterr().out
+
+
+def test_lowrank_with_too_many_features_is_refused_at_once(run, tmp_path):
+    with pytest.raises(UserError, match=r"lowrank_degree=10 means 13,037,895 features a token with heads of 16.*lower --lowrank_degree"):
+        run(attn_backward="lowrank", lowrank_degree=10)
+    assert not (tmp_path / "out").exists()
 
 
 def test_position_buckets():
