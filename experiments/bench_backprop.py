@@ -23,16 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from backprop import loss_and_gradients
-from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, memory_of
+from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, measure, memory_of
 from configurator import UserError, load_config, run_main, validate
-from data.loader import Corpus, load_corpus
-from device import Device, memory_errors, resolve_device
-from measure import (
-    describe_machine, environment, idleness, in_child, mib, numbers, product_ms, ratio, ratio_text, spread, sus_backend, write_json,
-)  # fmt: skip
-from output import check_writable, print_table, progress_bar
+from data.loader import Corpus
+from device import Device, memory_errors
+from measure import describe_machine, in_child, mib, numbers, ratio, ratio_text, spread, write_json
+from output import check_writable, print_table
 from record import plain
-from train import DATA, prepare_stdlib
 
 WAYS = ("autograd", "analytic")
 STEPS = [(kind, way) for kind in KINDS for way in WAYS]
@@ -47,7 +44,7 @@ def main():
     cfg.backprop = "analytic"  # validate then also refuses what it doesn't cover
     validate(cfg)
     with memory_errors("Give a smaller --T"):
-        data = plain(measure(cfg, Ts), nonfinite=str)
+        data = plain(measure("bench_backprop", measure_at, (cfg.repeats + 2) * len(STEPS), cfg, Ts), nonfinite=str)
     if cfg.json:  # before a reader of the table can leave
         write_json(Path(cfg.json), data)
     report(data)
@@ -56,32 +53,6 @@ def main():
 
 
 # -- measuring --------------------------------------------------------------------------------------
-
-
-def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
-    """Every figure. UserError if the gradients are wrong."""
-    device = resolve_device(cfg.device, cfg.dtype)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as train.py
-    backend, why = sus_backend(cfg.sus_backend, device, cfg.n_embd // cfg.n_head, cfg.sus_c, cfg.sus_sampler)
-    print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
-    prepare_stdlib(cfg)
-    corpora = {T: load_corpus(DATA / cfg.dataset, T, cfg.windows) for T in Ts}  # too long a T is an error now
-    results, product = [], [product_ms(device)]
-    with progress_bar(sum(T**2 for T in Ts) * (cfg.repeats + 2) * len(STEPS)) as bar:
-        for T, corpus in corpora.items():
-            bar.set_description(f"T = {T:,}")
-            results += measure_at(cfg, T, device, corpus, bar)
-            product.append(product_ms(device))
-    return {
-        "benchmark": "bench_backprop",
-        "config": dataclasses.asdict(cfg),
-        "environment": environment(device),
-        "idle": idleness(product),
-        "sus_backend": backend,
-        "dtype": str(device.dtype).removeprefix("torch."),
-        "results": results,
-    }
 
 
 def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar) -> list[dict]:

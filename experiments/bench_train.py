@@ -56,7 +56,7 @@ def main():
     check_keys(cfg, backprop="experiments/bench_backprop.py measures the analytic one")
     validate(cfg)
     with memory_errors("Give a smaller --T"):
-        data = plain(measure(cfg, Ts), nonfinite=str)
+        data = plain(measure("bench_train", measure_at, (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS), cfg, Ts), nonfinite=str)
     if cfg.json:  # before a reader of the table can leave
         write_json(Path(cfg.json), data)
     report(data)
@@ -135,8 +135,9 @@ class Trainer:
 # -- measuring --------------------------------------------------------------------------------------
 
 
-def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
-    """Every figure. UserError if a step is wrong."""
+def measure(benchmark: str, measure_at, rounds: int, cfg: BenchTrainConfig, Ts: list[int]) -> dict:
+    """Every figure. measure_at(cfg, T, device, corpus, bar) gives the rows of a length, and advances the bar `rounds` times by
+    T^2; UserError if a step is wrong."""
     device = resolve_device(cfg.device, cfg.dtype)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as train.py
@@ -145,14 +146,13 @@ def measure(cfg: BenchTrainConfig, Ts: list[int]) -> dict:
     prepare_stdlib(cfg)
     corpora = {T: load_corpus(DATA / cfg.dataset, T, cfg.windows) for T in Ts}  # too long a T is an error now
     results, product = [], [product_ms(device)]
-    work = sum(T**2 for T in Ts) * (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS)
-    with progress_bar(work) as bar:
+    with progress_bar(sum(T**2 for T in Ts) * rounds) as bar:
         for T, corpus in corpora.items():
             bar.set_description(f"T = {T:,}")
             results += measure_at(cfg, T, device, corpus, bar)
             product.append(product_ms(device))
     return {
-        "benchmark": "bench_train",
+        "benchmark": benchmark,
         "config": dataclasses.asdict(cfg),
         "environment": environment(device),
         "idle": idleness(product),
