@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from backprop import loss_and_gradients
-from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, measure, memory_of
+from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, describe_steps, measure, memory_of
 from configurator import UserError, load_config, run_main, validate
 from data.loader import Corpus
 from device import Device, memory_errors
@@ -108,11 +108,8 @@ def compare_gradients(trainer: Trainer, kind: str) -> dict:
 def report(data: dict) -> None:
     machine, idle = describe_machine(data)
     cfg, results = data["config"], data["results"]
-    model = f"{cfg['n_layer']} layers, {cfg['n_head']} heads, width {cfg['n_embd']}; {data['dtype']}"
-    step = f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step"
-    recomputes = "; activation checkpointing" if cfg["activation_checkpointing"] else ""
-    sus = f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend"
-    print(f"{machine}\n{results[0]['parameters'] / 1e6:.2f} M parameters: {model}; {step}{recomputes}; {sus}\n")
+    recomputes = ["activation checkpointing"] if cfg["activation_checkpointing"] else []
+    print(f"{machine}\n{describe_steps(data, *recomputes)}\n")
     rows = [["T", "attention", "autograd ms", "analytic ms", "autograd / analytic", "autograd MiB", "analytic MiB", "of the MiB",
              "gradients differ by", "worst parameter's"]]  # fmt: skip
     for pair in zip(results[::2], results[1::2]):

@@ -219,13 +219,20 @@ def memory_of(cfg: BenchTrainConfig, kind: str, T: int, device: Device, corpus: 
 # -- the table --------------------------------------------------------------------------------------
 
 
+def describe_steps(data: dict, *more: str) -> str:
+    """What was measured, a line; `more` comes before SUS."""
+    cfg = data["config"]
+    return "; ".join([
+        f"{data['results'][0]['parameters'] / 1e6:.2f} M parameters: {cfg['n_layer']} layers, {cfg['n_head']} heads, width {cfg['n_embd']}",
+        data["dtype"], f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step", *more,
+        f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend",
+    ])  # fmt: skip
+
+
 def report(data: dict) -> None:
     machine, idle = describe_machine(data)
     cfg, results = data["config"], data["results"]
-    model = f"{cfg['n_layer']} layers, {cfg['n_head']} heads, width {cfg['n_embd']}; {data['dtype']}"
-    step = f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step"
-    sus = f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend"
-    print(f"{machine}\n{results[0]['parameters'] / 1e6:.2f} M parameters: {model}; {step}; {sus}\n")
+    print(f"{machine}\n{describe_steps(data)}\n")
     rows = [["T", "exact tok/s", "SUS tok/s", "SUS / exact", "exact ms", "SUS ms", "exact attention", "SUS attention",
              "exact MiB", "SUS MiB"]]  # fmt: skip
     for pair in zip(results[::2], results[1::2]):
