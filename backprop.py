@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model as model_module
-from lora import LoRALinear
+from training.lora import LoRALinear
 from model import GPT, Block, rotate, widened
 from sus_attn import fold_in, sus_attention_and_backward
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backends.reference import accumulate_dtype
+from sus_backends.reference import accumulate_dtype
 from sus_attn import autocast_inputs, check_inputs
 
 CHUNK = 128

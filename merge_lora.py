@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
+from training import checkpoint
 from configurator import UserError, key, load_config, run_main
 from model import model_args, model_from_checkpoint
 

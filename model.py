@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import checkpoint as checkpoints
+from training import checkpoint as checkpoints
 from configurator import UserError
-from lora import add_adapters, fingerprint, merge
+from training.lora import add_adapters, fingerprint, merge
 from lowrank_attn import lowrank_attention
 from sus_attn import fold_in, sus_attention
 

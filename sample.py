@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+from training import checkpoint
 from configurator import UserError, key, load_config, run_main
 from data.tokenizer import tokenizer_from_meta
-from device import resolve_device
+from training.device import resolve_device
 from model import load_pretrained, model_from_checkpoint
 
 

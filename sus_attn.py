@@ -36,7 +36,7 @@ Those of single keys, the paper's rule and what was tried on the way from there,
     rows, values, rows+values     the same with other weights.
 
 This file is the operator: argument checks, the custom op with its fake and its autograd formula, the choice
-of a backend. The arithmetic is in backends/.
+of a backend. The arithmetic is in sus_backends/.
 
 Deliberately missing: attention dropout, arbitrary masks, queries and keys of different lengths, double backward.
 Each is refused by name.
@@ -49,8 +49,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from backends import cpu, reference, triton
-from backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
+from sus_backends import cpu, reference, triton
+from sus_backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
 
 SAMPLERS = (*reference.THINNED, "systematic", "poisson")
 BACKENDS = ("auto", "reference", "cpu", "triton")

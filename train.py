@@ -27,19 +27,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
+from training import checkpoint
 from backprop import loss_and_gradients
 from configurator import TrainConfig, UserError, load_config, run_main, validate
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
-from device import Device, memory_errors, resolve_device
-from lora import adapter_state, add_adapters, fingerprint
+from training.device import Device, memory_errors, resolve_device
+from training.lora import adapter_state, add_adapters, fingerprint
 from lowrank_attn import count_features
 from model import (ARCHITECTURE_KEYS, PRETRAINED, TRAINING_KEYS, GPT, GPTConfig, adapted_model, load_base, load_pretrained,
                    model_args, model_from_checkpoint)  # fmt: skip
-from probe import probe_attention
-from record import Record
-from retention import CALIBRATE, HIGH, START, STEER, Retention, collect_stats
+from training.probe import probe_attention
+from training.record import Record
+from training.retention import CALIBRATE, HIGH, START, STEER, Retention, collect_stats
 from sus_attn import fold_in, resolve_backend
 
 DATA = Path(__file__).resolve().parent / "data"

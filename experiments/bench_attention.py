@@ -35,18 +35,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import checkpoint
+from training import checkpoint
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from device import Device, memory_errors, resolve_device
+from training.device import Device, memory_errors, resolve_device
 from measure import (
     describe_machine, environment, fit_power, free_memory, idleness, in_child, mib, numbers, peak_of, product_ms, ratio,
     ratio_text, read_json, spread, sus_backend, write_json,
 )  # fmt: skip
 from model import model_from_checkpoint
 from output import COLORS, check_picture, check_writable, import_pyplot, print_table, progress_bar, save_picture
-from probe import capture, take_turns
-from record import plain, reason, start_wandb
+from training.probe import capture, take_turns
+from training.record import plain, reason, start_wandb
 from sus_attn import BACKENDS, SAMPLERS, sus_attention
 
 DATA = Path(__file__).resolve().parents[1] / "data"

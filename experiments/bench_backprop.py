@@ -26,10 +26,10 @@ from backprop import loss_and_gradients
 from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, describe_steps, measure, memory_of
 from configurator import UserError, load_config, run_main, validate
 from data.loader import Corpus
-from device import Device, memory_errors
+from training.device import Device, memory_errors
 from measure import describe_machine, in_child, mib, numbers, ratio, ratio_text, spread, write_json
 from output import check_writable, print_table
-from record import plain
+from training.record import plain
 
 WAYS = ("autograd", "analytic")
 STEPS = [(kind, way) for kind in KINDS for way in WAYS]

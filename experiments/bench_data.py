@@ -29,7 +29,7 @@ from data.corpus import files_under, read_text
 from data.loader import load_corpus
 from data.text.prepare import prepare
 from data.tokenizer import ENCODINGS, tokenizer_from_meta
-from device import resolve_device
+from training.device import resolve_device
 from measure import describe_machine, environment, idleness, product_ms, ratio, ratio_text, resident, spread
 from output import print_table
 from train import DATA, new_model, new_optimizer, prepare_stdlib, train_step

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from data.loader import Corpus, load_corpus
-from device import Device, memory_errors, resolve_device
+from training.device import Device, memory_errors, resolve_device
 from measure import (
     describe_machine, environment, idleness, in_child, mib, numbers, peak_of, product_ms, ratio, ratio_text, spread,
     sus_backend, write_json,
 )  # fmt: skip
 from output import check_writable, print_table, progress_bar
-from record import plain
+from training.record import plain
 from train import DATA, new_model, new_optimizer, prepare_stdlib, train_step
 
 KINDS = ("exact", "sus")

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from output import COLORS, check_picture, import_pyplot, print_table, progress_bar, save_picture
-from record import plain, read_record
+from training.record import plain, read_record
 
 # What says nothing about how a run trains.
 UNRELATED = {"seed", "out_dir", "init_from", "eval_only", "log_interval", "always_save_checkpoint", "wandb_log",
@@ -197,7 +197,7 @@ def look(run: Planned) -> Planned:
     at_end = Run(run.name, config, lines).is_finished
     # The last checkpoint is newer than the record, unless train.py was killed just before, or the files were copied.
     if at_end and ckpt.exists() and ckpt.stat().st_mtime_ns <= record.stat().st_mtime_ns:
-        from checkpoint import load  # with torch, which takes seconds
+        from training.checkpoint import load  # with torch, which takes seconds
         at_end = load(ckpt)["iter_num"] >= run.config.max_iters
     run.state = "finished" if at_end else "begun" if ckpt.exists() else "new"
     run.it = lines[-1]["iter"] if lines and run.state != "new" else 0

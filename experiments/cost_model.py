@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from backends import reference, triton
+from sus_backends import reference, triton
 from configurator import UserError, key, load_config, run_main
 from measure import numbers
 from output import print_table

@@ -28,19 +28,19 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import checkpoint
-from backends import reference
+from training import checkpoint
+from sus_backends import reference
 from bench_attention import DATA, gradients
 from configurator import UserError, key, load_config, run_main
 from data.loader import Corpus, load_corpus
-from device import Device, memory_errors, resolve_device
+from training.device import Device, memory_errors, resolve_device
 from measure import (
     describe_machine, environment, fit_power, free_memory, idleness, numbers, product_ms, read_json, sus_backend, write_json,
 )  # fmt: skip
 from model import GPT, load_pretrained, model_from_checkpoint
 from output import COLORS, check_picture, check_writable, import_pyplot, print_table, progress_bar, save_picture
-from probe import capture, time_attention
-from record import plain
+from training.probe import capture, time_attention
+from training.record import plain
 from sus_attn import BACKENDS, SAMPLERS, fold_in, sus_attention
 
 PAPER_C = 25.0  # with which the paper has a rho of about 1 %

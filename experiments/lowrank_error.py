@@ -33,13 +33,13 @@ import model as model_module
 from bench_attention import DATA, gradients
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from device import Device, memory_errors, resolve_device
+from training.device import Device, memory_errors, resolve_device
 from grad_variance import Parts, VarianceConfig, load_model, windows
 from lowrank_attn import count_features, lowrank_attention, score_bound, worst_error
 from measure import describe_machine, environment, fit_power, idleness, in_child, mib, numbers, peak_of, product_ms, sus_backend
 from model import GPT, GPTConfig
 from output import COLORS, check_picture, import_pyplot, print_table, progress_bar, save_picture
-from probe import capture, time_attention
+from training.probe import capture, time_attention
 from sus_attn import fold_in, sus_attention
 
 PARTS = ("errors", "model", "scaling", "sides")

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from device import Device
+from training.device import Device
 from output import write_whole
 from sus_attn import resolve_backend
 

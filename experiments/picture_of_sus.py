@@ -16,14 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import checkpoint
-from backends.reference import Known, row_weights, sus_multiplier
+from training import checkpoint
+from sus_backends.reference import Known, row_weights, sus_multiplier
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from device import resolve_device
+from training.device import resolve_device
 from model import model_from_checkpoint
 from output import check_picture, import_pyplot, save_picture
-from probe import capture
+from training.probe import capture
 
 
 @dataclass

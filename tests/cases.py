@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_sus_attention import inputs, naive
 
-from backends import reference
+from sus_backends import reference
 
 inf, nan = math.inf, math.nan
 

@@ -17,7 +17,7 @@ import triton as compiler
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from backends import triton
+from sus_backends import triton
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 CS = 4.0, 10.0, 20.0, 60.0, float("inf")  # the slots of each ask for other constants of `thin`

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 import backprop
 import model as model_module
-from backends import reference
+from sus_backends import reference
 from backprop import (
     attention_backward, block_backward, block_forward, cross_entropy, embedding_backward, gelu_backward, linear_backward,
     loss_and_gradients, norm_backward, rope_backward,
 )  # fmt: skip
-from lora import LoRALinear, add_adapters
+from training.lora import LoRALinear, add_adapters
 from model import Block, GPTConfig, rope_table, rotate
 from sus_attn import SAMPLERS, fold_in, sus_attention, sus_attention_and_backward
 

@@ -21,17 +21,17 @@ import backprop  # noqa: E402
 import bench_attention  # noqa: E402
 import bench_backprop  # noqa: E402
 import bench_train  # noqa: E402
-import checkpoint  # noqa: E402
+from training import checkpoint  # noqa: E402
 import measure  # noqa: E402
 import train  # noqa: E402
 from bench_attention import BenchConfig, Check, Contender, contenders  # noqa: E402
 from configurator import UserError  # noqa: E402
 from data.corpus import Texts, write_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
-from device import Device, memory_errors  # noqa: E402
+from training.device import Device, memory_errors  # noqa: E402
 from model import GPT, GPTConfig, model_args  # noqa: E402
-from probe import take_turns, time_attention  # noqa: E402
-from record import plain, read_record  # noqa: E402
+from training.probe import take_turns, time_attention  # noqa: E402
+from training.record import plain, read_record  # noqa: E402
 from sus_attn import sus_attention  # noqa: E402
 
 CPU = Device(torch.device("cpu"), torch.float32, "")

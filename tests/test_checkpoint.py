@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+from training import checkpoint
 from configurator import UserError
 
-ROOT = Path(checkpoint.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_state(iter_num=7, steps=3):
@@ -234,7 +234,7 @@ def test_kill_during_a_save_keeps_the_former_checkpoint(tmp_path):
 import os, signal, sys
 from pathlib import Path
 import torch
-import checkpoint
+from training import checkpoint
 sys.path.insert(0, "tests")
 from test_checkpoint import make_state
 def killed(descriptor):

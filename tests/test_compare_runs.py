@@ -21,7 +21,7 @@ from compare_runs import Run, draw, group, smooth, summary, table  # noqa: E402
 from configurator import TrainConfig, UserError, load_config  # noqa: E402
 from data.corpus import Texts, write_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
-from record import Record, plain, read_record  # noqa: E402
+from training.record import Record, plain, read_record  # noqa: E402
 
 
 def make_run(name="exact-1", val=(5.5, 2.0, 1.9), attn_backward="exact", seed=1, every=10, **config):

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from test_sus_attention import naive
 from torch.utils.checkpoint import checkpoint
 
-from backends import cpu, reference
-from backends.reference import KAPPA, TILE, UNIT, tile_slots, tiles_of
+from sus_backends import cpu, reference
+from sus_backends.reference import KAPPA, TILE, UNIT, tile_slots, tiles_of
 from model import GPT, GPTConfig
 from sus_attn import resolve_backend, sus_attention
 
@@ -493,7 +493,7 @@ def test_forked_workers_of_a_data_loader(threads):
 
 INTERPRETED = """
 import pickle, sys, torch
-from backends import cpu, cpu_kernels
+from sus_backends import cpu, cpu_kernels
 assert cpu_kernels.INTERPRETED
 results, seed = [], torch.tensor(2**40 + 3)
 for q, k, v, grad_out in pickle.load(open(sys.argv[1], "rb")):
@@ -630,7 +630,7 @@ except ValueError as error:
 CALL = """
 import torch
 from sus_attn import sus_attention
-from backends import cpu
+from sus_backends import cpu
 q = torch.randn(1, 2, 30, 16, requires_grad=True)
 """
 FORWARD = CALL + """
@@ -648,7 +648,7 @@ print([sum(getattr(cpu.kernels(), name).stats.cache_hits.values()) for name in n
 def copy_of_the_code(folder):
     folder.mkdir()
     shutil.copy(ROOT / "sus_attn.py", folder)
-    shutil.copytree(ROOT / "backends", folder / "backends", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "sus_backends", folder / "sus_backends", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -656,7 +656,7 @@ def test_compiled_code_is_kept_on_disk_and_needs_no_disk(tmp_path):
     """Two copies at the same time: one can write its cache, the other can't."""
     good, bad = copy_of_the_code(tmp_path / "good"), copy_of_the_code(tmp_path / "bad")
     nowhere = tmp_path / "a file"
-    for path in (bad / "backends/__pycache__", nowhere):
+    for path in (bad / "sus_backends/__pycache__", nowhere):
         path.write_text("")
     below = str(nowhere / "below")
     env = dict(HOME=below, XDG_CACHE_HOME=below, PYTHONDONTWRITEBYTECODE="1", NUMBA_CACHE_DIR="")
@@ -666,17 +666,17 @@ def test_compiled_code_is_kept_on_disk_and_needs_no_disk(tmp_path):
     out, err = first.result()
     assert out.strip() == "[0, 0, 0, 0]"
     assert ["compiling" in line for line in err.splitlines()] in ([], [True])  # silent where it takes no time
-    assert len(list(good.glob("backends/__pycache__/cpu_kernels.*.nbc"))) == 4
+    assert len(list(good.glob("sus_backends/__pycache__/cpu_kernels.*.nbc"))) == 4
     out, err = unwritable.result()
     assert ["compiling" in line for line in err.splitlines()] in ([], [True])
     out, err = python(BOTH, cwd=good, NUMBA_CACHE_DIR="")
     assert out.strip() == "[1, 1, 1, 1]"
     # a damaged file costs a compilation; a change of what reference.py specifies makes the files stale
-    damaged = next(good.glob("backends/__pycache__/cpu_kernels.query_gradients*.nbc"))
+    damaged = next(good.glob("sus_backends/__pycache__/cpu_kernels.query_gradients*.nbc"))
     damaged.write_bytes(b"")
     out, err = python(BOTH, cwd=good, NUMBA_CACHE_DIR="")
     assert out.strip() == "[1, 1, 1, 0]" and "Error" not in err
-    with open(good / "backends/reference.py", "a") as file:
+    with open(good / "sus_backends/reference.py", "a") as file:
         file.write("# changed\n")
     hits = "from backends import cpu; import numba; k = cpu.kernels().query_gradients; print(len(k._cache._cache_file._load_index()))"
     assert python(hits, cwd=good, NUMBA_CACHE_DIR="")[0].strip() == "0"

@@ -12,18 +12,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import checkpoint  # noqa: E402
+from training import checkpoint  # noqa: E402
 import grad_variance  # noqa: E402
 import model as model_module  # noqa: E402
-from backends import reference  # noqa: E402
+from sus_backends import reference  # noqa: E402
 from configurator import UserError, load_config, run_main  # noqa: E402
 from data.corpus import Texts, write_corpus  # noqa: E402
 from data.loader import load_corpus  # noqa: E402
 from data.tokenizer import tokenizer_from_meta  # noqa: E402
-from device import Device  # noqa: E402
+from training.device import Device  # noqa: E402
 from grad_variance import Subject, VarianceConfig, relative_variance, student_limit  # noqa: E402
 from model import GPT, GPTConfig, model_args  # noqa: E402
-from record import plain  # noqa: E402
+from training.record import plain  # noqa: E402
 from sus_attn import fold_in, sus_attention  # noqa: E402
 
 CPU = Device(torch.device("cpu"), torch.float32, "")

@@ -11,15 +11,15 @@ import torch
 from test_model import ARCHITECTURES, GPT2_LIKE, LONG, gradient, tiny, tokens
 from test_train import TORCHRUN, corpus, curve, run, same, start, weights  # noqa: F401  (fixtures)
 
-import checkpoint
-import lora
+from training import checkpoint
+from training import lora
 import merge_lora
 import sample
 import train
 from configurator import UserError
-from lora import LoRALinear, adapter_state, add_adapters, fingerprint, merge
+from training.lora import LoRALinear, adapter_state, add_adapters, fingerprint, merge
 from model import GPT, GPTConfig, model_from_checkpoint
-from record import read_record
+from training.record import read_record
 
 ALL = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
 

@@ -9,11 +9,11 @@ from test_model import LONG, gradient, tiny, tokens
 from torch.nn import functional as F
 
 import lowrank_attn
-from device import resolve_device
+from training.device import resolve_device
 from lowrank_attn import (
     CHUNK, _features, _features_backward, _inverse_factorials, count_features, lowrank_attention, score_bound, worst_error,
 )  # fmt: skip
-from probe import largest_score
+from training.probe import largest_score
 
 SHAPES = [(1, 1, 1, 1, 3), (2, 2, 2, 5, 4), (1, 2, 1, CHUNK + 1, 3), (2, 4, 2, 2 * CHUNK + 37, 2)]  # B, Hq, Hkv, T, D
 

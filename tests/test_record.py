@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import record
+from training import record
 from configurator import UserError
-from record import Record, flatten, make_id, read_record
+from training.record import Record, flatten, make_id, read_record
 
-ROOT = Path(record.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_record(out_dir, **changes):
@@ -307,7 +307,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import record
+from training import record
 record.INIT_TIMEOUT = 2
 rec = record.Record(Path("out"), {"sus_c": float("inf")}, run_name="exact-ab12", run_id=None, group="g",
                     wandb_log=True, wandb_project="nanosus", resume_iter=None)

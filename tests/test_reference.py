@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from backends import reference
-from backends.reference import UNIT, UNIT_BITS
+from sus_backends import reference
+from sus_backends.reference import UNIT, UNIT_BITS
 from sus_attn import SAMPLERS
 
 inf = math.inf

@@ -7,13 +7,13 @@ import pytest
 import torch
 from test_train import TORCHRUN, corpus, run, start  # noqa: F401  (fixtures)
 
-import retention
+from training import retention
 from configurator import TrainConfig, UserError, load_config
 from data.loader import load_corpus
-from device import Device
+from training.device import Device
 from model import GPT, GPTConfig
-from record import read_record
-from retention import HIGH, LOW, START, STEER, Retention, collect_stats
+from training.record import read_record
+from training.retention import HIGH, LOW, START, STEER, Retention, collect_stats
 from sus_attn import fold_in
 
 CPU = Device(torch.device("cpu"), torch.float32, "")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backends import cpu, reference
+from sus_backends import cpu, reference
 from backprop import attention_backward
 from sus_attn import SAMPLERS, UNIT, fold_in, resolve_backend, sus_attention
 

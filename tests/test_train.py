@@ -18,7 +18,7 @@ from configurator import TrainConfig, UserError
 from data.corpus import Texts, write_corpus
 from data.tokenizer import tokenizer_from_meta
 from model import GPT
-from record import read_record
+from training.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(os.__file__).parent

@@ -16,9 +16,9 @@ from cases import LAYOUTS, case, check_errors, check_unbiased, float64, inf, nan
 from test_sus_attention import naive
 from torch import Tensor
 
-from backends import reference, triton
-from backends.reference import KAPPA, TILE, UNIT
-from backends.triton import cdiv
+from sus_backends import reference, triton
+from sus_backends.reference import KAPPA, TILE, UNIT
+from sus_backends.triton import cdiv
 from model import GPT, GPTConfig
 from sus_attn import resolve_backend, sus_attention
 

@@ -20,7 +20,7 @@ first. The only atomic operations are on integers, whose sums have no order.
 import triton
 import triton.language as tl
 
-from backends import reference
+from sus_backends import reference
 
 UNIT_BITS, UNIT = tl.constexpr(reference.UNIT_BITS), tl.constexpr(reference.UNIT)
 PROPOSING, THINNING = tl.constexpr(reference.STREAM_SYSTEMATIC), tl.constexpr(reference.STREAM_THINNING)

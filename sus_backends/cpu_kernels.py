@@ -10,12 +10,12 @@ products take the scalars of K and V as they lie in memory. In the backward a la
 dim: the rows that keep a tile come from anywhere, and are taken as they lie in memory.
 
 One file, because numba's cache of compiled code looks at changes of a function's own file only (and, see
-backends/cpu.py, of reference.py).
+sus_backends/cpu.py, of reference.py).
 
 Dims: B batch, H query heads, K key/value heads, G = H / K, T positions, D head dim. Arrays are flat; where they are
 views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as uint16.
 
-Deliberately missing: threads (backends/cpu.py runs these functions on several; they release the GIL, and share the
+Deliberately missing: threads (sus_backends/cpu.py runs these functions on several; they release the GIL, and share the
 work through a counter), and everything but causal attention with the sampler tiles.
 """
 
@@ -30,7 +30,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_jitable, register_model
 
-from backends.reference import TILE, UNIT, UNIT_BITS, absorb, tiles_of
+from sus_backends.reference import TILE, UNIT, UNIT_BITS, absorb, tiles_of
 
 # ---------------------------------------------------------------------------------------------
 # The vector language.
@@ -484,7 +484,7 @@ INF = np.float32(np.inf)
 
 
 def jit(function):
-    """Compiled at the first call, kept on disk where that is possible (see backends/cpu.py)."""
+    """Compiled at the first call, kept on disk where that is possible (see sus_backends/cpu.py)."""
     return numba.njit(function, nogil=True, error_model="numpy")
 
 

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends import reference
-from backends.reference import STREAM_THINNING, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
+from sus_backends import reference
+from sus_backends.reference import STREAM_THINNING, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
 
 MAX_D = 128
 
@@ -38,7 +38,7 @@ MAX_D = 128
 def missing() -> str | None:
     """Why the kernels can't be had here, or None."""
     try:
-        from backends import cpu_kernels  # noqa: F401
+        from sus_backends import cpu_kernels  # noqa: F401
     except Exception as error:  # not installed, or of a version that doesn't fit, which it says in its own words
         return f"it needs the package numba (pip install numba), which can't be used here: {error}"
     return None
@@ -64,7 +64,7 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
 
 @functools.cache
 def kernels():
-    from backends import cpu_kernels
+    from sus_backends import cpu_kernels
 
     specified = hashlib.sha256(Path(reference.__file__).read_bytes()).hexdigest()
     for name in ("forward", "thin", "tile_gradients", "query_gradients"):

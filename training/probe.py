@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from device import Device
+from training.device import Device
 from lowrank_attn import lowrank_attention, score_bound, worst_error
 from model import GPT
 from sus_attn import sus_attention

@@ -23,8 +23,8 @@ import os
 import torch
 from torch import Tensor
 
-from backends import reference
-from backends.reference import TILE, proposals_like, row_weights, tile_slots, tiles_of
+from sus_backends import reference
+from sus_backends.reference import TILE, proposals_like, row_weights, tile_slots, tiles_of
 
 HEAD_DIMS = 32, 64, 128
 ROUND = 1 << 26
@@ -55,7 +55,7 @@ def interpreted() -> bool:
 def missing(device_type: str) -> str | None:
     """Why the kernels can't be had on this kind of device, or None."""
     try:
-        from backends import triton_kernels  # noqa: F401
+        from sus_backends import triton_kernels  # noqa: F401
     except Exception as error:  # not installed, or of a version that doesn't fit, which it says in its own words
         return f"it needs the package triton, which can't be used here: {error}"
     if interpreted():
@@ -120,7 +120,7 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
 def _kernel(name: str, D: int, itemsize: int, measure: bool):
     import triton
 
-    from backends import triton_kernels
+    from sus_backends import triton_kernels
 
     some = configurations(name, D, itemsize)[: None if measure else 1]
     configs = [triton.Config(constants, num_warps=warps, num_stages=stages) for constants, warps, stages in some]

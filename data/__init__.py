@@ -1,0 +1,1 @@
+"""Corpora: preparation, tokenizers, and the loader of batches."""
