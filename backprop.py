@@ -1,16 +1,17 @@
 """The whole GPT differentiated by hand (after Boué, "Deep learning for pedestrians", arXiv 2512.23329): no autograd.
 
-Each layer's backward is one closed form, written with whole matrices. Notation: the rows of X are tokens, dX = dL/dX has
-the shape of X, o is the product of elements (Hadamard's), 1 a column of ones, and rowsum(X) = X 1, rowmean(X) its mean, each
-a column that stands beside every element of its row. Every formula follows from dL = <dY, dY(X)>, where <A, B> = sum of
-A o B is Frobenius's product: <A, B C> = <A C^T, B> = <B^T A, C> moves factors from one side to the other until <dX, .> is left.
+Each layer's backward is one closed form, written with whole matrices. Notation: the rows of X are tokens, dX = dL/dX
+has the shape of X, o is the product of elements (Hadamard's), 1 a column of ones, and rowsum(X) = X 1, rowmean(X) its
+mean, each a column that stands beside every element of its row. Every formula follows from dL = <dY, dY(X)>, where <A,
+B> = sum of A o B is Frobenius's product: <A, B C> = <A C^T, B> = <B^T A, C> moves factors from one side to the other
+until <dX, .> is left.
 
 A layer's backward needs the layer's input only. Normalised inputs and GELU's output are cheap, and made again from what
 is there, so that less is kept between forward and backward than autograd keeps.
 
 `loss_and_gradients` is the forward and the backward of a model. It calls model.py's layers, in the same order: its loss
-has the bits of the model's own. The gradients agree with autograd's to rounding. A tensor's gradient has the tensor's dtype,
-also under autocast, as autograd's has; what isn't a product of matrices is computed in float32 at least.
+has the bits of the model's own. The gradients agree with autograd's to rounding. A tensor's gradient has the tensor's
+dtype, also under autocast, as autograd's has; what isn't a product of matrices is computed in float32 at least.
 
 Deliberately missing: dropout, and the attn_backward whose backward isn't here. Both are refused by name.
 
@@ -27,9 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model as model_module
-from training.lora import LoRALinear
 from model import GPT, Block, rotate, widened
 from sus_attn import fold_in, sus_attention_and_backward
+from training.lora import LoRALinear
 
 
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -116,7 +117,7 @@ def norm_backward(norm: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
 def gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
     """GELU in GPT-2's form, Y = X o (1 + tanh(Z)) / 2 with Z = a (X + b X^3), a = sqrt(2 / pi), b = 0.044715:
 
-        dX = dY o ((1 + tanh(Z)) + X o (1 - tanh(Z)^2) o a (1 + 3 b X^2)) / 2
+    dX = dY o ((1 + tanh(Z)) + X o (1 - tanh(Z)^2) o a (1 + 3 b X^2)) / 2
     """
     a, b = math.sqrt(2 / math.pi), 0.044715
     X = widened(x)
@@ -127,23 +128,30 @@ def gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def rope_backward(dy: Tensor, table: Tensor) -> Tensor:
-    """Every row is rotated, y = R x, so dx = R^T dy: rotated back. dy (B, H, T, D); table (2, T, D/2), see rope_table."""
+    """Every row is rotated, y = R x, so dx = R^T dy: rotated back. dy (B, H, T, D); table (2, T, D/2),
+    see rope_table.
+    """
     cos, sin = table
     return rotate(dy, torch.stack([cos, -sin]))
 
 
-BLOCK_ROWS = 64  # of W, that stand in memory at once. With fewer, products are thin, and dK and dV are gone through more often.
+BLOCK_ROWS = (
+    64  # of W, that stand in memory at once. With fewer, products are thin, and dK and dV are gone through more often.
+)
 
 
-def attention_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, m: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, m: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of a head, O = W V, W = softmax(S) by rows, S = Q K^T / sqrt(D) below the diagonal:
 
         dV = W^T dO    dW = dO V^T    dS = W o (dW - rowsum(dW o W))    dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
 
     SUS (arXiv 2505.15080) has W~ = W o M in W's place, but for the exact rowsum(dW o W) = rowsum(dO o O).
 
-    q, do (B, H, T, D); k, v (B, K, T, D), where H / K query heads share a key and value head, whose gradients are summed over
-    them. m: None, or M (B, H, T, T). Returns dq, dk, dv. A block of rows of W at a time: nothing of size T^2 is made.
+    q, do (B, H, T, D); k, v (B, K, T, D), where H / K query heads share a key and value head, whose gradients are
+    summed over them. m: None, or M (B, H, T, T). Returns dq, dk, dv. A block of rows of W at a time: nothing of size
+    T^2 is made.
     """
     B, H, T, D = q.shape
     K, scale = k.shape[1], 1 / math.sqrt(D)
@@ -170,12 +178,14 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, m: Tensor | 
 
 
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """L = <1, (logsumexp(Z) - rowsum(Z o Y)) o u> / n, Z = X E^T:    dZ = (softmax(Z) - Y) o u / n    dX = dZ E    dE = dZ^T X
+    """L = <1, (logsumexp(Z) - rowsum(Z o Y)) o u> / n, Z = X E^T:
+
+        dZ = (softmax(Z) - Y) o u / n    dX = dZ E    dE = dZ^T X
 
     Y is one-hot in the targets; u is 0 where the target is -1, else 1, and n = <1, u>.
 
-    x (B, T, C); targets (B, T) int64; E = head.weight (V, C). Returns the loss, 0-d, and scale * dx (B, T, C). Logits are
-    made once, for loss and gradient, a chunk of tokens at a time, see model.chunked_cross_entropy.
+    x (B, T, C); targets (B, T) int64; E = head.weight (V, C). Returns the loss, 0-d, and scale * dx (B, T, C). Logits
+    are made once, for loss and gradient, a chunk of tokens at a time, see model.chunked_cross_entropy.
     """
     E = head.weight
     n = (targets != -1).sum()
@@ -231,9 +241,16 @@ def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None
     config = attn.attend.config
     if attn.training and config.attn_backward == "sus":
         return sus_attention_and_backward(
-            q, k, v, config.sus_c, c_max=config.sus_c_max, seed=fold_in(seed, attn.layer), sampler=config.sus_sampler,
-            backend=config.sus_backend, stats=attn.attend.stats,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            config.sus_c,
+            c_max=config.sus_c_max,
+            seed=fold_in(seed, attn.layer),
+            sampler=config.sus_sampler,
+            backend=config.sus_backend,
+            stats=attn.attend.stats,
+        )
     return attn.attend(q, k, v), lambda do: attention_backward(q, k, v, do)
 
 
@@ -254,10 +271,15 @@ def block_backward(block: Block, a: Activations, dy: Tensor, rope: Tensor | None
 
 def check_covered(model: GPT) -> None:
     """ValueError, by name, for what has no backward here."""
-    if model.training and (p := max((layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)), default=0)) > 0:
+    if (
+        model.training
+        and (p := max((layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)), default=0)) > 0
+    ):
         raise ValueError(f"the analytic backward doesn't cover dropout, which is {p}: set it to 0")
     if model.config.attn_backward not in ("exact", "sus"):
-        raise ValueError(f"the analytic backward doesn't cover attn_backward={model.config.attn_backward!r}: exact or sus")
+        raise ValueError(
+            f"the analytic backward doesn't cover attn_backward={model.config.attn_backward!r}: exact or sus"
+        )
 
 
 @torch.no_grad()

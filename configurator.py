@@ -1,5 +1,4 @@
-"""
-Configuration: a dataclass, then config files, then the command line; the later wins.
+"""Configuration: a dataclass, then config files, then the command line; the later wins.
 
     python train.py config/long_ctx.py --sus_c=10 --compile=False
 
@@ -33,7 +32,8 @@ class UserError(Exception):
 
 def run_main(main):
     """Call main(). A UserError becomes one message on stderr and exit status 1; Ctrl-C exit status 130; and a reader
-    of the output which leaves early, such as head, ends it quietly."""
+    of the output which leaves early, such as head, ends it quietly.
+    """
     sys.stdout.reconfigure(errors="replace")  # whatever a model writes, a terminal of any encoding can show
     try:
         main()
@@ -53,8 +53,7 @@ HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.l
 
 
 def key(default, help, *, choices=None, words=(), low=None, high=None, above=None, below=None, section=None):
-    """
-    A dataclass field with its one-line help, for a key of type int, float, bool, str or bool | None (None is auto).
+    """A dataclass field with its one-line help, for a key of type int, float, bool, str or bool | None (None is auto).
     words are values besides those of the type. low and high are inclusive bounds, above and below exclusive ones;
     section is a heading for --help, from here on.
     """
@@ -65,15 +64,19 @@ def key(default, help, *, choices=None, words=(), low=None, high=None, above=Non
 
 
 # What a key of each type takes, in the words of an error and of --help.
-EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "True or False",
-            bool | None: "True, False or auto (None in a config file)"}
+EXPECTED = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    bool | None: "True, False or auto (None in a config file)",
+}
 SHORT = {int: "int", float: "float", str: "str", bool: "bool", bool | None: "bool"}
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def load_config(cls, argv, *, usage):
-    """
-    An instance of the dataclass cls (fields made by key()) from argv = sys.argv[1:], a list of CONFIG.py files and
+    """An instance of the dataclass cls (fields made by key()) from argv = sys.argv[1:], a list of CONFIG.py files and
     --key=value arguments. A later one wins over an earlier one, and --key=value over every file.
     Its attribute `explicit` is the set of the names which a file or the command line gave.
     --help prints usage and every key, then exits with status 0. Errors: UserError.
@@ -169,7 +172,9 @@ def _checked(field, kind, value, where):
         elif kind in (int, float) or not isinstance(value, kind):
             raise ValueError
     except (ValueError, OverflowError):
-        raise UserError(f"{where}: {field.name} must be {' or '.join([EXPECTED[kind], *words])}, not {value!r}") from None
+        raise UserError(
+            f"{where}: {field.name} must be {' or '.join([EXPECTED[kind], *words])}, not {value!r}"
+        ) from None
     choices, bounds = field.metadata["choices"], field.metadata["bounds"]
     if choices and value not in choices:
         raise UserError(f"{where}: {field.name} must be one of {', '.join(choices)}, not {value!r}")
@@ -195,16 +200,26 @@ def _help(cls, usage):
     for field in dataclasses.fields(cls):
         default = "auto" if field.default is None else field.default
         choices = f": {' | '.join(field.metadata['choices'])}" if field.metadata["choices"] else ""
-        rows.append((field.metadata["section"], f"--{field.name}={default}", SHORT[kinds[field.name]],
-                     field.metadata["help"] + choices))
+        rows.append(
+            (
+                field.metadata["section"],
+                f"--{field.name}={default}",
+                SHORT[kinds[field.name]],
+                field.metadata["help"] + choices,
+            )
+        )
     left = max(len(row[1]) for row in rows)
     right = max(len(row[2]) for row in rows)
     lines = [usage.strip(), "", "The keys, with their defaults. A config file has lines key = value; --key=value wins."]
     for section, example, kind, text in rows:
         if section:
             lines += ["", section]
-        lines += textwrap.wrap(text, 100, initial_indent=f"  {example:{left}}  {kind:{right}}  ",
-                               subsequent_indent=" " * (left + right + 6))
+        lines += textwrap.wrap(
+            text,
+            100,
+            initial_indent=f"  {example:{left}}  {kind:{right}}  ",
+            subsequent_indent=" " * (left + right + 6),
+        )
     return "\n".join(lines)
 
 
@@ -213,8 +228,11 @@ class TrainConfig:
     """Every key of train.py. Names and meanings are nanoGPT's where it has them."""
 
     out_dir: str = key("out", "folder of the checkpoints and of metrics.jsonl", section="Run")
-    init_from: str = key("scratch", "the weights: scratch | resume | gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or the path of a "
-                         "checkpoint or its folder, to fine-tune it")  # fmt: skip
+    init_from: str = key(
+        "scratch",
+        "the weights: scratch | resume | gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or the path of a "
+        "checkpoint or its folder, to fine-tune it",
+    )
     seed: int = key(1337, "seeds the weights, the batches and the draws of SUS", low=0, high=2**63 - 1)
 
     eval_interval: int = key(2000, "iterations between evaluations", low=1, section="Evaluation and logging")
@@ -227,8 +245,12 @@ class TrainConfig:
     wandb_run_name: str = key("", "empty: named after what it runs, e.g. sus-c25-ab12")
 
     dataset: str = key("stdlib", "folder under data/ with train.bin and val.bin", section="Data")
-    windows: str = key("packed", "of the text; packed: cut from the stream of all documents; document: each within a document that is "
-                       "long enough", choices=("packed", "document"))  # fmt: skip
+    windows: str = key(
+        "packed",
+        "of the text; packed: cut from the stream of all documents; document: each within a document that is "
+        "long enough",
+        choices=("packed", "document"),
+    )
     gradient_accumulation_steps: int = key(40, "micro-batches a step, summed over all processes", low=1)
     batch_size: int = key(12, "sequences a micro-batch", low=1)
     block_size: int = key(1024, "context length in tokens", low=1)
@@ -244,28 +266,55 @@ class TrainConfig:
     rope_scaling: float = key(1.0, "RoPE's positions are divided by it, to stretch those of a trained model", low=1)
     norm: str = key("layernorm", "normalisation layer", choices=("layernorm", "rmsnorm"))
     qk_norm: bool = key(False, "normalise queries and keys")
-    qk_norm_scale: float = key(0.0, "gain of qk_norm, which bounds scores by its square times the root of the head dimension; 0: learned",
-                               low=0)  # fmt: skip
+    qk_norm_scale: float = key(
+        0.0,
+        "gain of qk_norm, which bounds scores by its square times the root of the head dimension; 0: learned",
+        low=0,
+    )
     activation_checkpointing: bool = key(False, "recompute in the backward: less memory, slower")
 
-    lora_rank: int = key(0, "fine-tune only adapters of this rank beside the linear layers; 0: all weights", low=0,
-                         section="LoRA, to fine-tune with few trained weights")  # fmt: skip
+    lora_rank: int = key(
+        0,
+        "fine-tune only adapters of this rank beside the linear layers; 0: all weights",
+        low=0,
+        section="LoRA, to fine-tune with few trained weights",
+    )
     lora_alpha: float = key(16.0, "adapters count lora_alpha / lora_rank", above=0, below=math.inf)
-    lora_targets: str = key("c_attn,c_proj,c_fc", "layers that get adapters, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; "
-                            "c_proj: both")  # fmt: skip
+    lora_targets: str = key(
+        "c_attn,c_proj,c_fc",
+        "layers that get adapters, of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj; c_proj: both",
+    )
     lora_dropout: float = key(0.0, "of what goes into the adapters", low=0, below=1)
     lora_base: str = key("", "for init_from=resume: where the base is now, if it has moved")
 
-    attn_backward: str = key("exact", "gradient of attention", choices=("exact", "sus", "lowrank"), section="Attention's backward")
-    sus_c: float = key(4.0, "tiles of 64 keys kept a query row; inf: all (exact gradient); auto: sets itself, see sus_rho", above=0,
-                       words=("auto",))  # fmt: skip
-    sus_rho: float = key(0.01, "for sus_c=auto: the noise that SUS may add to the gradient of the weights of queries and keys, as a "
-                         "share of its own", above=0, high=1)  # fmt: skip
-    sus_sampler: str = key("tiles", "what is drawn, and how; poisson: single keys, as in the paper",
-                           choices=("tiles", "weighted", "rows", "values", "rows+values", "systematic", "poisson"))  # fmt: skip
+    attn_backward: str = key(
+        "exact", "gradient of attention", choices=("exact", "sus", "lowrank"), section="Attention's backward"
+    )
+    sus_c: float = key(
+        4.0,
+        "tiles of 64 keys kept a query row; inf: all (exact gradient); auto: sets itself, see sus_rho",
+        above=0,
+        words=("auto",),
+    )
+    sus_rho: float = key(
+        0.01,
+        "for sus_c=auto: the noise that SUS may add to the gradient of the weights of queries and keys, as a "
+        "share of its own",
+        above=0,
+        high=1,
+    )
+    sus_sampler: str = key(
+        "tiles",
+        "what is drawn, and how; poisson: single keys, as in the paper",
+        choices=("tiles", "weighted", "rows", "values", "rows+values", "systematic", "poisson"),
+    )
     sus_backend: str = key("auto", "the kernels", choices=("auto", "reference", "cpu", "triton"))
-    lowrank_degree: int = key(2, "of the polynomial in place of exp, even; cost grows as head dimension ^ (degree + 1)", low=2)
-    lowrank_forward: str = key("exact", "in training; approximate: by the polynomial too", choices=("exact", "approximate"))
+    lowrank_degree: int = key(
+        2, "of the polynomial in place of exp, even; cost grows as head dimension ^ (degree + 1)", low=2
+    )
+    lowrank_forward: str = key(
+        "exact", "in training; approximate: by the polynomial too", choices=("exact", "approximate")
+    )
 
     learning_rate: float = key(6e-4, "peak learning rate", low=0, section="Optimizer")
     max_iters: int = key(600000, "training steps", low=0)
@@ -280,8 +329,11 @@ class TrainConfig:
 
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", section="Machine")
     dtype: str = key("auto", "of the forward", choices=("auto", "float32", "bfloat16", "float16"))
-    backprop: str = key("autograd", "what makes the gradients; analytic: closed forms by hand, in less memory",
-                        choices=("autograd", "analytic"))  # fmt: skip
+    backprop: str = key(
+        "autograd",
+        "what makes the gradients; analytic: closed forms by hand, in less memory",
+        choices=("autograd", "analytic"),
+    )
     compile: bool | None = key(None, "torch.compile; auto: on CUDA only")
     backend: str = key("auto", "of DDP", choices=("auto", "nccl", "gloo"))
     peak_tflops: float = key(0.0, "dense peak, for the MFU; 0: by the device's name", low=0)
@@ -298,49 +350,80 @@ def validate(cfg):
         raise UserError(f"n_head={cfg.n_head} must be a multiple of n_kv_head={cfg.n_kv_head} (0: as n_head)")
     head_dim = cfg.n_embd // cfg.n_head
     if cfg.pos == "rope" and head_dim % 2:
-        raise UserError(f"pos=rope needs an even head dimension, but n_embd / n_head = {cfg.n_embd} / {cfg.n_head} "
-                        f"= {head_dim}")
+        raise UserError(
+            f"pos=rope needs an even head dimension, but n_embd / n_head = {cfg.n_embd} / {cfg.n_head} = {head_dim}"
+        )
     if cfg.rope_scaling != 1 and cfg.pos != "rope":
-        raise UserError(f"rope_scaling={cfg.rope_scaling} is for rotary positions, and pos={cfg.pos}: leave it out, or "
-                        "set --pos=rope")
+        raise UserError(
+            f"rope_scaling={cfg.rope_scaling} is for rotary positions, and pos={cfg.pos}: leave it out, or "
+            "set --pos=rope"
+        )
     explicit = getattr(cfg, "explicit", set())  # none where a program made cfg
     if cfg.lora_rank == 0 and "lora_rank" not in explicit:  # given as 0, it switches off what a config file has
         for name in ("lora_alpha", "lora_targets", "lora_dropout"):
             if name in explicit:
-                raise UserError(f"{name}={getattr(cfg, name)} needs adapters: give --lora_rank=8, say, or leave {name} out")
+                raise UserError(
+                    f"{name}={getattr(cfg, name)} needs adapters: give --lora_rank=8, say, or leave {name} out"
+                )
     if cfg.lora_rank and cfg.init_from == "scratch":
-        raise UserError(f"lora_rank={cfg.lora_rank} needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2")
+        raise UserError(
+            f"lora_rank={cfg.lora_rank} needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2"
+        )
     if cfg.lora_base and not (cfg.lora_rank and cfg.init_from == "resume"):
-        raise UserError(f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out"
-                        + (", as this run has none" if cfg.init_from == "resume" else ", or set --init_from=resume"))
+        raise UserError(
+            f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out"
+            + (", as this run has none" if cfg.init_from == "resume" else ", or set --init_from=resume")
+        )
     if cfg.lora_rank and cfg.attn_backward == "sus" and cfg.sus_c == "auto":
         if not {"c_attn", "attn.c_attn"} & {name.strip() for name in cfg.lora_targets.split(",")}:
-            raise UserError(f"sus_c=auto goes by the gradient of c_attn, which lora_targets={cfg.lora_targets} leaves out: "
-                            "add c_attn, or give a number")
+            raise UserError(
+                f"sus_c=auto goes by the gradient of c_attn, which lora_targets={cfg.lora_targets} leaves out: "
+                "add c_attn, or give a number"
+            )
     if cfg.qk_norm_scale and not cfg.qk_norm:
-        raise UserError(f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True, or --qk_norm_scale=0")
+        raise UserError(
+            f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True, or "
+            "--qk_norm_scale=0"
+        )
     if cfg.lowrank_degree % 2:
-        raise UserError(f"lowrank_degree={cfg.lowrank_degree} must be even: polynomials of odd degree are negative somewhere, and "
-                        "weights must not be")  # fmt: skip
+        raise UserError(
+            f"lowrank_degree={cfg.lowrank_degree} must be even: polynomials of odd degree are negative somewhere, and "
+            "weights must not be"
+        )
     if cfg.dropout > 0 and cfg.attn_backward != "exact":
-        raise UserError(f"dropout={cfg.dropout} includes attention dropout, which attn_backward={cfg.attn_backward} does not support: "
-                        "set --dropout=0.0 or --attn_backward=exact")
+        raise UserError(
+            f"dropout={cfg.dropout} includes attention dropout, which attn_backward={cfg.attn_backward} does not "
+            "support: "
+            "set --dropout=0.0 or --attn_backward=exact"
+        )
     if cfg.backprop == "analytic":
         for name in "dropout", "lora_dropout":
             if (value := getattr(cfg, name)) > 0:
-                raise UserError(f"{name}={value} is not covered by backprop=analytic: set --{name}=0.0 or --backprop=autograd")
+                raise UserError(
+                    f"{name}={value} is not covered by backprop=analytic: set --{name}=0.0 or --backprop=autograd"
+                )
         if cfg.attn_backward not in ("exact", "sus"):
-            raise UserError(f"attn_backward={cfg.attn_backward} is not covered by backprop=analytic: set --attn_backward=exact, "
-                            "--attn_backward=sus or --backprop=autograd")  # fmt: skip
+            raise UserError(
+                f"attn_backward={cfg.attn_backward} is not covered by backprop=analytic: set --attn_backward=exact, "
+                "--attn_backward=sus or --backprop=autograd"
+            )
         if cfg.attn_backward == "sus" and cfg.sus_c == "auto":
-            raise UserError("sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, "
-                            "e.g. --sus_c=4, or --backprop=autograd")  # fmt: skip
+            raise UserError(
+                "sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, "
+                "e.g. --sus_c=4, or --backprop=autograd"
+            )
         if cfg.compile:
-            raise UserError("compile=True compiles autograd's backward, not that of backprop=analytic: set --compile=False or "
-                            "--backprop=autograd")  # fmt: skip
+            raise UserError(
+                "compile=True compiles autograd's backward, not that of backprop=analytic: set --compile=False or "
+                "--backprop=autograd"
+            )
     if cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
-        raise UserError(f"lr_decay_iters={cfg.lr_decay_iters} is below warmup_iters={cfg.warmup_iters}: raise the one "
-                        "(usually to max_iters), lower the other, or set --decay_lr=False")
+        raise UserError(
+            f"lr_decay_iters={cfg.lr_decay_iters} is below warmup_iters={cfg.warmup_iters}: raise the one "
+            "(usually to max_iters), lower the other, or set --decay_lr=False"
+        )
     if cfg.decay_lr and cfg.min_lr > cfg.learning_rate:
-        raise UserError(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}: lower the one (usually to "
-                        "learning_rate / 10), raise the other, or set --decay_lr=False")
+        raise UserError(
+            f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}: lower the one (usually to "
+            "learning_rate / 10), raise the other, or set --decay_lr=False"
+        )

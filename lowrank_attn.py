@@ -1,36 +1,39 @@
-"""Low-rank attention: an exact forward, and a backward in almost linear time (Liang, Sha, Shi, Song, Zhou, arXiv 2408.13233).
+"""Low-rank attention: an exact forward, and a backward in almost linear time (Liang, Sha, Shi, Song, Zhou, arXiv
+2408.13233).
 
-One head, one sequence: S = Q K^T / sqrt(D) with the causal mask, W = softmax(S), O = W V. With G = dL/dO the backward is
+One head, one sequence: S = Q K^T / sqrt(D) with the causal mask, W = softmax(S), O = W V. With G = dL/dO the backward
+is
 
     dV = W^T G      M_ij = W_ij (G_i . V_j - G_i . O_i)      dQ = M K / sqrt(D)      dK = M^T Q / sqrt(D)
 
-Where the scores are small, exp is nearly its Taylor polynomial, and that is a product of features (the polynomial method of
-the paper, section 3; Alman and Song, arXiv 2302.13214):
+Where the scores are small, exp is nearly its Taylor polynomial, and that is a product of features (the polynomial
+method of the paper, section 3; Alman and Song, arXiv 2302.13214):
 
     exp(s) ~ p_g(s) = sum over m <= g of s^m / m!        p_g(a . k) = sum over |alpha| <= g of a^alpha k^alpha / alpha!
 
-over the r_g = C(D + g, g) monomials of degree g at most. Every sum over keys becomes one over monomials, and the causal mask a
-running sum over chunks of C = 128 tokens:
+over the r_g = C(D + g, g) monomials of degree g at most. Every sum over keys becomes one over monomials, and the causal
+mask a running sum over chunks of C = 128 tokens:
 
     sum over j <= i of p_g(a_i . k_j) [V_j, 1] = phi(a_i)^T sum over j <= i of phi(k_j) [V_j, 1]^T
 
-gives the numerator and the normaliser. The paper writes those of dQ and dK with row-wise Kronecker products of phi and V, which
-take r_g D^2 a token. Here p_g is the derivative of p_{g+1}: with u_i = [G_i, -G_i . O_i] / normaliser_i
+gives the numerator and the normaliser. The paper writes those of dQ and dK with row-wise Kronecker products of phi and
+V, which take r_g D^2 a token. Here p_g is the derivative of p_{g+1}: with u_i = [G_i, -G_i . O_i] / normaliser_i
 
     dQ_i = the gradient by a_i of sum over j of p_{g+1}(a_i . k_j) (u_i . [V_j, 1])
 
-whose features are r_{g+1} = r_g (D + g + 1) / (g + 1), at D a token: the same numbers for about a (g + 1)th of the work.
+whose features are r_{g+1} = r_g (D + g + 1) / (g + 1), at D a token: the same numbers for about a (g + 1)th of the
+work.
 
-Within a chunk scores are computed densely anyway, and exp is used itself. That is free, and most of what is right about the
-gradient of a trained model, which attends nearby: only what lies outside a query's own chunk is approximated. O, in u, and the
-normaliser are those of the approximated weights, so that the rows of W still sum to one and those of M to zero. g must be even:
-then p_g > 0 everywhere, and the normaliser too.
+Within a chunk scores are computed densely anyway, and exp is used itself. That is free, and most of what is right about
+the gradient of a trained model, which attends nearby: only what lies outside a query's own chunk is approximated. O, in
+u, and the normaliser are those of the approximated weights, so that the rows of W still sum to one and those of M to
+zero. g must be even: then p_g > 0 everywhere, and the normaliser too.
 
 What it takes, for a head:  time    T r (D + 1) multiplications, six times, and T C D, with r = r_{g+1}
                             memory  r (C + D + 1) numbers, a few times, beside q, k, v and their gradients: never T r
 
-The condition is that scores outside the chunk are small: see `score_bound` and `worst_error`. The error is a bias, and not a
-noise as that of SUS.
+The condition is that scores outside the chunk are small: see `score_bound` and `worst_error`. The error is a bias, and
+not a noise as that of SUS.
 """
 
 import math
@@ -41,17 +44,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sus_backends.reference import accumulate_dtype
 from sus_attn import autocast_inputs, check_inputs
+from sus_backends.reference import accumulate_dtype
 
 CHUNK = 128
 BUFFER = 1 << 24  # numbers in the features of the heads that are computed at once: 64 MiB in float32
 
 
 def lowrank_attention(
-    q: Tensor, k: Tensor, v: Tensor, degree: int = 2, *,
-    is_causal: bool = True, approximate_forward: bool = False, exact_diagonal: bool = True,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    degree: int = 2,
+    *,
+    is_causal: bool = True,
+    approximate_forward: bool = False,
+    exact_diagonal: bool = True,
+) -> Tensor:
     """Attention with an exact forward and a low-rank backward. Returns (B, Hq, T, D) in q's dtype.
 
     q: (B, Hq, T, D); k, v: (B, Hkv, T, D), Hq a multiple of Hkv (grouped-query attention). All of one dtype (float64,
@@ -76,8 +85,8 @@ def lowrank_attention(
 def worst_error(bound: float, degree: int) -> float:
     """The largest of |p_g(s) - exp(s)| / exp(s) for |s| <= bound, g = degree being even.
 
-    p_g(s) exp(-s) has the derivative -exp(-s) s^g / g! <= 0, so it falls from its largest value, at -bound; and it falls
-    faster on that side of 0, where exp(-s) is larger.
+    p_g(s) exp(-s) has the derivative -exp(-s) s^g / g! <= 0, so it falls from its largest value, at -bound; and it
+    falls faster on that side of 0, where exp(-s) is larger.
     """
     try:
         return _taylor(-bound, degree) * math.exp(bound) - 1
@@ -126,7 +135,11 @@ def _blocks(D: int, degree: int) -> list[tuple[slice, slice, int]]:
 def _inverse_factorials(D: int, degree: int) -> Tensor:
     """1 / alpha! of each monomial, (r, 1) float64."""
     r = count_features(D, degree)
-    last, power, inverse = torch.full((r,), -1), torch.zeros(r), torch.ones(r, dtype=torch.float64)  # power: of the last variable
+    last, power, inverse = (
+        torch.full((r,), -1),
+        torch.zeros(r),
+        torch.ones(r, dtype=torch.float64),
+    )  # power: of the last variable
     for where, parents, i in _blocks(D, degree):
         last[where], power[where] = i, 1 + power[parents] * (last[parents] == i)
         inverse[where] = inverse[parents] / power[where]
@@ -163,8 +176,8 @@ def _taylor(s, degree: int):
 
 
 # ---------------------------------------------------------------------------------------------
-# The sweeps over chunks. Heads of k and v are a batch of N; the G query heads of each are rows side by side. a is q / sqrt(D),
-# v1 is [v, 1], R = G C, all of one dtype.
+# The sweeps over chunks. Heads of k and v are a batch of N; the G query heads of each are rows side by side. a is q /
+# sqrt(D), v1 is [v, 1], R = G C, all of one dtype.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -192,8 +205,9 @@ def _near_weights(scores: Tensor, log_z: Tensor, degree: int, exact_diagonal: bo
 
 
 def _rows_sweep(a, k, v1, degree, feature_degree, is_causal, exact_diagonal) -> Iterator[tuple]:
-    """For each chunk (at, rows (N, R, D), phi of them (N, r, R) and the running sum (N, r, D + 1) or None twice, scores of the
-    diagonal (N, R, C) or None, log of the normaliser (N, R, 1), out (N, R, D))."""
+    """For each chunk (at, rows (N, R, D), phi of them (N, r, R) and the running sum (N, r, D + 1) or None twice, scores
+    of the diagonal (N, R, C) or None, log of the normaliser (N, R, 1), out (N, R, D)).
+    """
     N, G, T, D = a.shape
     r = count_features(D, degree)
     state = None
@@ -219,21 +233,26 @@ def _rows_sweep(a, k, v1, degree, feature_degree, is_causal, exact_diagonal) -> 
 
 def _forward(a, k, v1, degree, is_causal, exact_diagonal) -> tuple[Tensor]:
     out = torch.empty_like(a)
-    for at, rows, *_, out_rows in _rows_sweep(a, k, v1, degree, degree, is_causal, exact_diagonal):
+    for at, *_, out_rows in _rows_sweep(a, k, v1, degree, degree, is_causal, exact_diagonal):
         out[:, :, at] = out_rows.unflatten(1, (a.shape[1], -1))
     return (out,)
 
 
-def _backward(a, k, v1, grad_out, degree, is_causal, approximate_forward, exact_diagonal) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    a, k, v1, grad_out, degree, is_causal, approximate_forward, exact_diagonal
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by a, k and v."""
     N, G, T, D = a.shape
-    r, d = count_features(D, degree), degree if approximate_forward else degree + 1  # p_d' takes exp's place in dQ and dK
+    r = count_features(D, degree)
+    d = degree if approximate_forward else degree + 1  # p_d' takes exp's place in dQ and dK
     grad_a, grad_k, grad_v = torch.empty_like(a), torch.zeros_like(k), torch.zeros_like(k)
-    u, log_z = torch.empty_like(a[..., :1]).repeat(1, 1, 1, D + 1), torch.empty_like(a[..., :1])
+    u = torch.empty_like(a[..., :1]).repeat(1, 1, 1, D + 1)
 
     for at, rows, phi, state, scores, log_z_rows, out in _rows_sweep(a, k, v1, degree, d, is_causal, exact_diagonal):
         g = grad_out[:, :, at].flatten(1, 2)
-        g1 = torch.cat([g, -(g * out).sum(-1, keepdim=True)], -1)  # dL/dW_ij, less its mean over the row, is g1_i . v1_j
+        g1 = torch.cat(
+            [g, -(g * out).sum(-1, keepdim=True)], -1
+        )  # dL/dW_ij, less its mean over the row, is g1_i . v1_j
         total = 0
         if is_causal:
             w = dw = _near_weights(scores, log_z_rows, degree, exact_diagonal)
@@ -288,7 +307,7 @@ def _attention(
         if not approximate_forward:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
             return out.contiguous()
-        run = lambda a, k, v1: _forward(a, k, v1, degree, is_causal, exact_diagonal)  # noqa: E731
+        run = lambda a, k, v1: _forward(a, k, v1, degree, is_causal, exact_diagonal)
         (out,) = _by_heads(run, count_features(q.shape[3], degree), q, k, v)
         return out.view(q.shape).to(q.dtype)
 
@@ -300,11 +319,17 @@ def _(q, k, v, degree, is_causal, approximate_forward, exact_diagonal):
 
 @torch.library.custom_op("nanosus::lowrank_attention_backward", mutates_args=())
 def _attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    degree: int, is_causal: bool, approximate_forward: bool, exact_diagonal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    degree: int,
+    is_causal: bool,
+    approximate_forward: bool,
+    exact_diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        run = lambda *heads: _backward(*heads, degree, is_causal, approximate_forward, exact_diagonal)  # noqa: E731
+        run = lambda *heads: _backward(*heads, degree, is_causal, approximate_forward, exact_diagonal)
         grad_a, grad_k, grad_v = _by_heads(run, count_features(q.shape[3], degree + 1), q, k, v, grad_out)
         grads = (grad_a / math.sqrt(q.shape[3]), q), (grad_k, k), (grad_v, v)
         return tuple(grad.view(x.shape).to(x.dtype) for grad, x in grads)

@@ -1,5 +1,4 @@
-"""
-Write an adapter checkpoint and its base as one plain checkpoint, which anything reads.
+"""Write an adapter checkpoint and its base as one plain checkpoint, which anything reads.
 
     python merge_lora.py --out_dir=out-lora --merged=out-merged
 
@@ -10,9 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import checkpoint
 from configurator import UserError, key, load_config, run_main
 from model import model_args, model_from_checkpoint
+from training import checkpoint
 
 
 @dataclass
@@ -40,7 +39,9 @@ def main():
         raise UserError(f"can't make {target.parent}: {error.strerror}") from None
     kept = {name: saved[name] for name in ("iter_num", "best_val_loss", "tokenizer") if name in saved}
     config = saved["config"] | {"out_dir": cfg.merged, "lora_rank": 0}
-    checkpoint.save(target, {"model": model.state_dict(), "model_args": model_args(model.config), "config": config, **kept})
+    checkpoint.save(
+        target, {"model": model.state_dict(), "model_args": model_args(model.config), "config": config, **kept}
+    )
     print(f"{target}: {model.num_params() / 1e6:.2f} M parameters, {target.stat().st_size / 1e6:.1f} MB")
 
 

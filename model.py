@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from training import checkpoint as checkpoints
 from configurator import UserError
-from training.lora import add_adapters, fingerprint, merge
 from lowrank_attn import lowrank_attention
 from sus_attn import fold_in, sus_attention
+from training import checkpoint as checkpoints
+from training.lora import add_adapters, fingerprint, merge
 
 
 @dataclass
@@ -58,11 +58,21 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.dropout > 0 and self.attn_backward != "exact":
-            raise ValueError(f"attention dropout is not supported with attn_backward={self.attn_backward!r}: set dropout to 0")
+            raise ValueError(
+                f"attention dropout is not supported with attn_backward={self.attn_backward!r}: set dropout to 0"
+            )
 
 
-TRAINING_KEYS = ("dropout", "activation_checkpointing", "attn_backward", "sus_c", "sus_sampler", "sus_backend", "lowrank_degree",
-                 "lowrank_forward")  # fmt: skip
+TRAINING_KEYS = (
+    "dropout",
+    "activation_checkpointing",
+    "attn_backward",
+    "sus_c",
+    "sus_sampler",
+    "sus_backend",
+    "lowrank_degree",
+    "lowrank_forward",
+)
 ARCHITECTURE_KEYS = tuple(f.name for f in fields(GPTConfig) if f.name not in (*TRAINING_KEYS, "sus_c_max"))
 
 
@@ -135,18 +145,34 @@ class Attend(nn.Module):
         """q (B, H, T, D); k, v (B, K, N, D), where q are the last T of N positions. seed: SUS's, 0-d int64."""
         config = self.config
         if self.training and config.attn_backward == "sus":
-            return sus_attention(q, k, v, config.sus_c, c_max=config.sus_c_max, seed=seed, sampler=config.sus_sampler,
-                                 backend=config.sus_backend, stats=self.stats)  # fmt: skip
+            return sus_attention(
+                q,
+                k,
+                v,
+                config.sus_c,
+                c_max=config.sus_c_max,
+                seed=seed,
+                sampler=config.sus_sampler,
+                backend=config.sus_backend,
+                stats=self.stats,
+            )
         if self.training and config.attn_backward == "lowrank":
-            return lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=config.lowrank_forward == "approximate")
+            return lowrank_attention(
+                q, k, v, config.lowrank_degree, approximate_forward=config.lowrank_forward == "approximate"
+            )
         T, N = q.shape[2], k.shape[2]
         mask = None
         if 1 < T < N:  # SDPA's is_causal is aligned to the top left; the last T of N positions need the bottom right
             mask = torch.ones(T, N, dtype=torch.bool, device=q.device).tril(N - T)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T == N, enable_gqa=q.shape[1] != k.shape[1],
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=T == N,
+            enable_gqa=q.shape[1] != k.shape[1],
             dropout_p=config.dropout if self.training else 0.0,
-        )  # fmt: skip
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -235,13 +261,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
-            "drop": nn.Dropout(config.dropout),
-            "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            "ln_f": make_norm(config),
-        })  # fmt: skip
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+                "ln_f": make_norm(config),
+            }
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self.register_buffer("rope", self._rope(), persistent=False)
@@ -262,9 +290,14 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *,
-        sus_seed: Tensor | None = None, cache: KVCache | None = None, reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        sus_seed: Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(None, loss) with targets, else (logits of the last token (B, 1, V), None).
 
         idx (B, T) int64; targets (B, T) int64, -1 is ignored. reduction: "mean" gives a 0-d loss, "none" the loss of
@@ -303,11 +336,13 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Nominal floating-point operations a token, forward and backward, at context T (PaLM, arXiv 2204.02311, B).
 
-        Nominal: attention counts as dense, T keys a query, whatever the causal mask or SUS leaves out. A frozen weight has
-        no gradient of its own: 4 operations instead of 6.
+        Nominal: attention counts as dense, T keys a query, whatever the causal mask or SUS leaves out. A frozen weight
+        has no gradient of its own: 4 operations instead of 6.
         """
         n = self.num_params()
-        trained = min(n, sum(p.numel() for p in self.parameters() if p.requires_grad))  # n is without position embeddings
+        trained = min(
+            n, sum(p.numel() for p in self.parameters() if p.requires_grad)
+        )  # n is without position embeddings
         return 4 * n + 2 * trained + 12 * self.config.n_layer * self.config.n_embd * T
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
@@ -325,8 +360,15 @@ class GPT(nn.Module):
     def from_hf(cls, hf, **training_keys) -> "GPT":
         """A GPT with the weights of `hf`, a transformers GPT2LMHeadModel."""
         h = hf.config
-        config = GPTConfig(block_size=h.n_positions, vocab_size=h.vocab_size, n_layer=h.n_layer, n_head=h.n_head,
-                           n_embd=h.n_embd, bias=True, **training_keys)  # fmt: skip
+        config = GPTConfig(
+            block_size=h.n_positions,
+            vocab_size=h.vocab_size,
+            n_layer=h.n_layer,
+            n_head=h.n_head,
+            n_embd=h.n_embd,
+            bias=True,
+            **training_keys,
+        )
         model = cls(config)
         theirs = hf.state_dict()
         with torch.no_grad():
@@ -354,7 +396,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], chunk: int = 1024) -> tuple[Tensor, KVCache]:
-        """Run a prompt of at most block_size tokens, in chunks. Returns the logits of its last token (V,) and the cache."""
+        """Run a prompt of at most block_size tokens, in chunks. Returns the logits of its last token (V,) and the
+        cache.
+        """
         weight = self.lm_head.weight
         cache = KVCache(self.config, 1, weight.device, self._compute_dtype())
         idx = torch.tensor(tokens, device=weight.device)[None]
@@ -370,9 +414,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens: list[int], max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, n_vocab: int | None = None, generator: torch.Generator | None = None,
-    ) -> Iterator[int]:  # fmt: skip
+        self,
+        tokens: list[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        n_vocab: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
         """Continue a non-empty prompt, yielding each new token as it is drawn. Call model.eval() first.
 
         temperature 0 takes the likeliest token. top_k, top_p: keep the k likeliest, or the fewest that hold
@@ -383,6 +434,7 @@ class GPT(nn.Module):
         tokens = list(tokens)
         block_size = self.config.block_size
         logits, cache = self.prefill(tokens[-block_size:])
+        token = -1  # of no use yet
         for i in range(max_new_tokens):
             if i > 0 and cache.length == block_size:
                 logits, cache = self.prefill(tokens[-max(1, block_size // 2) :])
@@ -428,8 +480,8 @@ def model_from_checkpoint(saved: dict, path: Path, lora_base: str = "", **traini
 def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: float = 0.0, **training_keys) -> GPT:
     """The model of an adapter checkpoint's dict, its adapters not merged; path is its file.
 
-    lora_base: the base's file or folder, or GPT-2's name; empty: as the checkpoint has it. UserError if it is not there,
-    or another than the adapters were trained on.
+    lora_base: the base's file or folder, or GPT-2's name; empty: as the checkpoint has it. UserError if it is not
+    there, or another than the adapters were trained on.
     """
     lora = saved["lora"]
     base = lora_base or lora["base"]
@@ -438,19 +490,27 @@ def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: fl
     else:
         folder = path.resolve().parent  # or the one above, for a run that was moved into earlier-1/
         places = [Path(lora_base)] if lora_base else [folder / base, folder.parent / base]
-        base = next((p for place in places if (p := checkpoints.find(place)).is_file()), checkpoints.find(places[0])).resolve()
+        base = next(
+            (p for place in places if (p := checkpoints.find(place)).is_file()), checkpoints.find(places[0])
+        ).resolve()
         if not base.is_file():
-            raise UserError(f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, say "
-                            "where to, by --lora_base=PATH of train.py, sample.py or merge_lora.py")  # fmt: skip
+            raise UserError(
+                f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, say "
+                "where to, by --lora_base=PATH of train.py, sample.py or merge_lora.py"
+            )
         model = model_from_checkpoint(load_base(base), base, **training_keys)
     if (actual := fingerprint(model)) != lora["fingerprint"]:
-        raise UserError(f"{path} holds adapters of other weights than those in {base}, which was trained on since or is another "
-                        f"model (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right weights, a "
-                        "copy or those of an earlier-N folder, by --lora_base=PATH of train.py, sample.py or merge_lora.py")  # fmt: skip
+        raise UserError(
+            f"{path} holds adapters of other weights than those in {base}, which was trained on since or is another "
+            f"model (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right weights, a "
+            "copy or those of an earlier-N folder, by --lora_base=PATH of train.py, sample.py or merge_lora.py"
+        )
     for name, value in model_args(model.config).items():  # what leaves no trace in the weights
         if name not in ("block_size", "rope_scaling") and saved["model_args"].get(name, value) != value:
-            raise UserError(f"{path} holds adapters of a model with {name}={saved['model_args'][name]}, but {base} has {value}: "
-                            "give the right base by --lora_base=PATH")  # fmt: skip
+            raise UserError(
+                f"{path} holds adapters of a model with {name}={saved['model_args'][name]}, but {base} has {value}: "
+                "give the right base by --lora_base=PATH"
+            )
     model.set_context(saved["model_args"]["block_size"], saved["model_args"].get("rope_scaling", 1.0))
     weights = model.state_dict()
     add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], lora_dropout)
@@ -462,8 +522,10 @@ def load_base(path: Path) -> dict:
     """The checkpoint at path, to be fine-tuned. UserError if it holds adapters only."""
     saved = checkpoints.load(path)
     if saved.get("lora"):
-        raise UserError(f"{path} holds adapters, not a whole model: merge them first, by "
-                        f"python merge_lora.py --out_dir={path.parent} --merged=FOLDER")  # fmt: skip
+        raise UserError(
+            f"{path} holds adapters, not a whole model: merge them first, by "
+            f"python merge_lora.py --out_dir={path.parent} --merged=FOLDER"
+        )
     return saved
 
 
@@ -488,8 +550,10 @@ def load_pretrained(name: str, **training_keys) -> GPT:
         raise UserError(f"init_from={name} needs transformers: pip install -r requirements-dev.txt") from None
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"init_from={name}: the weights can't be had, neither from the hub nor from its cache on this "
-                        f"machine ({reason})") from None  # fmt: skip
+        raise UserError(
+            f"init_from={name}: the weights can't be had, neither from the hub nor from its cache on this "
+            f"machine ({reason})"
+        ) from None
     return GPT.from_hf(hf, **training_keys)
 
 

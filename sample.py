@@ -1,5 +1,4 @@
-"""
-Sample text from a trained model.
+"""Sample text from a trained model.
 
     python sample.py --out_dir=out-long-ctx --start='import os' --num_samples=3
     python sample.py --out_dir=out-long-ctx --start=FILE:prompt.txt --temperature=0.7 --top_p=0.9
@@ -15,17 +14,21 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoint
 from configurator import UserError, key, load_config, run_main
 from data.tokenizer import tokenizer_from_meta
-from training.device import resolve_device
 from model import load_pretrained, model_from_checkpoint
+from training import checkpoint
+from training.device import resolve_device
 
 
 @dataclass
 class SampleConfig:
-    init_from: str = key("resume", "a checkpoint of train.py, or GPT-2",
-                         choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), section="Model")  # fmt: skip
+    init_from: str = key(
+        "resume",
+        "a checkpoint of train.py, or GPT-2",
+        choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+        section="Model",
+    )
     out_dir: str = key("out", "folder of the checkpoint")
     ckpt: str = key("ckpt.pt", "its file: ckpt.pt (the latest) or ckpt_best.pt")
     lora_base: str = key("", "of a checkpoint with adapters: where the base is now, if it has moved")
@@ -59,17 +62,24 @@ def main():
         raise UserError("--start is empty: give at least one character to continue")
     prompt = prompt or [tokenizer.eot]
     if len(prompt) > model.config.block_size:
-        print(f"the prompt has {len(prompt)} tokens; the model reads the last {model.config.block_size} of them",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"the prompt has {len(prompt)} tokens; the model reads the last {model.config.block_size} of them",
+            file=sys.stderr,
+        )
     generator = torch.Generator().manual_seed(cfg.seed)
     for _ in range(cfg.num_samples):
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # a token may end inside a character
         print(start, end="", flush=True)
         with device.autocast():
             for token in model.generate(
-                prompt, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k or None,
-                top_p=cfg.top_p if cfg.top_p < 1 else None, n_vocab=tokenizer.n_vocab, generator=generator,
-            ):  # fmt: skip
+                prompt,
+                cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_k=cfg.top_k or None,
+                top_p=cfg.top_p if cfg.top_p < 1 else None,
+                n_vocab=tokenizer.n_vocab,
+                generator=generator,
+            ):
                 if token == tokenizer.eot and cfg.stop_at_eot:
                     break
                 print(decode(tokenizer.decode_bytes(token)), end="", flush=True)
@@ -93,8 +103,10 @@ def load_model(path: Path, lora_base: str = ""):
     saved = checkpoint.load(path)
     model = model_from_checkpoint(saved, path, lora_base)
     if "tokenizer" not in saved and model.config.vocab_size not in (50257, 50304):
-        raise UserError(f"{path} does not say which tokenizer it was trained with: only nanoGPT checkpoints with GPT-2's "
-                        "tokens are read without")  # fmt: skip
+        raise UserError(
+            f"{path} does not say which tokenizer it was trained with: only nanoGPT checkpoints with GPT-2's "
+            "tokens are read without"
+        )
     return model, tokenizer_from_meta(saved.get("tokenizer", {"name": "gpt2"}))
 
 

@@ -17,10 +17,10 @@ Samplers. The default keeps or cuts the weights of a row in 64 neighbouring keys
 
     tiles        q_ij = min(1, 2 c W_iJ, c_i W_iJ)      W_iJ = sum over j in J of W_ij      c_i = c |G_i| / mean |G|
 
-                 so that rows which matter are kept more. A systematic draw of tiles with 2c in the forward proposes; the
-                 backward, which knows G, thins what was proposed. About c tiles a row are kept at most, on average over
-                 rows. Dense products of rows and tiles are what processors are good at, and the variance is far below
-                 that of single keys that are as many, or take as long.
+                 so that rows which matter are kept more. A systematic draw of tiles with 2c in the forward proposes;
+                 the backward, which knows G, thins what was proposed. About c tiles a row are kept at most, on average
+                 over rows. Dense products of rows and tiles are what processors are good at, and the variance is far
+                 below that of single keys that are as many, or take as long.
 
 Those of single keys, the paper's rule and what was tried on the way from there, are in the reference backend only:
 
@@ -31,8 +31,8 @@ Those of single keys, the paper's rule and what was tried on the way from there,
 
                      q_ij = min(1, 2 c W_ij, c_i W_ij f_ij)      f_ij = h_ij / rms_j h_ij
 
-                 h_ij^2 = |G_i|^2 + scale^2 (G_i . V_j - delta_i)^2 (|K_j|^2 + |Q_i|^2), the squared norm of what W_ij = 1
-                 would add to (dV, dQ, dK).
+                 h_ij^2 = |G_i|^2 + scale^2 (G_i . V_j - delta_i)^2 (|K_j|^2 + |Q_i|^2), the squared norm of what
+                 W_ij = 1 would add to (dV, dQ, dK).
     rows, values, rows+values     the same with other weights.
 
 This file is the operator: argument checks, the custom op with its fake and its autograd formula, the choice
@@ -88,7 +88,8 @@ def sus_attention(
         "triton" (CUDA: bfloat16, float16 and float32, causal, D = 32, 64, and 128 but in float32; the same bits every
         time, in one process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that
         can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
-    stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries (of a
+    stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries (of
+    a
         kept tile, the keys that the row sees), of dropped entries (0 by construction), and an estimate of the added
         gradient variance, summed over the call (Poisson: unbiased; the others: a proxy).
     u: for tests: the uniforms of the systematic draw, in [0, 1), a float or a tensor that broadcasts to (B, Hq, T).
@@ -141,7 +142,10 @@ def resolve_backend(
         return backend, "asked for"
     if backend == "cpu" and device_type != "cpu":
         raise ValueError(f"backend='cpu' is for tensors on the CPU, not on {device_type}")
-    asked_for, backend = backend != "auto", {"cpu": "cpu", "cuda": "triton"}.get(device_type) if backend == "auto" else backend
+    asked_for, backend = (
+        backend != "auto",
+        {"cpu": "cpu", "cuda": "triton"}.get(device_type) if backend == "auto" else backend,
+    )
     if backend is None:
         return "reference", f"the only SUS backend for {device_type}"
     if backend == "cpu":
@@ -231,7 +235,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     if min(q.shape) < 1:
         raise ValueError(f"q is empty: {tuple(q.shape)}")
     if k.shape != v.shape or k.shape[0] != B or k.shape[2:] != (T, D):
-        raise ValueError(f"k and v must be (B, Hkv, T, D) = ({B}, Hkv, {T}, {D}), not {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(
+            f"k and v must be (B, Hkv, T, D) = ({B}, Hkv, {T}, {D}), not {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     if k.shape[1] < 1 or H % k.shape[1]:
         raise ValueError(f"q has {H} heads, which is not a multiple of the {k.shape[1]} heads of k and v")
 

@@ -1,5 +1,4 @@
-"""
-Train a GPT, with attention's gradient exact, by SUS backprop, or low-rank.
+"""Train a GPT, with attention's gradient exact, by SUS backprop, or low-rank.
 
     python train.py config/long_ctx.py                                    # SUS, on whatever this machine has
     python train.py config/long_ctx.py --attn_backward=exact --out_dir=out-exact
@@ -27,20 +26,30 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from training import checkpoint
 from backprop import loss_and_gradients
 from configurator import TrainConfig, UserError, load_config, run_main, validate
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
+from lowrank_attn import count_features
+from model import (
+    ARCHITECTURE_KEYS,
+    GPT,
+    PRETRAINED,
+    TRAINING_KEYS,
+    GPTConfig,
+    adapted_model,
+    load_base,
+    load_pretrained,
+    model_args,
+    model_from_checkpoint,
+)
+from sus_attn import fold_in, resolve_backend
+from training import checkpoint
 from training.device import Device, memory_errors, resolve_device
 from training.lora import adapter_state, add_adapters, fingerprint
-from lowrank_attn import count_features
-from model import (ARCHITECTURE_KEYS, PRETRAINED, TRAINING_KEYS, GPT, GPTConfig, adapted_model, load_base, load_pretrained,
-                   model_args, model_from_checkpoint)  # fmt: skip
 from training.probe import probe_attention
 from training.record import Record
 from training.retention import CALIBRATE, HIGH, START, STEER, Retention, collect_stats
-from sus_attn import fold_in, resolve_backend
 
 DATA = Path(__file__).resolve().parent / "data"
 MOST_FEATURES = 1 << 20  # of the low-rank backward: a chunk of them takes half a gigabyte, a few times
@@ -61,15 +70,18 @@ def main():
         adopt_base(cfg, architecture_of(base), str(base_path))
     validate(cfg)
     if cfg.gradient_accumulation_steps % world:
-        raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
-                        f"{world} processes")
+        raise UserError(
+            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the {world} processes"
+        )
     local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
     device = resolve_device(cfg.device, cfg.dtype, local_rank)
     attention = describe_attention(cfg, device)
     if saved is not None and saved["iter_num"] >= cfg.max_iters and not cfg.eval_only:
         if master:
-            print(f"{out_dir} is finished: its checkpoint is at iteration {saved['iter_num']} of {cfg.max_iters}. "
-                  "Raise --max_iters to train on.")  # fmt: skip
+            print(
+                f"{out_dir} is finished: its checkpoint is at iteration {saved['iter_num']} of {cfg.max_iters}. "
+                "Raise --max_iters to train on."
+            )
         return
     if not cfg.eval_only:
         check_writable(out_dir)
@@ -87,13 +99,17 @@ def main():
         prepare_stdlib(cfg)
     if world > 1:
         if master:
-            load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)  # looks at the checksums, once for all processes
+            load_corpus(
+                DATA / cfg.dataset, cfg.block_size, cfg.windows
+            )  # looks at the checksums, once for all processes
         dist.barrier()
     corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)
     tokenizer = {"name": "gpt2"} if cfg.init_from in PRETRAINED else (saved or base or {}).get("tokenizer")
     if tokenizer is not None and tokenizer != corpus.tokenizer_meta:
-        raise UserError(f"dataset={cfg.dataset} is in tokens of the {corpus.tokenizer_meta['name']} tokenizer, but the "
-                        f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={tokenizer['name']}")
+        raise UserError(
+            f"dataset={cfg.dataset} is in tokens of the {corpus.tokenizer_meta['name']} tokenizer, but the "
+            f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={tokenizer['name']}"
+        )
     if model is not None and tokenizer is None and corpus.vocab_size > model.config.vocab_size:
         raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
     if master and (saved or {}).get("train_sha256") not in (None, corpus.checksum):
@@ -124,16 +140,22 @@ def main():
     if master:
         if saved is None and not cfg.eval_only:
             checkpoint.keep_earlier_run(out_dir)
-        cfg.wandb_run_name = cfg.wandb_run_name or f"{'lora-' if cfg.lora_rank else ''}{describe_backward(cfg)}-{os.urandom(2).hex()}"
+        cfg.wandb_run_name = (
+            cfg.wandb_run_name or f"{'lora-' if cfg.lora_rank else ''}{describe_backward(cfg)}-{os.urandom(2).hex()}"
+        )
         print_summary(cfg, device, attention, corpus, model, compiled is not model, world, it)
     record = None
     if master and not cfg.eval_only:
         record = Record(
-            out_dir, dataclasses.asdict(cfg), run_name=cfg.wandb_run_name,
+            out_dir,
+            dataclasses.asdict(cfg),
+            run_name=cfg.wandb_run_name,
             run_id=saved.get("wandb_run_id") if saved else None,
-            group=f"{corpus.folder.name}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}", wandb_log=cfg.wandb_log,
-            wandb_project=cfg.wandb_project, resume_iter=it if saved else None,
-        )  # fmt: skip
+            group=f"{corpus.folder.name}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}",
+            wandb_log=cfg.wandb_log,
+            wandb_project=cfg.wandb_project,
+            resume_iter=it if saved else None,
+        )
 
     # -- the loop ------------------------------------------------------------------------------------
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
@@ -141,19 +163,36 @@ def main():
     val_starts = corpus.val_windows(cfg.eval_iters * cfg.batch_size)
 
     def save(name):
-        checkpoint.save(out_dir / name, {
-            "model": adapter_state(model) if lora else checkpoint.unwrap(ddp).state_dict(), "lora": lora,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "model_args": model_args(model.config),
-            "iter_num": it, "best_val_loss": best_val_loss, "config": dataclasses.asdict(cfg), "tokenizer": corpus.tokenizer_meta,
-            "train_sha256": corpus.checksum, "wandb_run_id": record.run_id, "retention": retention.state if retention else None,
-        })  # fmt: skip
+        checkpoint.save(
+            out_dir / name,
+            {
+                "model": adapter_state(model) if lora else checkpoint.unwrap(ddp).state_dict(),
+                "lora": lora,
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "model_args": model_args(model.config),
+                "iter_num": it,
+                "best_val_loss": best_val_loss,
+                "config": dataclasses.asdict(cfg),
+                "tokenizer": corpus.tokenizer_meta,
+                "train_sha256": corpus.checksum,
+                "wandb_run_id": record.run_id,
+                "retention": retention.state if retention else None,
+            },
+        )
 
     stop = StopSignal(world)
     python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"  # for commands to copy
     warned = False
     evaluated_at = it if saved is not None and not cfg.eval_only else None  # evaluated before it was saved
-    progress = tqdm(total=cfg.max_iters, initial=it, disable=not (master and sys.stdout.isatty()) or cfg.eval_only,
-                    file=sys.stdout, dynamic_ncols=True, unit="it")  # fmt: skip
+    progress = tqdm(
+        total=cfg.max_iters,
+        initial=it,
+        disable=not (master and sys.stdout.isatty()) or cfg.eval_only,
+        file=sys.stdout,
+        dynamic_ncols=True,
+        unit="it",
+    )
     say = progress.write if not progress.disable else print
     clock, clock_it = time.perf_counter(), it
     while True:
@@ -167,8 +206,10 @@ def main():
             best_val_loss = min(val_loss, best_val_loss)
             buckets = position_buckets(by_position)
             if master:
-                say(f"iter {it}: val loss {val_loss:.4f}{' (best)' if improved else ''}; by position "
-                    + " ".join(f"<{int(name.split('-')[1]) + 1} {value:.2f}" for name, value in buckets.items()))
+                say(
+                    f"iter {it}: val loss {val_loss:.4f}{' (best)' if improved else ''}; by position "
+                    + " ".join(f"<{int(name.split('-')[1]) + 1} {value:.2f}" for name, value in buckets.items())
+                )
             if record is not None:
                 x, y = (t.to(device.device) for t in corpus.val_batch(val_starts[:1]))
                 seed = torch.tensor(fold_in(cfg.seed, it))
@@ -189,7 +230,9 @@ def main():
             if record is not None and it > 0:
                 save("ckpt.pt")
             if master:
-                saved_in = f"saved in {out_dir}. To go on:\n    {python} train.py --init_from=resume --out_dir={out_dir}"
+                saved_in = (
+                    f"saved in {out_dir}. To go on:\n    {python} train.py --init_from=resume --out_dir={out_dir}"
+                )
                 say(f"stopped by {stop.name} at iteration {it}, {saved_in if it > 0 else 'with nothing to save yet'}")
             break
 
@@ -217,15 +260,27 @@ def main():
             clock, clock_it = time.perf_counter(), it
             tok_per_sec = tokens_per_iter / dt
             mfu = tok_per_sec * model.flops_per_token(cfg.block_size) / (peak * world) if peak else None
-            record.log({"iter": it, "train/loss": loss, "lr": optimizer.param_groups[0]["lr"], "train/grad_norm": norm,
-                        "train/dt": dt, "train/tok_per_sec": tok_per_sec, "train/mfu": mfu,
-                        **sus_metrics(model, stats, retention)})  # fmt: skip
+            record.log(
+                {
+                    "iter": it,
+                    "train/loss": loss,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "train/grad_norm": norm,
+                    "train/dt": dt,
+                    "train/tok_per_sec": tok_per_sec,
+                    "train/mfu": mfu,
+                    **sus_metrics(model, stats, retention),
+                }
+            )
             c = f", c {retention.c:.1f}" if retention else ""
             progress.set_postfix_str(f"loss {loss:.3f}, {tok_per_sec:,.0f} tok/s{c}", refresh=False)
             if progress.disable:
                 eta = tqdm.format_interval((cfg.max_iters - it) * dt)
-                print(f"iter {it}/{cfg.max_iters}: loss {loss:.4f}, {dt * 1e3:.0f} ms, {tok_per_sec:,.0f} tok/s, "
-                      f"{f'mfu {mfu:.1%}, ' if mfu else ''}ETA {eta}{c}", flush=True)  # fmt: skip
+                print(
+                    f"iter {it}/{cfg.max_iters}: loss {loss:.4f}, {dt * 1e3:.0f} ms, {tok_per_sec:,.0f} tok/s, "
+                    f"{f'mfu {mfu:.1%}, ' if mfu else ''}ETA {eta}{c}",
+                    flush=True,
+                )
         progress.update()
 
     # -- the end -------------------------------------------------------------------------------------
@@ -234,14 +289,17 @@ def main():
         record.finish()
         if it >= cfg.max_iters > 0:
             print_sample(model, corpus, device, cfg.seed)
-            print(f"checkpoint and record are in {out_dir}. To go on:\n"
-                  f"    {python} sample.py --out_dir={out_dir}\n"
-                  f"    {python} experiments/compare_runs.py {out_dir}    # a picture; needs requirements-dev.txt"
-                  + (f"\n    {record.look}    # the curves in wandb" if record.look else ""))  # fmt: skip
+            print(
+                f"checkpoint and record are in {out_dir}. To go on:\n"
+                f"    {python} sample.py --out_dir={out_dir}\n"
+                f"    {python} experiments/compare_runs.py {out_dir}    # a picture; needs requirements-dev.txt"
+                + (f"\n    {record.look}    # the curves in wandb" if record.look else "")
+            )
     status = 128 + stop.number if stop.number and it < cfg.max_iters else 0  # as a shell reports a signal's victim
     if world > 1:
         dist.destroy_process_group()
-        # Freeing DDP, torch waits for gloo's threads with Python's lock in hand, for which they may be waiting: no freeing.
+        # Freeing DDP, torch waits for gloo's threads with Python's lock in hand, for which they may be waiting: no
+        # freeing.
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
     if status:
@@ -252,18 +310,28 @@ def main():
 
 
 def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
-    """Fill cfg from a checkpoint: its architecture, and of the other keys those that neither a file nor the command line
-    gives. What differs from the earlier run is printed."""
+    """Fill cfg from a checkpoint: its architecture, and of the other keys those that neither a file nor the command
+    line gives. What differs from the earlier run is printed.
+    """
     take_architecture(cfg, architecture_of(saved), "the checkpoint")
     lora = saved.get("lora") or {"rank": 0}
     adapters = {f"lora_{name}": lora[name] for name in ("rank", "alpha", "targets") if name in lora}
     for name, value in adapters.items():
         if name in cfg.explicit and getattr(cfg, name) != value:
-            raise UserError(f"{name}={getattr(cfg, name)} conflicts with the checkpoint, which has {value}: leave {name} out, or "
-                            "begin a fine-tuning by --init_from=PATH and another out_dir")  # fmt: skip
+            raise UserError(
+                f"{name}={getattr(cfg, name)} conflicts with the checkpoint, which has {value}: leave {name} out, or "
+                "begin a fine-tuning by --init_from=PATH and another out_dir"
+            )
         setattr(cfg, name, value)
     for name, value in saved["config"].items():
-        if not hasattr(cfg, name) or name in ("out_dir", "init_from", "eval_only", "lora_base", *ARCHITECTURE_KEYS, *adapters):
+        if not hasattr(cfg, name) or name in (
+            "out_dir",
+            "init_from",
+            "eval_only",
+            "lora_base",
+            *ARCHITECTURE_KEYS,
+            *adapters,
+        ):
             continue
         if name not in cfg.explicit:
             setattr(cfg, name, value)
@@ -273,15 +341,25 @@ def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
 
 def architecture_of(saved: dict) -> dict:
     """A checkpoint's keys of the architecture, all of them."""
-    defaults = dataclasses.asdict(GPTConfig())  # for checkpoints of nanoGPT and of earlier versions, which lack some keys
+    defaults = dataclasses.asdict(
+        GPTConfig()
+    )  # for checkpoints of nanoGPT and of earlier versions, which lack some keys
     return {k: saved["model_args"].get(k, defaults[k]) for k in ARCHITECTURE_KEYS}
 
 
 def adopt_base(cfg: TrainConfig, architecture: dict, owner: str) -> None:
-    """Set cfg's keys of the architecture to those of a model that is to be fine-tuned, but for its context, if given."""
-    if "block_size" in cfg.explicit and architecture["pos"] == "learned" and cfg.block_size > architecture["block_size"]:
-        raise UserError(f"block_size={cfg.block_size} is above the {architecture['block_size']} of {owner}, which has learned "
-                        "positions, and so none beyond: only models trained with pos=rope can go further")  # fmt: skip
+    """Set cfg's keys of the architecture to those of a model that is to be fine-tuned, but for its
+    context, if given.
+    """
+    if (
+        "block_size" in cfg.explicit
+        and architecture["pos"] == "learned"
+        and cfg.block_size > architecture["block_size"]
+    ):
+        raise UserError(
+            f"block_size={cfg.block_size} is above the {architecture['block_size']} of {owner}, which has learned "
+            "positions, and so none beyond: only models trained with pos=rope can go further"
+        )
     free = cfg.explicit & {"block_size", "rope_scaling"}
     take_architecture(cfg, {k: v for k, v in architecture.items() if k not in free}, owner)
 
@@ -292,11 +370,15 @@ def find_base(cfg: TrainConfig) -> Path | None:
         return None
     path = checkpoint.find(cfg.init_from)
     if not path.is_file():
-        raise UserError(f"init_from={cfg.init_from} must be one of scratch, resume, {', '.join(PRETRAINED)}, or the path of a "
-                        f"checkpoint or its folder, and there is no {path}: train that model first")  # fmt: skip
+        raise UserError(
+            f"init_from={cfg.init_from} must be one of scratch, resume, {', '.join(PRETRAINED)}, or the path of a "
+            f"checkpoint or its folder, and there is no {path}: train that model first"
+        )
     if path.resolve().parent == Path(cfg.out_dir).resolve() and not cfg.eval_only:
-        raise UserError(f"out_dir={cfg.out_dir} is the folder of init_from, whose run would be replaced: choose another "
-                        "out_dir, or --init_from=resume to go on with that run")  # fmt: skip
+        raise UserError(
+            f"out_dir={cfg.out_dir} is the folder of init_from, whose run would be replaced: choose another "
+            "out_dir, or --init_from=resume to go on with that run"
+        )
     return path
 
 
@@ -309,8 +391,11 @@ def take_architecture(cfg: TrainConfig, architecture: dict, owner: str) -> None:
         if name in cfg.explicit and not same:
             free = name in ("block_size", "rope_scaling") and architecture["pos"] == "rope"
             other = "begin another run, by --init_from=PATH and another out_dir" if free else "train from scratch"
-            raise UserError(f"{name}={given} conflicts with {owner}, whose model has {value}: leave {name} out (of the config file, "
-                            f"too), or {other}")  # fmt: skip
+            raise UserError(
+                f"{name}={given} conflicts with {owner}, whose model has {value}: leave {name} out (of the config "
+                "file, "
+                f"too), or {other}"
+            )
         if hasattr(cfg, name):
             setattr(cfg, name, value)
 
@@ -380,8 +465,13 @@ def fine_tuned_model(cfg: TrainConfig, base: dict | None, base_path: Path | None
         adopt_base(cfg, model_args(model.config), cfg.init_from)
     lora = None
     if cfg.lora_rank:  # the fingerprint is of the base as it is, before its context is changed
-        lora = {"rank": cfg.lora_rank, "alpha": cfg.lora_alpha, "targets": cfg.lora_targets,
-                "base": base_from(cfg.out_dir, cfg.init_from), "fingerprint": fingerprint(model)}  # fmt: skip
+        lora = {
+            "rank": cfg.lora_rank,
+            "alpha": cfg.lora_alpha,
+            "targets": cfg.lora_targets,
+            "base": base_from(cfg.out_dir, cfg.init_from),
+            "fingerprint": fingerprint(model),
+        }
     model.set_context(cfg.block_size, cfg.rope_scaling)
     if lora:
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.lora_dropout)
@@ -400,7 +490,9 @@ def describe_backward(cfg: TrainConfig) -> str:
         return f"lowrank-g{cfg.lowrank_degree}" + ("-approximate" if cfg.lowrank_forward == "approximate" else "")
     if cfg.attn_backward != "sus":
         return cfg.attn_backward
-    return f"sus-c{cfg.sus_c if cfg.sus_c == 'auto' else f'{cfg.sus_c:g}'}" + ("" if cfg.sus_sampler == "tiles" else f"-{cfg.sus_sampler}")
+    return f"sus-c{cfg.sus_c if cfg.sus_c == 'auto' else f'{cfg.sus_c:g}'}" + (
+        "" if cfg.sus_sampler == "tiles" else f"-{cfg.sus_sampler}"
+    )
 
 
 def describe_attention(cfg: TrainConfig, device: Device) -> str:
@@ -409,14 +501,26 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
         D = cfg.n_embd // cfg.n_head
         features = count_features(D, cfg.lowrank_degree + 1)
         if features > MOST_FEATURES:
-            raise UserError(f"lowrank_degree={cfg.lowrank_degree} means {features:,} features a token with heads of {D}, too many for any "
-                            "memory: set a lower --lowrank_degree, or smaller heads by a larger --n_head")  # fmt: skip
-        return f"low-rank backward, degree {cfg.lowrank_degree}, {features:,} features a token; {cfg.lowrank_forward} forward"
+            raise UserError(
+                f"lowrank_degree={cfg.lowrank_degree} means {features:,} features a token with heads of {D}, too many "
+                "for any "
+                "memory: set a lower --lowrank_degree, or smaller heads by a larger --n_head"
+            )
+        return (
+            f"low-rank backward, degree {cfg.lowrank_degree}, {features:,} features a token; "
+            f"{cfg.lowrank_forward} forward"
+        )
     if cfg.attn_backward != "sus":
         return "exact backward"
     try:
-        backend, why = resolve_backend(cfg.sus_backend, device.type, device.dtype, cfg.n_embd // cfg.n_head,
-                                       sampler=cfg.sus_sampler, c_max=HIGH if cfg.sus_c == "auto" else cfg.sus_c)  # fmt: skip
+        backend, why = resolve_backend(
+            cfg.sus_backend,
+            device.type,
+            device.dtype,
+            cfg.n_embd // cfg.n_head,
+            sampler=cfg.sus_sampler,
+            c_max=HIGH if cfg.sus_c == "auto" else cfg.sus_c,
+        )
     except ValueError as error:
         raise UserError(f"sus_{error}") from None
     c = f"c set by itself for rho = {cfg.sus_rho:g}" if cfg.sus_c == "auto" else f"c = {cfg.sus_c:g}"
@@ -430,7 +534,8 @@ def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it)
         "data": f"{cfg.dataset}: {corpus.train_tokens:,} training and {corpus.val_tokens:,} validation tokens, "
         f"{corpus.tokenizer_meta['name']} tokenizer",
         "model": f"{model.num_params() / 1e6:.2f} M parameters: {cfg.n_layer} layers, {cfg.n_head} heads, width "
-        f"{cfg.n_embd}, context {cfg.block_size}{f', positions / {cfg.rope_scaling:g}' if cfg.rope_scaling != 1 else ''}"
+        f"{cfg.n_embd}, context {cfg.block_size}"
+        + (f", positions / {cfg.rope_scaling:g}" if cfg.rope_scaling != 1 else "")
         + ("" if cfg.init_from in ("scratch", "resume") else f", from {cfg.init_from}"),
         "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
         f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens"
@@ -439,8 +544,10 @@ def print_summary(cfg, device, attention, corpus, model, is_compiled, world, it)
     }
     if cfg.lora_rank:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        rows["lora"] = (f"rank {cfg.lora_rank} on {cfg.lora_targets.replace(',', ', ')}: {trained:,} of "
-                        f"{model.num_params() / 1e6:.2f} M weights trained")  # fmt: skip
+        rows["lora"] = (
+            f"rank {cfg.lora_rank} on {cfg.lora_targets.replace(',', ', ')}: {trained:,} of "
+            f"{model.num_params() / 1e6:.2f} M weights trained"
+        )
     warnings.filterwarnings("ignore", "sus_attention uses the slow reference")  # the line above has said so
     rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}" + (f", resumed at iteration {it}" if it else "")
     for name, text in rows.items():
@@ -507,8 +614,10 @@ def learning_rate(cfg: TrainConfig, it: int) -> float:
 def check_finite(value: float, name: str, out_dir: Path) -> None:
     if not math.isfinite(value):
         earlier = f"; {out_dir / 'ckpt.pt'} is from before" if (out_dir / "ckpt.pt").exists() else ""
-        raise UserError(f"the {name} is {value}{earlier}. Try a lower --learning_rate, a longer --warmup_iters, "
-                        "--grad_clip=1.0, or --dtype=float32 or bfloat16 instead of float16")  # fmt: skip
+        raise UserError(
+            f"the {name} is {value}{earlier}. Try a lower --learning_rate, a longer --warmup_iters, "
+            "--grad_clip=1.0, or --dtype=float32 or bfloat16 instead of float16"
+        )
 
 
 @torch.no_grad()
@@ -537,19 +646,27 @@ def position_buckets(by_position) -> dict[str, float]:
 
 
 def sus_metrics(model: GPT, stats, retention: Retention | None) -> dict:
-    """What the record keeps of SUS: c; by layer, its own estimate of the variance that the last micro-batch's draw added."""
+    """What the record keeps of SUS: c; by layer, its own estimate of the variance that the last micro-batch's draw
+    added.
+    """
     if stats is None:
         return {}
     by_layer = {str(layer): value for layer, value in enumerate(torch.stack(stats)[:, 2].tolist())}
-    return {"sus/c": float(model.config.sus_c), "sus/added_variance": by_layer,
-            **({"sus/rho": retention.rho} if retention else {})}  # fmt: skip
+    return {
+        "sus/c": float(model.config.sus_c),
+        "sus/added_variance": by_layer,
+        **({"sus/rho": retention.rho} if retention else {}),
+    }
 
 
 def lowrank_warning(cfg: TrainConfig, it: int, bound: float, error: float) -> str:
     off = f"up to {error:.0%}" if error < 10 else "more than 1000%"
-    return (f"WARNING: at iteration {it} scores of attention reach {bound:.1f}, where the polynomial of lowrank_degree="
-            f"{cfg.lowrank_degree} is off by {off}: the gradient may mean little. --attn_backward=sus has no such limit; or train a model "
-            "with bounded scores from scratch, by --qk_norm=True --qk_norm_scale=0.6 and small heads (a larger --n_head)")
+    return (
+        f"WARNING: at iteration {it} scores of attention reach {bound:.1f}, where the polynomial of lowrank_degree="
+        f"{cfg.lowrank_degree} is off by {off}: the gradient may mean little. --attn_backward=sus has no such limit; "
+        "or train a model "
+        "with bounded scores from scratch, by --qk_norm=True --qk_norm_scale=0.6 and small heads (a larger --n_head)"
+    )
 
 
 class StopSignal:
@@ -592,14 +709,23 @@ def print_sample(model: GPT, corpus, device, seed: int, prompt_tokens: int = 48,
     prompt = corpus.val_batch(np.zeros(1, dtype=np.int64))[0][0, :prompt_tokens].tolist()
     model.eval()
     with device.autocast():
-        drawn = model.generate(prompt, new_tokens, temperature=0.8, n_vocab=tokenizer.n_vocab,
-                               generator=torch.Generator().manual_seed(seed))  # fmt: skip
+        drawn = model.generate(
+            prompt,
+            new_tokens,
+            temperature=0.8,
+            n_vocab=tokenizer.n_vocab,
+            generator=torch.Generator().manual_seed(seed),
+        )
         new = list(itertools.takewhile(lambda token: token != tokenizer.eot, drawn))
-    print(f"--- a sample: the first {prompt_tokens} tokens of the validation text [...] and how the model goes on\n"
-          f"{tokenizer.decode(prompt)}[...]{tokenizer.decode(new)}\n---")  # fmt: skip
+    print(
+        f"--- a sample: the first {prompt_tokens} tokens of the validation text [...] and how the model goes on\n"
+        f"{tokenizer.decode(prompt)}[...]{tokenizer.decode(new)}\n---"
+    )
 
 
 if __name__ == "__main__":
-    with_memory = memory_errors("Try a smaller --batch_size (with more --gradient_accumulation_steps), "
-                                "--activation_checkpointing=True, a smaller --block_size or model")  # fmt: skip
+    with_memory = memory_errors(
+        "Try a smaller --batch_size (with more --gradient_accumulation_steps), "
+        "--activation_checkpointing=True, a smaller --block_size or model"
+    )
     run_main(with_memory(main))

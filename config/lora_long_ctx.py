@@ -1,6 +1,7 @@
 # A GPT that was trained at a context of 1024 bytes, extended to 8192 by LoRA, with SUS backprop.
 # A few minutes on two CPU cores, after about as many for the model that it begins with:
-#     python train.py config/long_ctx.py --block_size=1024 --batch_size=4 --max_iters=1000 --lr_decay_iters=1000 --out_dir=out-1k
+#     python train.py config/long_ctx.py --block_size=1024 --batch_size=4 --max_iters=1000 --lr_decay_iters=1000 \
+#         --out_dir=out-1k
 #     python train.py config/lora_long_ctx.py
 # Positions stretched, so that none is beyond those of its training: --rope_scaling=8 --out_dir=out-lora-stretched
 # All weights instead of adapters: --lora_rank=0 --out_dir=out-full

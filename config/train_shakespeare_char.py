@@ -2,8 +2,8 @@
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/train_shakespeare_char.py
 # That is for a GPU. On a laptop's CPU, in a few minutes:
-#     python train.py config/train_shakespeare_char.py --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 \
-#         --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
+#     python train.py config/train_shakespeare_char.py --eval_iters=20 --log_interval=1 --block_size=64 \
+#         --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
 # Its dropout needs the exact backward; SUS: --attn_backward=sus --dropout=0.0
 
 out_dir = "out-shakespeare-char"

@@ -1,17 +1,17 @@
-"""
-The shared core of the prepare.py scripts: documents to a corpus, four files of tokens and one of meta data in one folder.
+"""The shared core of the prepare.py scripts: documents to a corpus, four files of tokens and one of meta data in one
+folder.
 
     train.bin, val.bin              token ids, headerless, uint16 (uint32 above 65536 ids): the documents one after the
                                     other, each followed by end-of-text where the tokenizer has one
     train_ends.bin, val_ends.bin    uint64: where in these each document ends, so the last is the number of tokens
-    meta.json                       tokenizer, dtype, counts, checksums, document lengths: all else that others need to know
+    meta.json                       tokenizer, dtype, counts, checksums, document lengths: what else others need to know
 
-Text is read, encoded and written a piece at a time, whatever its size. Threads encode (tiktoken leaves them free to), and
-what they made is written in order: the files don't depend on how many there are.
+Text is read, encoded and written a piece at a time, whatever its size. Threads encode (tiktoken leaves them free to),
+and what they made is written in order: the files don't depend on how many there are.
 
 A corpus is whole or it isn't one. It grows in the folder `unfinished` aside, with a journal, and is moved into place at
-the end; while it moves, meta.json says so. A preparation that was killed is continued by the same command, with the same
-bytes as if it never had been; an earlier corpus stays as it was until then.
+the end; while it moves, meta.json says so. A preparation that was killed is continued by the same command, with the
+same bytes as if it never had been; an earlier corpus stays as it was until then.
 """
 
 import codecs
@@ -39,12 +39,14 @@ from configurator import UserError
 ASIDE, JOURNAL, LOCK = "unfinished", "journal.json", "lock"  # the folder aside, and what is in it
 SPLITS = "train", "val"
 LONG = {"2k": 2048, "8k": 8192, "32k": 32768, "128k": 131072}  # tokens
-# Where every tokenizer begins a token, whatever came before: at a space between words, or at any white space behind a letter or a
-# digit. (Punctuation may take the line's end along.)
+# Where every tokenizer begins a token, whatever came before: at a space between words, or at any white space behind a
+# letter or a digit. (Punctuation may take the line's end along.)
 TOKEN_START = re.compile(r"(?<=\S)(?= \S)|(?<=[^\W_])(?=\s)")
 BLOCK = 1 << 20  # bytes read at once
 PIECE = 1 << 20  # characters
-LONGEST = 16  # pieces: where there is nowhere to cut for so long, it is cut all the same, which may change a token or two
+LONGEST = (
+    16  # pieces: where there is nowhere to cut for so long, it is cut all the same, which may change a token or two
+)
 ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
 BATCH = 1 << 18  # characters that a thread encodes at once, or a piece if that is more
 SAVE = 5.0  # seconds between two entries of the journal
@@ -56,7 +58,8 @@ ROOM = 1.1  # of the disk space that a corpus is guessed to need
 
 class Document(NamedTuple):
     """split: train or val; or None: of those kept, the first and every n-th after it are for validation.
-    texts: the text, in pieces that end where a token does, see `pieces`."""
+    texts: the text, in pieces that end where a token does, see `pieces`.
+    """
 
     split: str | None
     name: str
@@ -64,8 +67,7 @@ class Document(NamedTuple):
 
 
 class Source:
-    """
-    Where documents come from, in an order that is always the same.
+    """Where documents come from, in an order that is always the same.
 
     describe       a dict for meta.json
     fingerprint    what else must be the same for an unfinished preparation to be continued
@@ -110,8 +112,10 @@ class Texts(Source):
 
 
 def files_under(folder, skip=(), without=None):
-    """Sorted paths of the regular files below folder, but for hidden ones, for folders whose name is in skip, and for the
-    folder `without`. Links are followed, but into no folder twice."""
+    """Sorted paths of the regular files below folder, but for hidden ones, for folders whose name is in skip, and for
+    the folder `without`. Links are followed, but into no folder twice.
+    """
+
     def refuse(error):
         raise UserError(f"can't read {error.filename}: {error.strerror}")
 
@@ -123,7 +127,11 @@ def files_under(folder, skip=(), without=None):
 
     found, seen = [], {os.path.realpath(path) for path in (folder, without) if path}
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        wanted = {name: os.path.realpath(Path(parent, name)) for name in sorted(folders) if not name.startswith(".") and name not in skip}
+        wanted = {
+            name: os.path.realpath(Path(parent, name))
+            for name in sorted(folders)
+            if not name.startswith(".") and name not in skip
+        }
         folders[:] = [name for name, real in wanted.items() if not (real in seen or seen.add(real))]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(filter(is_file, found))
@@ -153,7 +161,9 @@ def row_text(value):
 
 
 def bytes_of_text(path, column):
-    """How many bytes of text are in a file, about; column is where, in those of rows. UserError: a .parquet file is damaged."""
+    """How many bytes of text are in a file, about; column is where, in those of rows. UserError: a .parquet file is
+    damaged.
+    """
     if path.suffix.lower() == ".parquet":
         with open_parquet(path) as file:
             places = [place for place, name in enumerate(file.schema.names) if name == column]
@@ -169,7 +179,9 @@ def open_parquet(path):
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path, pre_buffer=False, buffer_size=BLOCK) as file:  # or all rows of a group are in memory at once
+        with ParquetFile(
+            path, pre_buffer=False, buffer_size=BLOCK
+        ) as file:  # or all rows of a group are in memory at once
             yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is damaged, or no parquet file ({error}): fetch it again") from None
@@ -184,8 +196,11 @@ def raw_blocks(path):
     try:
         if compressed(path) and not path.stat().st_size:
             raise UserError(f"{path} has 0 bytes, fewer than anything compressed has: fetch it again")
-        with (import_pyarrow(path).input_stream(str(path), compression="zstd") if compressed(path)
-              else open(path, "rb") as file):  # fmt: skip
+        with (
+            import_pyarrow(path).input_stream(str(path), compression="zstd")
+            if compressed(path)
+            else open(path, "rb") as file
+        ):
             while block := file.read(BLOCK):
                 yield block
     except OSError as error:
@@ -212,8 +227,10 @@ def text_blocks(path):
             block = decoder.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
             at = begun - waiting + error.start
-            raise UserError(f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x} "
-                            "(if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW)") from None
+            raise UserError(
+                f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x} "
+                "(if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW)"
+            ) from None
         block = (rest + (block if begun else block.removeprefix("\ufeff"))).replace("\r\n", "\n")
         begun += len(raw)
         rest = "\r" if block.endswith("\r") and raw else ""
@@ -221,8 +238,7 @@ def text_blocks(path):
 
 
 def pieces(text, size=PIECE):
-    """
-    text in pieces of about size characters, so that a huge document needs little memory. Cuts are made where every
+    """text in pieces of about size characters, so that a huge document needs little memory. Cuts are made where every
     tokenizer begins a token, see TOKEN_START and LONGEST: the pieces' ids are the whole text's ids.
     text: a string, or an iterable of strings, which are joined.
     """
@@ -250,7 +266,8 @@ def pieces(text, size=PIECE):
 
 class Batch(NamedTuple):
     """items: (document, piece of its text), and (document, None) where it ends. Then the source's state after its last
-    whole document, and how many pieces of the next one have come."""
+    whole document, and how many pieces of the next one have come.
+    """
 
     items: list
     state: object
@@ -262,7 +279,7 @@ def _batches(source, state, skip):
     items, size, done = [], 0, state
     for document in source.documents(state):
         count = 0
-        for count, text in enumerate(document.texts, 1):  # noqa: B007  (it is used after the loop, too)
+        for count, text in enumerate(document.texts, 1):
             if count <= skip:
                 continue
             items.append((document, text))
@@ -314,8 +331,9 @@ def _in_order(batches, encode, workers):
 
 
 class _Unfinished:
-    """The files of a corpus that grows, and their journal. `entry` tells how far they are, `reached` the last point of it from
-    which one can go on, and that is what the journal says."""
+    """The files of a corpus that grows, and their journal. `entry` tells how far they are, `reached` the last point of
+    it from which one can go on, and that is what the journal says.
+    """
 
     def __init__(self, folder, key):
         self.folder = folder
@@ -334,8 +352,16 @@ class _Unfinished:
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 path.unlink()
-        return {"key": key, "state": None, "skip": 0, "open": None, "unsplit": 0, "dropped": 0, "bytes": 0,
-                "sizes": {f"{split}{kind}.bin": 0 for kind in ("", "_ends") for split in SPLITS}}
+        return {
+            "key": key,
+            "state": None,
+            "skip": 0,
+            "open": None,
+            "unsplit": 0,
+            "dropped": 0,
+            "bytes": 0,
+            "sizes": {f"{split}{kind}.bin": 0 for kind in ("", "_ends") for split in SPLITS},
+        }
 
     def _read(self, key):
         """The journal's entry, if it is of this preparation and the files are there."""
@@ -416,22 +442,28 @@ class _Writer:
 
 
 def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, val_every=200, workers=0):
-    """
-    Encode the documents of a Source into folder; an earlier corpus there is replaced at the end. Prints counts and
+    """Encode the documents of a Source into folder; an earlier corpus there is replaced at the end. Prints counts and
     document lengths and returns them as meta.json's dict.
 
     max_tokens       no further document is begun when there are so many, training and validation together; 0: no limit
     min_doc_tokens   shorter documents are left out, end-of-text counted
     val_every        of documents with no split of their own, one in so many is for validation
     workers          threads; 0: one for each CPU
-    UserError        nothing to write, disk full, another preparation there. An earlier corpus is then as it was, and what
-                     is in the journal is kept for the same command to go on from
+    UserError        nothing to write, disk full, another preparation there. An earlier corpus is then as it was, and
+                     what is in the journal is kept for the same command to go on from
     """
     folder = Path(folder)
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    meta = {"vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "tokenizer": tokenizer.to_meta(), "source": source.describe}
-    key = hashlib.sha256(json.dumps([meta, source.fingerprint, max_tokens, min_doc_tokens, val_every]).encode()).hexdigest()
+    meta = {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "tokenizer": tokenizer.to_meta(),
+        "source": source.describe,
+    }
+    key = hashlib.sha256(
+        json.dumps([meta, source.fingerprint, max_tokens, min_doc_tokens, val_every]).encode()
+    ).hexdigest()
     aside = folder / ASIDE
     unfinished = None
     try:
@@ -485,20 +517,34 @@ def _locked(folder):
 def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder):
     """Encode and write all that is still to come."""
     entry, writer = unfinished.entry, _Writer(unfinished, tokenizer, dtype, min_doc_tokens, val_every)
-    written = lambda: sum(map(writer.tokens, SPLITS))  # noqa: E731
+    written = lambda: sum(map(writer.tokens, SPLITS))
     if unfinished.begun:
         print(f"going on with the preparation of {folder}: {written():,} tokens are there")
     by_bytes = source.total_bytes is not None
     total, unit = (source.total_bytes, "B") if by_bytes else (max_tokens or None, "tok")
     batches = _batches(source, entry["state"], entry["skip"])
     first, saved, began, had = True, time.monotonic(), time.monotonic(), written()
-    with (contextlib.closing(_in_order(batches, lambda batch: _encode(batch, tokenizer, dtype), workers)) as encoded,
-          tqdm(total=total, initial=entry["bytes"] if by_bytes else had, unit=unit, unit_scale=True, desc=folder.name,
-               disable=None) as bar):  # fmt: skip
+    with (
+        contextlib.closing(_in_order(batches, lambda batch: _encode(batch, tokenizer, dtype), workers)) as encoded,
+        tqdm(
+            total=total,
+            initial=entry["bytes"] if by_bytes else had,
+            unit=unit,
+            unit_scale=True,
+            desc=folder.name,
+            disable=None,
+        ) as bar,
+    ):
         for batch, found, size in encoded:
             if first:
-                _check_space(unfinished.folder, source, entry["bytes"], size, sum(len(ids) for ids in found if ids),
-                             (max_tokens - had) * dtype.itemsize if max_tokens else None)  # fmt: skip
+                _check_space(
+                    unfinished.folder,
+                    source,
+                    entry["bytes"],
+                    size,
+                    sum(len(ids) for ids in found if ids),
+                    (max_tokens - had) * dtype.itemsize if max_tokens else None,
+                )
                 first = False
             for (document, _), ids in zip(batch.items, found):
                 if max_tokens and not entry["open"] and written() >= max_tokens:
@@ -517,14 +563,18 @@ def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_
 
 
 def _check_space(folder, source, done, size, encoded, most):
-    """UserError if the disk hasn't room for what is to come, guessed from `size` bytes of text that became `encoded`."""
+    """UserError if the disk hasn't room for what is to come, guessed from `size` bytes of text that
+    became `encoded`.
+    """
     guesses = [most] if most is not None else []
     if source.total_bytes is not None:
         guesses.append((source.total_bytes - done) * encoded / max(size, 1))
     need, free = ROOM * min(guesses, default=0), shutil.disk_usage(folder).free
     if need > free:
         fewer = "; a smaller --max_tokens needs less" if most is not None else ""
-        raise UserError(f"the corpus needs about {need / 1e6:,.1f} MB more, and {folder} has {free / 1e6:,.1f} MB free{fewer}")
+        raise UserError(
+            f"the corpus needs about {need / 1e6:,.1f} MB more, and {folder} has {free / 1e6:,.1f} MB free{fewer}"
+        )
 
 
 def _summary(unfinished, folder):
@@ -534,12 +584,19 @@ def _summary(unfinished, folder):
         ends = np.fromfile(unfinished.folder / f"{split}_ends.bin", np.uint64)
         if not len(ends):
             unfinished.journal.unlink(missing_ok=True)  # to go on would end here again
-            short = f" ({unfinished.entry['dropped']:,} documents were too short)" if unfinished.entry["dropped"] else ""
-            raise UserError(f"{folder}: there is no text for {split}.bin{short}; more text is needed, "
-                            "or another share of it for validation")
-        meta |= {f"{split}_tokens": int(ends[-1]), f"{split}_documents": len(ends),
-                 f"{split}_sha256": unfinished.checksums[f"{split}.bin"].hexdigest(),
-                 f"{split}_ends_sha256": unfinished.checksums[f"{split}_ends.bin"].hexdigest()}
+            short = (
+                f" ({unfinished.entry['dropped']:,} documents were too short)" if unfinished.entry["dropped"] else ""
+            )
+            raise UserError(
+                f"{folder}: there is no text for {split}.bin{short}; more text is needed, "
+                "or another share of it for validation"
+            )
+        meta |= {
+            f"{split}_tokens": int(ends[-1]),
+            f"{split}_documents": len(ends),
+            f"{split}_sha256": unfinished.checksums[f"{split}.bin"].hexdigest(),
+            f"{split}_ends_sha256": unfinished.checksums[f"{split}_ends.bin"].hexdigest(),
+        }
         if split == "train":
             meta["document_lengths"] = _statistics(np.diff(ends, prepend=np.uint64(0)).astype(np.int64))
     return meta | {"left_out_as_too_short": unfinished.entry["dropped"]}
@@ -568,7 +625,9 @@ def _move_into_place(aside, folder, meta):
 def _checksums(folder, sizes):
     """sha256 of the first bytes of files, to go on with: {name: how many}. With a progress bar."""
     checksums = {name: hashlib.sha256() for name in sizes}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=None, leave=False) as bar:
+    with tqdm(
+        total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=None, leave=False
+    ) as bar:
         for name, left in sizes.items():
             with open(folder / name, "rb") if left else io.BytesIO() as file:
                 while left and (data := file.read(min(left, 1 << 24))):
@@ -599,23 +658,34 @@ def _statistics(lengths):
     share = {name: round(float(lengths[lengths >= bound].sum() / lengths.sum()), 4) for name, bound in LONG.items()}
     powers = np.bincount(np.log2(lengths).astype(int))  # log2 is exact for powers of two
     histogram = {str(2**power): int(count) for power, count in enumerate(powers) if count}
-    return {"min": int(lengths.min()), "median": int(np.median(lengths)), "mean": int(lengths.mean()),
-            "max": int(lengths.max()), "share_of_tokens_in_documents_of_at_least": share,
-            "documents_from_this_length_to_its_double": histogram}  # fmt: skip
+    return {
+        "min": int(lengths.min()),
+        "median": int(np.median(lengths)),
+        "mean": int(lengths.mean()),
+        "max": int(lengths.max()),
+        "share_of_tokens_in_documents_of_at_least": share,
+        "documents_from_this_length_to_its_double": histogram,
+    }
 
 
 def _report(folder, meta):
     for split in SPLITS:
-        print(f"{folder / split}.bin: {meta[f'{split}_tokens']:,} tokens in {meta[f'{split}_documents']:,} documents, "
-              f"sha256 {meta[f'{split}_sha256'][:16]}")
+        print(
+            f"{folder / split}.bin: {meta[f'{split}_tokens']:,} tokens in {meta[f'{split}_documents']:,} documents, "
+            f"sha256 {meta[f'{split}_sha256'][:16]}"
+        )
     if left_out := meta["left_out_as_too_short"]:
         print(f"left out, as they are too short: {left_out:,} documents")
     lengths = meta["document_lengths"]
     share = lengths["share_of_tokens_in_documents_of_at_least"]
-    print(f"training documents in tokens: shortest {lengths['min']:,}, median {lengths['median']:,}, "
-          f"mean {lengths['mean']:,}, longest {lengths['max']:,}")
-    print("share of the tokens in documents of at least "
-          + ", ".join(f"{name}: {part:.0%}" for name, part in share.items()))
+    print(
+        f"training documents in tokens: shortest {lengths['min']:,}, median {lengths['median']:,}, "
+        f"mean {lengths['mean']:,}, longest {lengths['max']:,}"
+    )
+    print(
+        "share of the tokens in documents of at least "
+        + ", ".join(f"{name}: {part:.0%}" for name, part in share.items())
+    )
     if (shorter := min(meta["train_tokens"], meta["val_tokens"])) <= LONG["2k"]:
         print(f"note: one split has only {shorter:,} tokens, and block_size must be below that")
 
@@ -633,15 +703,22 @@ def _draw_lengths(folder, meta):
     power = np.log2(lengths).astype(int)
     powers = np.arange(power.min(), power.max() + 1)
     documents, tokens = np.bincount(power)[powers], np.bincount(power, lengths)[powers]
-    names = [f"{2**power}" if power < 10 else f"{2 ** (power - 10)}k" if power < 20 else f"{2 ** (power - 20)}M" for power in powers]
-    for ax, heights, what in (of_documents, documents, "documents"), (
-        of_tokens, 100 * tokens / tokens.sum(), "% of the tokens"):  # fmt: skip
+    names = [
+        f"{2**power}" if power < 10 else f"{2 ** (power - 10)}k" if power < 20 else f"{2 ** (power - 20)}M"
+        for power in powers
+    ]
+    for ax, heights, what in (
+        (of_documents, documents, "documents"),
+        (of_tokens, 100 * tokens / tokens.sum(), "% of the tokens"),
+    ):
         ax.bar(powers, heights, width=0.9, align="edge", color="#3b75af")
         ax.set(xlabel="length of the document, tokens", title=f"{what}, by length")
         step = -(-len(powers) // 9)
         ax.set_xticks(powers[::step], names[::step])
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{folder.name}: {meta['train_tokens']:,} training tokens in {meta['train_documents']:,} documents", fontsize=10)
+    figure.suptitle(
+        f"{folder.name}: {meta['train_tokens']:,} training tokens in {meta['train_documents']:,} documents", fontsize=10
+    )
     aside = folder / "documents.aside.png"
     try:
         figure.savefig(aside, dpi=110)
@@ -669,15 +746,20 @@ def _stamps(folder):
 
 
 def changed_files(folder, meta):
-    """The names of the files whose checksums are not those of meta.json. Looks once, with a progress bar, until sizes or
-    times change."""
+    """The names of the files whose checksums are not those of meta.json. Looks once, with a progress bar, until sizes
+    or times change.
+    """
     try:
         if json.loads((folder / "checked.json").read_bytes()) == _stamps(folder):
             return []
     except (OSError, ValueError):
         pass
-    wanted = {f"{name}.bin": meta[f"{name}_sha256"] for split in SPLITS for name in (split, f"{split}_ends")
-              if f"{name}_sha256" in meta and (folder / f"{name}.bin").exists()}  # fmt: skip
+    wanted = {
+        f"{name}.bin": meta[f"{name}_sha256"]
+        for split in SPLITS
+        for name in (split, f"{split}_ends")
+        if f"{name}_sha256" in meta and (folder / f"{name}.bin").exists()
+    }
     sizes = {name: (folder / name).stat().st_size for name in wanted}
     try:
         changed = [name for name, checksum in _checksums(folder, sizes).items() if checksum.hexdigest() != wanted[name]]

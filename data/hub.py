@@ -1,5 +1,4 @@
-"""
-Data sets on the Hugging Face hub as documents: the shared part of data/{pg19,arxiv,code,fineweb_edu}/prepare.py.
+"""Data sets on the Hugging Face hub as documents: the shared part of data/{pg19,arxiv,code,fineweb_edu}/prepare.py.
 
 The `datasets` library streams the rows: nothing but the corpus comes onto the disk, and no more is downloaded than
 max_tokens needs. Files are given by name and read by the library's own readers: no code of a data set is ever run.
@@ -21,9 +20,19 @@ from configurator import UserError, key
 from data.corpus import Document, Source, bytes_of_text, pieces, row_text, why_not_text, write_corpus
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
-VAL_SHARE = 20  # a validation split is cut after max_tokens / VAL_SHARE tokens or so, so that it is never most of a corpus
+VAL_SHARE = (
+    20  # a validation split is cut after max_tokens / VAL_SHARE tokens or so, so that it is never most of a corpus
+)
 TOKEN_CHARACTERS, TOKEN_CHARACTERS_AT_MOST = 4, 8  # of one of tiktoken's tokens, roughly, on the average of a document
-NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}  # packages whose errors may pass
+NETWORK = {
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "httpcore2",
+    "requests",
+    "urllib3",
+    "aiohttp",
+}  # packages whose errors may pass
 ROWS = 100  # of a parquet file that are in memory at a time: books are long
 
 
@@ -49,10 +58,19 @@ def share_key():
 
 
 def prepare(config, source, folder):
-    """Write the corpus of the documents of source, a Hub, to folder, and return its meta. Errors: write_corpus's, Hub's."""
+    """Write the corpus of the documents of source, a Hub, to folder, and return its meta. Errors: write_corpus's,
+    Hub's.
+    """
     tokenizer = tokenizer_from_meta({"name": config.tokenizer})
-    meta = write_corpus(folder, source, tokenizer, max_tokens=config.max_tokens, min_doc_tokens=config.min_doc_tokens,
-                        val_every=round(1 / getattr(config, "val_fraction", 1)), workers=config.num_proc)
+    meta = write_corpus(
+        folder,
+        source,
+        tokenizer,
+        max_tokens=config.max_tokens,
+        min_doc_tokens=config.min_doc_tokens,
+        val_every=round(1 / getattr(config, "val_fraction", 1)),
+        workers=config.num_proc,
+    )
     if source.left_out:
         print(f"left out, as they are not text (NUL or broken characters): {source.left_out:,} rows")
     recipe = "long_ctx" if config.tokenizer == "byte" else "long_ctx_124m"  # the former is of the size for bytes
@@ -61,8 +79,7 @@ def prepare(config, source, folder):
 
 
 class Hub(Source):
-    """
-    The rows of a data set as documents.
+    """The rows of a data set as documents.
 
     config      a Config; of it are used hub and max_tokens
     parts       (split, pattern of the files' names) in the order in which they are read; *.parquet or *.jsonl.zst
@@ -89,15 +106,20 @@ class Hub(Source):
                 self.root, revision = glob.escape(str(folder.absolute())), None
             else:
                 from huggingface_hub import HfApi
+
                 revision = HfApi().dataset_info(config.hub).sha
                 self.root = f"hf://datasets/{config.hub}@{revision}"
             self.files = [self._files(pattern) for _, pattern in parts]
-        super().__init__({"hub": config.hub, "revision": revision, "files": [pattern for _, pattern in parts], **options})
+        super().__init__(
+            {"hub": config.hub, "revision": revision, "files": [pattern for _, pattern in parts], **options}
+        )
         if self.local and keep is None and not config.min_doc_tokens:  # else nobody knows how much of it is wanted
             size = sum(bytes_of_text(Path(path), columns[0]) for paths in self.files for path in paths)
             self.total_bytes = min(size, config.max_tokens * token or math.inf)
         if self.local:
-            self.fingerprint = json.dumps([(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for paths in self.files for path in paths])
+            self.fingerprint = json.dumps(
+                [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for paths in self.files for path in paths]
+            )
 
     def _files(self, pattern):
         """Paths of the files of a part, in the order in which they are read."""
@@ -105,6 +127,7 @@ class Hub(Source):
             paths = sorted(glob.glob(f"{self.root}/{pattern}"))
         else:
             from huggingface_hub import HfFileSystem
+
             paths = HfFileSystem().glob(f"{self.root}/{pattern}")
         if not paths:
             raise UserError(f"{self.hub} has no files {pattern}: {self._check_name()}")
@@ -138,13 +161,19 @@ class Hub(Source):
             stream, self.chars = None, 0
 
     def _open(self, pattern):
-        """An IterableDataset of tables of one row each. As tables, since a column with one bad string can't be a list."""
+        """An IterableDataset of tables of one row each. As tables, since a column with one bad string
+        can't be a list.
+        """
         from datasets import load_dataset
+
         where = {"data_files": f"{self.root}/{pattern}", "split": "train", "streaming": True}
         if pattern.endswith(".parquet"):
             from pyarrow.dataset import ParquetFragmentScanOptions
+
             little = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
-            stream = load_dataset("parquet", columns=list(self.columns), batch_size=ROWS, fragment_scan_options=little, **where)
+            stream = load_dataset(
+                "parquet", columns=list(self.columns), batch_size=ROWS, fragment_scan_options=little, **where
+            )
             self._check_columns(stream.column_names)
         else:  # as lines: the JSON reader gives up at one half of a surrogate pair
             stream = load_dataset("text", **where)
@@ -179,7 +208,9 @@ class Hub(Source):
             raise UserError(f"{self._file()} has no column {', '.join(sorted(missing))}: {self._check_name()}")
 
     def _check_name(self):
-        return "is the copy whole, with the folders as they are on the hub?" if self.local else "has the data set changed?"
+        return (
+            "is the copy whole, with the folders as they are on the hub?" if self.local else "has the data set changed?"
+        )
 
     def _file(self):
         """The path of the file that is being read."""
@@ -201,20 +232,33 @@ class Hub(Source):
 
     def _explain(self, error):
         from huggingface_hub import errors
+
         what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         status = getattr(getattr(error, "response", None), "status_code", 0)
         package = type(error).__module__.partition(".")[0]
         if isinstance(error, errors.GatedRepoError):
-            raise UserError(f"{self.hub} is only for those who accepted its terms: log in to the hub, accept them on the data "
-                            "set's page, then `hf auth login`, then the same command again") from error  # fmt: skip
+            raise UserError(
+                f"{self.hub} is only for those who accepted its terms: log in to the hub, accept them on the data "
+                "set's page, then `hf auth login`, then the same command again"
+            ) from error
         if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError | errors.RevisionNotFoundError):
-            raise UserError(f"--hub={self.hub}: no such folder, and no such data set on the hub, or it is private "
-                            "(then: `hf auth login`)") from error  # fmt: skip
+            raise UserError(
+                f"--hub={self.hub}: no such folder, and no such data set on the hub, or it is private "
+                "(then: `hf auth login`)"
+            ) from error
         answer = isinstance(error, errors.HfHubHTTPError | errors.EntryNotFoundError | FileNotFoundError)
-        if (isinstance(error, ConnectionError | TimeoutError | errors.LocalEntryNotFoundError) or package in NETWORK
-                or status == 429 or status >= 500 or isinstance(error, OSError) and not (self.local or answer)):  # fmt: skip
-            raise UserError(f"{self.hub} can't be read from the hub ({what}): with a network, the same command goes on; "
-                              "without one, give a copy by --hub=FOLDER") from error  # fmt: skip
+        if (
+            isinstance(error, ConnectionError | TimeoutError | errors.LocalEntryNotFoundError)
+            or package in NETWORK
+            or status == 429
+            or status >= 500
+            or isinstance(error, OSError)
+            and not (self.local or answer)
+        ):
+            raise UserError(
+                f"{self.hub} can't be read from the hub ({what}): with a network, the same command goes on; "
+                "without one, give a copy by --hub=FOLDER"
+            ) from error
         if isinstance(error, errors.EntryNotFoundError | FileNotFoundError):
             raise UserError(f"{self.hub}: a file is missing ({what}): {self._check_name()}") from error
         if isinstance(error, errors.HfHubHTTPError):
@@ -230,22 +274,27 @@ def _import(parts):
     try:
         import datasets
         import huggingface_hub.utils
+
         if any(pattern.endswith(".zst") for _, pattern in parts):
             import zstandard  # noqa: F401
     except ImportError as error:
         raise UserError(f"the package {error.name} is missing: pip install -r requirements-data.txt") from None
     from fsspec.compression import register_compression
+
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # we report errors ourselves
-    logging.getLogger("datasets.utils.file_utils").setLevel(logging.WARNING)  # but a lost connection is tried for minutes
+    logging.getLogger("datasets.utils.file_utils").setLevel(
+        logging.WARNING
+    )  # but a lost connection is tried for minutes
     huggingface_hub.utils.logging.set_verbosity(logging.ERROR)
     register_compression("zstd", lambda file, mode: io.BufferedReader(_Zstd(file), 1 << 20), "zst", force=True)
 
 
 class _Zstd(io.RawIOBase):
-    """What is in a .zst file. The reader that fsspec has by default takes the end of the first of several frames for the
-    end of the file, and a file that is cut off for a whole one, without a word. EOFError: cut off."""
+    """What is in a .zst file. The reader that fsspec has by default takes the end of the first of several frames for
+    the end of the file, and a file that is cut off for a whole one, without a word. EOFError: cut off.
+    """
 
     def __init__(self, file):
         self.file, self.frame, self.input, self.output = file, None, b"", memoryview(b"")
@@ -255,6 +304,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer):
         import zstandard
+
         while not self.output:
             data = self.input or self.file.read(1 << 20)
             if not data:

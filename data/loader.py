@@ -1,12 +1,11 @@
-"""
-A prepared corpus as batches of token windows.
+"""A prepared corpus as batches of token windows.
 
 A training batch is a pure function of (seed, iteration, micro-batch). It depends neither on what was drawn before,
 nor on evaluation, nor on how many processes share the work: a resumed run sees just what an uninterrupted one does.
 Validation is on fixed windows, the same for every run, so that two runs compare without noise.
 
-An epoch takes each token once. Its text is cut into windows of block_size tokens, and these are shuffled; the next epoch
-cuts elsewhere. How it is cut is the key `windows`:
+An epoch takes each token once. Its text is cut into windows of block_size tokens, and these are shuffled; the next
+epoch cuts elsewhere. How it is cut is the key `windows`:
 
     packed      the stream of all documents as if it were one, as in nanoGPT: a window begins anywhere, and can hold the
                 end of one document and the start of the next
@@ -30,13 +29,12 @@ from data.tokenizer import GPT2_VOCAB_SIZE
 
 
 class Epoch:
-    """
-    One epoch's windows of T tokens. documents, int64: where each begins and where the last one ends, in tokens that have
-    a next one. A window is a list of stretches (start, length), for most windows one; their lengths add up to T.
+    """One epoch's windows of T tokens. documents, int64: where each begins and where the last one ends, in tokens that
+    have a next one. A window is a list of stretches (start, length), for most windows one; their lengths add up to T.
 
-    A document of n tokens has n // T windows, with a random part of the rest before them and the other behind. These rests,
-    and shorter documents, in random order, are one stream that makes the other windows; what the last of them lacks is
-    taken from a whole window, or from the stream's beginning if there is none, and comes twice.
+    A document of n tokens has n // T windows, with a random part of the rest before them and the other behind. These
+    rests, and shorter documents, in random order, are one stream that makes the other windows; what the last of them
+    lacks is taken from a whole window, or from the stream's beginning if there is none, and comes twice.
     """
 
     def __init__(self, documents, T, seed, epoch):
@@ -97,8 +95,7 @@ class Corpus:
     _epochs: dict = field(default_factory=dict, init=False, repr=False)  # the last ones used: (seed, epoch) -> Epoch
 
     def batch(self, batch_size, seed, iteration, micro, micros=1):
-        """
-        (x, y), both (batch_size, block_size) int64: windows of train.bin, and the token after each of theirs.
+        """(x, y), both (batch_size, block_size) int64: windows of train.bin, and the token after each of theirs.
         micro is the micro-batch's number within the step, of `micros` over all processes. All arguments are ints >= 0.
         """
         n = (iteration * micros + micro) * batch_size
@@ -124,9 +121,10 @@ class Corpus:
         return np.concatenate([[0], ends[:-1], [last]])
 
     def val_windows(self, count):
-        """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct. With
-        windows=document first of those within documents; where they are too few, all of them, and the rest from the stream,
-        but for those that are among them."""
+        """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct.
+        With windows=document first of those within documents; where they are too few, all of them, and the rest from
+        the stream, but for those that are among them.
+        """
         inside = np.zeros(0, np.int64)
         if self.windows == "document":
             documents = self._documents("val")
@@ -157,8 +155,10 @@ class Corpus:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} has changed since training began ({error}): {_remake(self.folder)}") from error
         if (largest := max(x.max(), y.max())) >= self.vocab_size:
-            raise UserError(f"{path} has the token id {largest}, but its vocabulary is {self.vocab_size}: "
-                            f"it was made with another tokenizer; {_remake(self.folder)}")
+            raise UserError(
+                f"{path} has the token id {largest}, but its vocabulary is {self.vocab_size}: "
+                f"it was made with another tokenizer; {_remake(self.folder)}"
+            )
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
@@ -169,9 +169,8 @@ def _evenly(count, distinct):
 
 
 def load_corpus(folder, block_size, windows="packed"):
-    """
-    The Corpus in folder (see data/corpus.py for its files), or a nanoGPT one: train.bin and val.bin with GPT-2 ids in
-    uint16. UserError: nothing there, incomplete, not what was written, or no longer than block_size.
+    """The Corpus in folder (see data/corpus.py for its files), or a nanoGPT one: train.bin and val.bin with GPT-2 ids
+    in uint16. UserError: nothing there, incomplete, not what was written, or no longer than block_size.
     """
     folder = Path(folder)
     meta = _read_meta(folder)
@@ -181,19 +180,34 @@ def load_corpus(folder, block_size, windows="packed"):
         if size != expected:
             raise UserError(f"{path} has {size:,} bytes, but meta.json says {expected:,}: {_remake(folder)}")
         if tokens <= block_size:
-            raise UserError(f"{path} has {tokens:,} tokens, too few for block_size={block_size} and one token more: "
-                            f"set --block_size below {tokens}, or prepare more text")
+            raise UserError(
+                f"{path} has {tokens:,} tokens, too few for block_size={block_size} and one token more: "
+                f"set --block_size below {tokens}, or prepare more text"
+            )
     if windows == "document":
         for split in "train", "val":
             path = folder / f"{split}_ends.bin"
             if not path.is_file() or path.stat().st_size != 8 * meta.get(f"{split}_documents", 0):
-                raise UserError(f"windows=document needs to know where documents end, and {folder} has no {path.name} that "
-                                f"fits: {_remake(folder)}; or set --windows=packed")
+                raise UserError(
+                    f"windows=document needs to know where documents end, and {folder} has no {path.name} that "
+                    f"fits: {_remake(folder)}; or set --windows=packed"
+                )
     if changed := changed_files(folder, meta):
-        raise UserError(f"{folder / changed[0]} is not what was written there: its checksum differs from meta.json's. "
-                        f"Copy it again, or {_remake(folder)}")
-    return Corpus(folder, block_size, meta["vocab_size"], meta["tokenizer"], meta["dtype"],
-                  meta["train_tokens"], meta["val_tokens"], windows, meta.get("train_sha256"))
+        raise UserError(
+            f"{folder / changed[0]} is not what was written there: its checksum differs from meta.json's. "
+            f"Copy it again, or {_remake(folder)}"
+        )
+    return Corpus(
+        folder,
+        block_size,
+        meta["vocab_size"],
+        meta["tokenizer"],
+        meta["dtype"],
+        meta["train_tokens"],
+        meta["val_tokens"],
+        windows,
+        meta.get("train_sha256"),
+    )
 
 
 def _read_meta(folder):
@@ -201,13 +215,19 @@ def _read_meta(folder):
     missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
     path = folder / "meta.json"
     if missing:
-        there = {file.parent.name for file in folder.parent.glob("*/train.bin")} | {"stdlib"}  # which is made when it is wanted
+        there = {file.parent.name for file in folder.parent.glob("*/train.bin")} | {
+            "stdlib"
+        }  # which is made when it is wanted
         others = ", ".join(sorted(there - {folder.name}))
-        raise UserError(f"{folder} has no {' and no '.join(missing)}: {_remake(folder)}"
-                        + (f"; or choose another data set of {folder.parent}: {others}" if others else ""))
+        raise UserError(
+            f"{folder} has no {' and no '.join(missing)}: {_remake(folder)}"
+            + (f"; or choose another data set of {folder.parent}: {others}" if others else "")
+        )
     if (folder / "meta.pkl").exists() and not path.exists():
-        raise UserError(f"{folder} has nanoGPT's meta.pkl but no meta.json; a pickle is not read, as it could run any "
-                        f"code: {_remake(folder)}")
+        raise UserError(
+            f"{folder} has nanoGPT's meta.pkl but no meta.json; a pickle is not read, as it could run any "
+            f"code: {_remake(folder)}"
+        )
     if not path.exists():
         print(f"{folder} has no meta.json: its ids are taken for GPT-2's in uint16, as nanoGPT writes them")
         tokens = {f"{split}_tokens": (folder / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
@@ -216,8 +236,13 @@ def _read_meta(folder):
         match json.loads(path.read_bytes()):
             case {"unfinished": True}:
                 raise UserError(f"the preparation of {folder} was cut off at its very end: {_remake(folder)}")
-            case {"vocab_size": int(), "dtype": "uint16" | "uint32", "tokenizer": dict(),
-                  "train_tokens": int(), "val_tokens": int()} as meta:
+            case {
+                "vocab_size": int(),
+                "dtype": "uint16" | "uint32",
+                "tokenizer": dict(),
+                "train_tokens": int(),
+                "val_tokens": int(),
+            } as meta:
                 return meta
     except (OSError, ValueError):
         pass

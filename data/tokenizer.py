@@ -1,13 +1,12 @@
-"""
-Tokenizers: text to token ids and back.
+"""Tokenizers: text to token ids and back.
 
     byte              the 256 bytes of UTF-8 and <|endoftext|>: encodes any text, needs no files, 1 token a byte
-    gpt2, o200k_base, ... (ENCODINGS)    the byte-pair encodings of tiktoken: any text, about 4 bytes a token; their files
-                      are downloaded once
+    gpt2, o200k_base, ... (ENCODINGS)    the byte-pair encodings of tiktoken: any text, about 4 bytes a token; their
+                      files are downloaded once
     char              the distinct characters of one corpus, as in nanoGPT's character-level Shakespeare
 
-All but the last are tiktoken.Encoding objects. A tokenizer goes into meta.json and into checkpoints as the plain dict of
-to_meta(), and comes back through tokenizer_from_meta(): no pickle, and a checkpoint works without its corpus.
+All but the last are tiktoken.Encoding objects. A tokenizer goes into meta.json and into checkpoints as the plain dict
+of to_meta(), and comes back through tokenizer_from_meta(): no pickle, and a checkpoint works without its corpus.
 """
 
 import numpy as np
@@ -21,8 +20,7 @@ GPT2_VOCAB_SIZE = 50304  # 50257, padded
 
 
 class Tokenizer:
-    """
-    name        one of TOKENIZERS, or char
+    """name        one of TOKENIZERS, or char
     n_vocab     number of ids: every id is below it
     vocab_size  rows of the model's embedding: n_vocab, for tiktoken's encodings padded (gpt2: 50304)
     eot         id of <|endoftext|>, which stands after every document; None for char
@@ -33,14 +31,15 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode_bytes(self, ids):
-        """
-        UTF-8 bytes of ids (a sequence of ints, or one int). They can begin or end inside a character: to stream,
+        """UTF-8 bytes of ids (a sequence of ints, or one int). They can begin or end inside a character: to stream,
         feed them to codecs.getincrementaldecoder("utf-8")(errors="replace"). UserError: an id outside the vocabulary.
         """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.n_vocab:
-            raise UserError(f"token ids from {ids.min()} to {ids.max()}, but the {self.name} tokenizer has 0 to "
-                            f"{self.n_vocab - 1}: do the model and the tokenizer belong together?")
+            raise UserError(
+                f"token ids from {ids.min()} to {ids.max()}, but the {self.name} tokenizer has 0 to "
+                f"{self.n_vocab - 1}: do the model and the tokenizer belong together?"
+            )
         return self._decode_bytes(ids)
 
     def decode(self, ids):
@@ -88,8 +87,10 @@ class CharTokenizer(Tokenizer):
         points = _code_points(text)
         ids = np.searchsorted(self._points, points).clip(max=self.n_vocab - 1)
         if (unknown := points[self._points[ids] != points]).size:
-            raise UserError(f"the character {chr(unknown[0])!r} is not among the {self.n_vocab} of the char tokenizer: "
-                            f"leave it out, or train with a byte or gpt2 tokenizer. It knows {self.chars[:200]!r}")
+            raise UserError(
+                f"the character {chr(unknown[0])!r} is not among the {self.n_vocab} of the char tokenizer: "
+                f"leave it out, or train with a byte or gpt2 tokenizer. It knows {self.chars[:200]!r}"
+            )
         return ids
 
     def _decode_bytes(self, ids):
@@ -108,9 +109,14 @@ def tokenizer_from_meta(meta):
     match meta:
         case {"name": "byte"}:
             import tiktoken
+
             # One character a piece: no search for merges (there are none) in a long run without spaces.
-            encoding = tiktoken.Encoding("byte", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
-                                         mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+            encoding = tiktoken.Encoding(
+                "byte",
+                pat_str=r"[\s\S]",
+                special_tokens={"<|endoftext|>": 256},
+                mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+            )
             return BytePairTokenizer(encoding, vocab_size=257)
         case {"name": str(name)} if name in ENCODINGS:
             encoding = _encoding(name)
@@ -122,9 +128,12 @@ def tokenizer_from_meta(meta):
 
 def _encoding(name):
     import tiktoken
+
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # depends on what lies between here and the server: requests' kinds, OSError, ValueError
-        raise UserError(f"the files of the {name} tokenizer can't be loaded: tiktoken downloads them once, so connect to "
-                        "the network, or set TIKTOKEN_CACHE_DIR to a folder that has them, or prepare the text with "
-                        f"--tokenizer=byte ({type(error).__name__}: {str(error)[:200]})") from error
+        raise UserError(
+            f"the files of the {name} tokenizer can't be loaded: tiktoken downloads them once, so connect to "
+            "the network, or set TIKTOKEN_CACHE_DIR to a folder that has them, or prepare the text with "
+            f"--tokenizer=byte ({type(error).__name__}: {str(error)[:200]})"
+        ) from error

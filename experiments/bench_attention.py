@@ -1,5 +1,4 @@
-"""
-The cost of attention alone, forward and backward apart: exact beside SUS, and their peers.
+"""The cost of attention alone, forward and backward apart: exact beside SUS, and their peers.
 
     python experiments/bench_attention.py --json=attention.json --out=attention.png     # minutes on a CPU
     python experiments/bench_attention.py --T=2048,8192 --c=4 --wandb
@@ -19,7 +18,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,19 +33,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from training import checkpoint
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from training.device import Device, memory_errors, resolve_device
 from measure import (
-    describe_machine, environment, fit_power, free_memory, idleness, in_child, mib, numbers, peak_of, product_ms, ratio,
-    ratio_text, read_json, spread, sus_backend, write_json,
-)  # fmt: skip
+    describe_machine,
+    environment,
+    fit_power,
+    free_memory,
+    idleness,
+    in_child,
+    mib,
+    numbers,
+    peak_of,
+    product_ms,
+    ratio,
+    ratio_text,
+    read_json,
+    spread,
+    sus_backend,
+    write_json,
+)
 from model import model_from_checkpoint
 from output import COLORS, check_picture, check_writable, import_pyplot, print_table, progress_bar, save_picture
+from sus_attn import BACKENDS, SAMPLERS, sus_attention
+from training import checkpoint
+from training.device import Device, memory_errors, resolve_device
 from training.probe import capture, take_turns
 from training.record import plain, reason, start_wandb
-from sus_attn import BACKENDS, SAMPLERS, sus_attention
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SDPA = {
@@ -67,8 +79,11 @@ class BenchConfig:
     sampler: str = key("tiles", "how SUS draws", choices=SAMPLERS)
     H: int = key(0, "heads; 0: 4, on CUDA 12", low=0)
     D: int = key(64, "head dimension", low=1)
-    dtype: str = key("auto", "auto: bfloat16 where the GPU has it, float32 on a CPU",
-                     choices=("auto", "float64", "float32", "bfloat16", "float16"))  # fmt: skip
+    dtype: str = key(
+        "auto",
+        "auto: bfloat16 where the GPU has it, float32 on a CPU",
+        choices=("auto", "float64", "float32", "bfloat16", "float16"),
+    )
     backend: str = key("auto", "SUS's kernels", choices=BACKENDS)
     device: str = key("auto", "auto, cpu, cuda, cuda:1")
     inputs: str = key("", "a run's out_dir: q, k, v of its model's middle layer; empty: normal random numbers")
@@ -91,7 +106,9 @@ def main():
     if cfg.out:
         check_picture(cfg.out)
     with memory_errors("Give a smaller --T"):
-        data = read_json(Path(cfg.from_json), "bench_attention") if cfg.from_json else plain(measure(cfg), nonfinite=str)
+        data = (
+            read_json(Path(cfg.from_json), "bench_attention") if cfg.from_json else plain(measure(cfg), nonfinite=str)
+        )
     if cfg.json:  # first of all: a reader that leaves early, such as head, must not cost the minutes of measuring
         write_json(Path(cfg.json), data)
     if cfg.out:
@@ -152,7 +169,10 @@ def contenders(device: Device, backends: dict[float, str], sampler: str = "tiles
     backend = backends[typical]
     members = [Contender(f"SDPA {label(name)}", "exact", name) for name in SDPA.get(device.type, ("MATH",))]
     members += [Contender(f"SUS c={c:g}", "sus", how, c, sampler) for c, how in backends.items()]
-    members += [Contender("SUS undrawn", "undrawn", backend, typical, sampler), Contender("FlexAttention", "peer", "flex")]
+    members += [
+        Contender("SUS undrawn", "undrawn", backend, typical, sampler),
+        Contender("FlexAttention", "peer", "flex"),
+    ]
     if backend != "reference":
         members.append(Contender(f"reference c={typical:g}", "peer", "reference", typical, sampler))
     return members
@@ -238,14 +258,20 @@ class Check:
         for contender in sus:
             with poisoned():
                 draws = [gradients(contender, *inputs, seed=seed) for seed in range(DRAWS)]
-            self.compare(f"the relative error of the forward at c = {contender.c:g}",
-                         relative_error(draws[0][0], truth[0]), 2 * own[0] + tiny)  # fmt: skip
+            self.compare(
+                f"the relative error of the forward at c = {contender.c:g}",
+                relative_error(draws[0][0], truth[0]),
+                2 * own[0] + tiny,
+            )
             # How much of the truth is in a draw, block by block: 1 on average. An error that is small beside the whole
             # gradient may be large in a block where that is small.
             off = torch.stack([products(grads, truth[1:]) for _, *grads in draws]) / size - 1  # (draws, n)
             error = off.std(0) / DRAWS**0.5 + room
-            self.compare(f"the distance of the gradient's mean over {DRAWS} draws at c = {contender.c:g}, in standard errors,",
-                         (off.mean(0) / error).abs().nan_to_num(math.inf).max().item(), SIGMAS)  # fmt: skip
+            self.compare(
+                f"the distance of the gradient's mean over {DRAWS} draws at c = {contender.c:g}, in standard errors,",
+                (off.mean(0) / error).abs().nan_to_num(math.inf).max().item(),
+                SIGMAS,
+            )
             self.deviation[contender.c] = whole_shares([grads for _, *grads in draws], truth[1:]).std(0)
 
     def at(self, exact: tuple[Tensor, ...], results: tuple[Tensor, ...], c: float, q, k, v) -> None:
@@ -257,14 +283,20 @@ class Check:
         scores.masked_fill_(torch.arange(T, device=q.device) > rows[:, None], -math.inf)
         truth = scores.softmax(-1) @ v
         own = relative_error(exact[0][:, :, rows], truth)
-        self.compare(f"the relative error of the forward at T = {T}, c = {c:g}",
-                     relative_error(results[0][:, :, rows], truth), 2 * own + torch.finfo(q.dtype).eps)  # fmt: skip
+        self.compare(
+            f"the relative error of the forward at T = {T}, c = {c:g}",
+            relative_error(results[0][:, :, rows], truth),
+            2 * own + torch.finfo(q.dtype).eps,
+        )
         off = whole_shares([results[1:]], [x.double() for x in exact[1:]])[0] - 1
         # That of the slice, where a large c may have kept all; with even weights it would be 1 / sqrt(c * H * D).
         even = (c * exact[0].shape[1] * exact[0].shape[3]) ** -0.5
         allowed = self.deviation[c].clamp(min=even) + 2 * self.rounding / SIGMAS
-        self.compare(f"the distance of one draw's gradient at T = {T}, c = {c:g}, in standard deviations,",
-                     (off.abs() / allowed).nan_to_num(math.inf).max().item(), SIGMAS)  # fmt: skip
+        self.compare(
+            f"the distance of one draw's gradient at T = {T}, c = {c:g}, in standard deviations,",
+            (off.abs() / allowed).nan_to_num(math.inf).max().item(),
+            SIGMAS,
+        )
 
 
 def whole_shares(draws: list, truth) -> Tensor:
@@ -285,7 +317,9 @@ def measure(cfg: BenchConfig) -> dict:
     H, saved, path = cfg.H or default_H, None, Path(cfg.inputs) / "ckpt.pt"
     if cfg.inputs:
         if taken := {"H", "D"} & cfg.explicit:
-            raise UserError(f"--{min(taken)} and --inputs exclude each other: the model in {cfg.inputs} has its own heads")
+            raise UserError(
+                f"--{min(taken)} and --inputs exclude each other: the model in {cfg.inputs} has its own heads"
+            )
         saved = checkpoint.load(path)
         default_T = str(saved["model_args"]["block_size"])
     Ts = numbers("T", default_T if cfg.T == "auto" else cfg.T, int, 16)
@@ -293,8 +327,15 @@ def measure(cfg: BenchConfig) -> dict:
     D = saved["model_args"]["n_embd"] // saved["model_args"]["n_head"] if saved else cfg.D
     backends = {c: sus_backend(cfg.backend, device, D, c, cfg.sampler) for c in cs}
     members = contenders(device, {c: backend for c, (backend, _) in backends.items()}, cfg.sampler)
-    print(device.reason, *(f"SUS c = {c:g}, sampler {cfg.sampler}, by the {backend} backend ({why})" for c, (backend, why) in backends.items()),
-          sep="\n", flush=True)  # fmt: skip
+    print(
+        device.reason,
+        *(
+            f"SUS c = {c:g}, sampler {cfg.sampler}, by the {backend} backend ({why})"
+            for c, (backend, why) in backends.items()
+        ),
+        sep="\n",
+        flush=True,
+    )
 
     check, results, left_out, product = Check(), [], [], [product_ms(device)]
     work = sum(T**2 for T in Ts) * (cfg.repeats + 2) * len(members)
@@ -367,8 +408,18 @@ def measure_at(
     sus = [member for member in members if member.kind == "sus"]
     if not check.deviation:
         check.start(members[0], sus, *inputs)
-    rows = {m.name: {"T": T, "name": m.name, "kind": m.kind, "backend": m.how, "c": m.c, "forward_ms": [], "backward_ms": []}
-            for m in members}  # fmt: skip
+    rows = {
+        m.name: {
+            "T": T,
+            "name": m.name,
+            "kind": m.kind,
+            "backend": m.how,
+            "c": m.c,
+            "forward_ms": [],
+            "backward_ms": [],
+        }
+        for m in members
+    }
     exact = gradients(members[0], *inputs)
     for member in sus:
         stats = torch.zeros(3, device=q.device)
@@ -399,10 +450,13 @@ def measure_at(
 
 def memory_of(member: Contender, shapes: list[tuple], device: Device) -> dict:
     """{"peak_bytes", "saved_bytes"} of one forward and backward: the most at once beyond the inputs, and what autograd
-    keeps in between, beyond q, k and v."""
+    keeps in between, beyond q, k and v.
+    """
 
     def inputs(T=None):
-        return [torch.randn(B, H, T or shape_T, D, device=device.device).to(device.dtype) for B, H, shape_T, D in shapes]
+        return [
+            torch.randn(B, H, T or shape_T, D, device=device.device).to(device.dtype) for B, H, shape_T, D in shapes
+        ]
 
     gradients(member, *inputs(128))  # loads and compiles what it needs
     q, k, v, grad_out = inputs()
@@ -443,7 +497,9 @@ def compare(results: list[dict], Ts: list[int]) -> list[dict]:
         exact = fastest_exact(results, T)
         for row in at(results, T, "sus"):
             ratios = {part: ratio(exact[f"{part}_ms"], row[f"{part}_ms"]) for part in ("forward", "backward")}
-            lines.append({"T": T, "c": row["c"], "exact": exact["name"], **ratios, "both": ratio(both(exact), both(row))})
+            lines.append(
+                {"T": T, "c": row["c"], "exact": exact["name"], **ratios, "both": ratio(both(exact), both(row))}
+            )
     return lines
 
 
@@ -465,8 +521,22 @@ def fits(results: list[dict]) -> list[dict]:
 # -- the tables -------------------------------------------------------------------------------------
 
 
-TITLES = ["T", "c", "exact fwd", "exact bwd", "SUS fwd", "of it draw", "SUS bwd", "of it sparse", "fwd ratio", "bwd ratio",
-          "fwd+bwd ratio", "kept/row", "exact MiB", "SUS MiB"]  # fmt: skip
+TITLES = [
+    "T",
+    "c",
+    "exact fwd",
+    "exact bwd",
+    "SUS fwd",
+    "of it draw",
+    "SUS bwd",
+    "of it sparse",
+    "fwd ratio",
+    "bwd ratio",
+    "fwd+bwd ratio",
+    "kept/row",
+    "exact MiB",
+    "SUS MiB",
+]
 ALL_TITLES = ["name", "backend", "T", "forward ms", "backward ms", "fwd+bwd / exact's", "peak MiB", "saved MiB"]
 
 
@@ -475,20 +545,29 @@ def report(data: dict) -> None:
     machine, idle = describe_machine(data)
     shape = ", ".join(map(str, inputs["shape"]))
     heads = f", {inputs['key_heads']} key heads" if inputs["key_heads"] != inputs["shape"][1] else ""
-    print(f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}; {data['config']['sampler']} draws\n"
-          f"checked: {len(data['checks'])} comparisons, all within their limits\n")  # fmt: skip
+    print(
+        f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}; {data['config']['sampler']} draws\n"
+        f"checked: {len(data['checks'])} comparisons, all within their limits\n"
+    )
     print_table([TITLES, *(comparison_row(results, line) for line in data["comparisons"])])
-    print("\nTimes in ms, medians. Ratios are exact / SUS: median (lowest..highest) of the rounds. MiB: the peak beyond "
-          "the inputs.\nAll that was measured:\n")  # fmt: skip
+    print(
+        "\nTimes in ms, medians. Ratios are exact / SUS: median (lowest..highest) of the rounds. MiB: the peak beyond "
+        "the inputs.\nAll that was measured:\n"
+    )
     print_table([ALL_TITLES, *(result_row(results, row) for row in results)])
-    print("\n* the fastest exact one at this T: exact in all ratios. Saved: by autograd between forward and backward, "
-          "beyond q, k, v.")  # fmt: skip
+    print(
+        "\n* the fastest exact one at this T: exact in all ratios. Saved: by autograd between forward and backward, "
+        "beyond q, k, v."
+    )
     powers, left_out = {}, {}
     for fit in data["fits"]:
         name, _, part = fit["name"].rpartition(" ")
         powers.setdefault(name, []).append(f"{part} {fit['exponent']:.2f}")
     if powers:
-        print("Time grows as T to the power of:", "; ".join(f"{name} {', '.join(parts)}" for name, parts in powers.items()))
+        print(
+            "Time grows as T to the power of:",
+            "; ".join(f"{name} {', '.join(parts)}" for name, parts in powers.items()),
+        )
     for line in data["left_out"]:
         left_out.setdefault((line["name"], line["why"]), []).append(f"{line['T']:,}")
     for (name, why), Ts in left_out.items():
@@ -502,10 +581,19 @@ def comparison_row(results: list[dict], line: dict) -> list[str]:
     backward = ms(row["backward_ms"])
     drawn, sparse = ("in bwd", "with draw") if row["draw_ms"] is None else (ms(row["draw_ms"]), backward)
     return [
-        f"{line['T']:,}", f"{float(line['c']):g}", ms(exact["forward_ms"]), ms(exact["backward_ms"]), ms(row["forward_ms"]),
-        drawn, backward, sparse, *(ratio_text(line[part]) for part in ("forward", "backward", "both")),
-        f"{row['kept_per_row']:.1f}", mib(exact.get("peak_bytes")), mib(row.get("peak_bytes")),
-    ]  # fmt: skip
+        f"{line['T']:,}",
+        f"{float(line['c']):g}",
+        ms(exact["forward_ms"]),
+        ms(exact["backward_ms"]),
+        ms(row["forward_ms"]),
+        drawn,
+        backward,
+        sparse,
+        *(ratio_text(line[part]) for part in ("forward", "backward", "both")),
+        f"{row['kept_per_row']:.1f}",
+        mib(exact.get("peak_bytes")),
+        mib(row.get("peak_bytes")),
+    ]
 
 
 def result_row(results: list[dict], row: dict) -> list[str]:
@@ -514,9 +602,15 @@ def result_row(results: list[dict], row: dict) -> list[str]:
     if row["kind"] == "undrawn":
         backward = relative = "-"
     return [
-        row["name"] + (" *" if row is exact else ""), label(row["backend"]), f"{row['T']:,}", ms(row["forward_ms"]), backward,
-        relative, mib(row.get("peak_bytes")), mib(row.get("saved_bytes")),
-    ]  # fmt: skip
+        row["name"] + (" *" if row is exact else ""),
+        label(row["backend"]),
+        f"{row['T']:,}",
+        ms(row["forward_ms"]),
+        backward,
+        relative,
+        mib(row.get("peak_bytes")),
+        mib(row.get("saved_bytes")),
+    ]
 
 
 def ms(times: list[float]) -> str:
@@ -533,8 +627,13 @@ def draw(data: dict):
     draw_over_c(left, data["results"])
     draw_over_T(right, data["results"], {fit["name"]: fit for fit in data["fits"]})
     machine = data["environment"]
-    figure.suptitle(f"{machine['device']}, threads: {machine['threads']}, {data['inputs']['dtype']}",
-                    fontsize=9, color="dimgrey", x=0.01, ha="left")  # fmt: skip
+    figure.suptitle(
+        f"{machine['device']}, threads: {machine['threads']}, {data['inputs']['dtype']}",
+        fontsize=9,
+        color="dimgrey",
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -546,7 +645,9 @@ def medians(row: dict, part: str = "backward") -> float | None:
 
 
 def draw_over_c(ax, results) -> None:
-    ax.set(title="backward over c: exact dashed, SUS blue", xlabel="c, the retention parameter", ylabel="ms", yscale="log")
+    ax.set(
+        title="backward over c: exact dashed, SUS blue", xlabel="c, the retention parameter", ylabel="ms", yscale="log"
+    )
     labels, ticks = [], set()
     for T in sorted({row["T"] for row in results}):
         points = [(float(row["c"]), medians(row)) for row in at(results, T, "sus") if math.isfinite(float(row["c"]))]
@@ -566,7 +667,12 @@ def draw_over_c(ax, results) -> None:
 
 
 def draw_over_T(ax, results, fitted) -> None:
-    ax.set(title="backward over T, and the power that it grows as", xlabel="T, context in tokens", ylabel="ms", yscale="log")
+    ax.set(
+        title="backward over T, and the power that it grows as",
+        xlabel="T, context in tokens",
+        ylabel="ms",
+        yscale="log",
+    )
     Ts = sorted({row["T"] for row in results})
     names = list(dict.fromkeys(row["name"] for row in results if row["kind"] == "sus"))
     curves = [("exact backward", "exact", [medians(fastest_exact(results, T)) for T in Ts], EXACT, "-")]
@@ -611,8 +717,16 @@ def finish(ax, labels: list[tuple[float, str, object]]) -> None:
     for i in reversed(range(len(heights) - 1)):  # those that were pushed beyond the top push back
         heights[i] = min(heights[i], heights[i + 1] - gap)
     for height, (_, text, color) in zip(heights, sorted(labels, key=lambda label: label[0])):
-        ax.annotate(text, (1, height), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center",
-                    fontsize=9.5, color=color)  # fmt: skip
+        ax.annotate(
+            text,
+            (1, height),
+            (6, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            color=color,
+        )
 
 
 # -- wandb ------------------------------------------------------------------------------------------
@@ -621,8 +735,14 @@ def finish(ax, labels: list[tuple[float, str, object]]) -> None:
 def log_to_wandb(data: dict) -> None:
     """The curves over c, of each T: exact's are flat."""
     name = f"bench-attention-{os.urandom(2).hex()}"
-    mirror, _ = start_wandb(project="nanosus", name=name, id=name, group="bench-attention", resume="never",
-                            config=data["config"] | {"environment": data["environment"]})  # fmt: skip
+    mirror, _ = start_wandb(
+        project="nanosus",
+        name=name,
+        id=name,
+        group="bench-attention",
+        resume="never",
+        config=data["config"] | {"environment": data["environment"]},
+    )
     if mirror is None:
         return
     results = data["results"]
@@ -639,7 +759,10 @@ def log_to_wandb(data: dict) -> None:
                 row = next(row for row in at(results, line["T"], "sus") if row["c"] == line["c"])
                 metrics[f"{T}/kept_per_row"] = row["kept_per_row"]
                 for part in ("forward", "backward"):
-                    metrics[f"{T}/sus_{part}_ms"], metrics[f"{T}/exact_{part}_ms"] = medians(row, part), medians(exact, part)
+                    metrics[f"{T}/sus_{part}_ms"], metrics[f"{T}/exact_{part}_ms"] = (
+                        medians(row, part),
+                        medians(exact, part),
+                    )
                 for part in ("forward", "backward", "both"):
                     metrics[f"{T}/{part}_ratio"] = line[part]["median"]
             mirror.log(metrics)

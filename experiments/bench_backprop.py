@@ -1,16 +1,16 @@
-"""
-Whole training steps, the analytic backward (backprop.py) beside autograd's: time, memory, and how far the gradients differ.
+"""Whole training steps, the analytic backward (backprop.py) beside autograd's: time, memory, and how far the gradients
+differ.
 
     python experiments/bench_backprop.py config/long_ctx.py                  # T = 2048, 4096, 8192; minutes on a CPU
-    python experiments/bench_backprop.py config/long_ctx.py --T=8192 --activation_checkpointing=True --json=backprop.json
+    python experiments/bench_backprop.py config/long_ctx.py --T=8192 --activation_checkpointing=True --json=b.json
 
-Takes train.py's config files and keys, with each T in turn as block_size. One model takes four kinds of steps by turns, each
-on the same batch as the others': attention's gradient exact and by SUS, and each by autograd and by hand. Times are medians,
-ratios those of steps of the same round, with their lowest and highest. Memory is the peak of two steps as bench_train.py
-has it. On CUDA autograd's steps are compiled, as train.py has them, unless --compile=False.
+Takes train.py's config files and keys, with each T in turn as block_size. One model takes four kinds of steps by turns,
+each on the same batch as the others': attention's gradient exact and by SUS, and each by autograd and by hand. Times
+are medians, ratios those of steps of the same round, with their lowest and highest. Memory is the peak of two steps as
+bench_train.py has it. On CUDA autograd's steps are compiled, as train.py has them, unless --compile=False.
 
-The gradients that are compared are those of the first step: |by hand - autograd's| / |autograd's|, over all parameters, and the
-worst parameter's alone. With SUS a difference in rounding also decides here and there whether a tile is kept.
+The gradients that are compared are those of the first step: |by hand - autograd's| / |autograd's|, over all parameters,
+and the worst parameter's alone. With SUS a difference in rounding also decides here and there whether a tile is kept.
 """
 
 import dataclasses
@@ -26,14 +26,18 @@ from backprop import loss_and_gradients
 from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, describe_steps, measure, memory_of
 from configurator import UserError, load_config, run_main, validate
 from data.loader import Corpus
-from training.device import Device, memory_errors
 from measure import describe_machine, in_child, mib, numbers, ratio, ratio_text, spread, write_json
 from output import check_writable, print_table
+from training.device import Device, memory_errors
 from training.record import plain
 
 WAYS = ("autograd", "analytic")
 STEPS = [(kind, way) for kind in KINDS for way in WAYS]
-LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # of the exact gradients' difference: beyond, something is wrong
+LIMIT = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.1,
+}  # of the exact gradients' difference: beyond, something is wrong
 
 
 def main():
@@ -80,25 +84,34 @@ def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, ba
 
 
 def compare_gradients(trainer: Trainer, kind: str) -> dict:
-    """How far the two gradients of the first micro-batch are apart. UserError if the loss differs, or exact gradients by too much."""
+    """How far the two gradients of the first micro-batch are apart. UserError if the loss differs, or exact gradients
+    by too much.
+    """
     model, device, seed = trainer.model, trainer.device, torch.tensor(0)
     model.config.attn_backward = kind
     x, y = (t.to(device.device) for t in trainer.corpus.batch(trainer.cfg.batch_size, trainer.cfg.seed, 0, 0))
     found = {}
     for way in WAYS:
         with device.autocast():
-            loss = model(x, y, sus_seed=seed)[1] if way == "autograd" else loss_and_gradients(model, x, y, sus_seed=seed)
+            loss = (
+                model(x, y, sus_seed=seed)[1] if way == "autograd" else loss_and_gradients(model, x, y, sus_seed=seed)
+            )
         if way == "autograd":
             loss.backward()
         found[way] = loss.item(), [p.grad for p in model.parameters()]
         model.zero_grad(set_to_none=True)
-    norm = lambda gradients: torch.stack([g.double().norm() for g in gradients])  # noqa: E731
+    norm = lambda gradients: torch.stack([g.double().norm() for g in gradients])
     (want_loss, want), (loss, got) = found["autograd"], found["analytic"]
     difference, size = norm([a - b for a, b in zip(got, want, strict=True)]), norm(want)
     whole, worst = (difference.norm() / size.norm()).item(), (difference / size).max().item()
-    if not abs(loss - want_loss) <= 8 * torch.finfo(device.dtype).eps * abs(want_loss) or (kind == "exact" and not whole <= LIMIT[device.dtype]):
-        raise UserError(f"the analytic backward is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it "
-                        f"is {loss:.8g}, autograd's {want_loss:.8g}, and the {kind} gradients differ by {whole:.2g}")  # fmt: skip
+    if not abs(loss - want_loss) <= 8 * torch.finfo(device.dtype).eps * abs(want_loss) or (
+        kind == "exact" and not whole <= LIMIT[device.dtype]
+    ):
+        raise UserError(
+            f"the analytic backward is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss "
+            "with it "
+            f"is {loss:.8g}, autograd's {want_loss:.8g}, and the {kind} gradients differ by {whole:.2g}"
+        )
     return {"loss_difference": loss - want_loss, "difference": whole, "worst_difference": worst}
 
 
@@ -110,20 +123,42 @@ def report(data: dict) -> None:
     cfg, results = data["config"], data["results"]
     recomputes = ["activation checkpointing"] if cfg["activation_checkpointing"] else []
     print(f"{machine}\n{describe_steps(data, *recomputes)}\n")
-    rows = [["T", "attention", "autograd ms", "analytic ms", "autograd / analytic", "autograd MiB", "analytic MiB", "of the MiB",
-             "gradients differ by", "worst parameter's"]]  # fmt: skip
+    rows = [
+        [
+            "T",
+            "attention",
+            "autograd ms",
+            "analytic ms",
+            "autograd / analytic",
+            "autograd MiB",
+            "analytic MiB",
+            "of the MiB",
+            "gradients differ by",
+            "worst parameter's",
+        ]
+    ]
     for pair in zip(results[::2], results[1::2]):
         autograd, analytic = pair
         peaks = [row.get("peak_bytes") for row in pair]
-        rows.append([
-            f"{autograd['T']:,}", autograd["kind"], *(f"{spread(row['step_ms'])['median']:,.0f}" for row in pair),
-            ratio_text(ratio(autograd["step_ms"], analytic["step_ms"])), *(mib(peak) for peak in peaks),
-            f"{peaks[1] / peaks[0]:.0%}" if all(peaks) else "-", f"{analytic['difference']:.1e}", f"{analytic['worst_difference']:.1e}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{autograd['T']:,}",
+                autograd["kind"],
+                *(f"{spread(row['step_ms'])['median']:,.0f}" for row in pair),
+                ratio_text(ratio(autograd["step_ms"], analytic["step_ms"])),
+                *(mib(peak) for peak in peaks),
+                f"{peaks[1] / peaks[0]:.0%}" if all(peaks) else "-",
+                f"{analytic['difference']:.1e}",
+                f"{analytic['worst_difference']:.1e}",
+            ]
+        )
     print_table(rows)
-    print(f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
-          "of the rounds.\nMiB: the peak of model, optimizer and step. Gradients: |analytic - autograd's| / |autograd's|, of the "
-          f"first step.\n{idle}")  # fmt: skip
+    print(
+        f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
+        "of the rounds.\nMiB: the peak of model, optimizer and step. Gradients: |analytic - autograd's| / "
+        "|autograd's|, of the "
+        f"first step.\n{idle}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""
-How fast data are prepared and loaded, and how much memory that takes.
+"""How fast data are prepared and loaded, and how much memory that takes.
 
     python experiments/bench_data.py --input=FOLDER [--tokenizer=gpt2] [--copies=4] [--num_proc=2]
 
 Preparation: data/text/prepare.py beside nanoGPT's way (the openwebtext script's: `datasets` maps documents to tokens in
-processes, stores them, and copies them to a memory map in 1024 shards), on as many copies of the folder's text files, in
-turns. It needs requirements-data.txt. Both must write the same tokens. Loading: the batches of train.py config/long_ctx.py,
-beside its training steps, and the process's memory over 10,000 of them.
+processes, stores them, and copies them to a memory map in 1024 shards), on as many copies of the folder's text files,
+in turns. It needs requirements-data.txt. Both must write the same tokens. Loading: the batches of train.py
+config/long_ctx.py, beside its training steps, and the process's memory over 10,000 of them.
 """
 
 import contextlib
@@ -29,10 +28,10 @@ from data.corpus import files_under, read_text
 from data.loader import load_corpus
 from data.text.prepare import prepare
 from data.tokenizer import ENCODINGS, tokenizer_from_meta
-from training.device import resolve_device
 from measure import describe_machine, environment, idleness, product_ms, ratio, ratio_text, resident, spread
 from output import print_table
 from train import DATA, new_model, new_optimizer, prepare_stdlib, train_step
+from training.device import resolve_device
 
 BATCHES = 10_000
 VAL_FRACTION = 1e-6  # of a file: nanoGPT's script has no such share, and this is a character or two
@@ -53,7 +52,9 @@ def nanogpt_way(paths, tokenizer, num_proc, folder):
 
     disable_progress_bars()
     encoding = tokenizer._encoding
-    texts = load_dataset("text", data_files=[str(path) for path in paths], sample_by="document", split="train", cache_dir=str(folder))
+    texts = load_dataset(
+        "text", data_files=[str(path) for path in paths], sample_by="document", split="train", cache_dir=str(folder)
+    )
 
     def encode(row):
         ids = [*encoding.encode_ordinary(row["text"]), encoding.eot_token]
@@ -99,7 +100,11 @@ def measure_preparation(cfg):
                 folder = Path(work, f"{name}{i}")
                 folder.mkdir()
                 start = time.perf_counter()
-                ids = nanogpt_way(paths, tokenizer, cfg.num_proc, folder) if name != "ours" else our_way(source, tokenizer, cfg.num_proc, folder)
+                ids = (
+                    nanogpt_way(paths, tokenizer, cfg.num_proc, folder)
+                    if name != "ours"
+                    else our_way(source, tokenizer, cfg.num_proc, folder)
+                )
                 if i:  # the first is the warm-up
                     rates[name].append(len(ids) / (time.perf_counter() - start))
                 counts[name] = np.bincount(ids, minlength=tokenizer.n_vocab)
@@ -145,11 +150,22 @@ def main():
     product.append(product_ms(device))
     machine, idle = describe_machine({"environment": environment(device), "idle": idleness(product)})
     print(f"{machine}\n\npreparation of {megabytes:.1f} MB, {cfg.tokenizer}, {cfg.num_proc} threads or processes:\n")
-    print_table([["", "tokens/s", "beside nanoGPT's"],
-                 *([name, f"{spread(rate)['median']:,.0f}", ratio_text(ratio(rate, rates["nanoGPT's"]))] for name, rate in rates.items())])  # fmt: skip
-    print(f"\nloading, config/long_ctx.py: a batch takes {1e3 * batch['median']:.3f} ms, a training step {1e3 * step['median']:.0f} ms, "
-          f"of which the batches are {micros * batch['median'] / step['median']:.3%}\n"
-          f"resident memory: {memory[0] / 2**20:.1f} MiB before, {memory[1] / 2**20:.1f} MiB after {BATCHES:,} batches\n{idle}")  # fmt: skip
+    print_table(
+        [
+            ["", "tokens/s", "beside nanoGPT's"],
+            *(
+                [name, f"{spread(rate)['median']:,.0f}", ratio_text(ratio(rate, rates["nanoGPT's"]))]
+                for name, rate in rates.items()
+            ),
+        ]
+    )
+    print(
+        f"\nloading, config/long_ctx.py: a batch takes {1e3 * batch['median']:.3f} ms, a training step "
+        f"{1e3 * step['median']:.0f} ms, "
+        f"of which the batches are {micros * batch['median'] / step['median']:.3%}\n"
+        f"resident memory: {memory[0] / 2**20:.1f} MiB before, {memory[1] / 2**20:.1f} MiB after {BATCHES:,} "
+        f"batches\n{idle}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""
-Whole training steps, exact against SUS: tokens a second, attention's share, memory.
+"""Whole training steps, exact against SUS: tokens a second, attention's share, memory.
 
     python experiments/bench_train.py config/long_ctx.py                    # T = 2048, 4096, 8192; minutes on a CPU
     python experiments/bench_train.py config/long_ctx.py --T=8192 --sus_c=2 --json=train.json
@@ -26,14 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from data.loader import Corpus, load_corpus
-from training.device import Device, memory_errors, resolve_device
 from measure import (
-    describe_machine, environment, idleness, in_child, mib, numbers, peak_of, product_ms, ratio, ratio_text, spread,
-    sus_backend, write_json,
-)  # fmt: skip
+    describe_machine,
+    environment,
+    idleness,
+    in_child,
+    mib,
+    numbers,
+    peak_of,
+    product_ms,
+    ratio,
+    ratio_text,
+    spread,
+    sus_backend,
+    write_json,
+)
 from output import check_writable, print_table, progress_bar
-from training.record import plain
 from train import DATA, new_model, new_optimizer, prepare_stdlib, train_step
+from training.device import Device, memory_errors, resolve_device
+from training.record import plain
 
 KINDS = ("exact", "sus")
 SHARE_ROUNDS = 3
@@ -56,7 +66,9 @@ def main():
     check_keys(cfg, backprop="experiments/bench_backprop.py measures the analytic one")
     validate(cfg)
     with memory_errors("Give a smaller --T"):
-        data = plain(measure("bench_train", measure_at, (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS), cfg, Ts), nonfinite=str)
+        data = plain(
+            measure("bench_train", measure_at, (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS), cfg, Ts), nonfinite=str
+        )
     if cfg.json:  # before a reader of the table can leave
         write_json(Path(cfg.json), data)
     report(data)
@@ -65,8 +77,9 @@ def main():
 
 
 def check_keys(cfg: BenchTrainConfig, **meaningless: str) -> None:
-    """Refuse keys that mean nothing to a benchmark of steps, e.g. those that it sets, {name: what else to do}; UserError.
-    Then attn_backward and backprop of a config file are set aside."""
+    """Refuse keys that mean nothing to a benchmark of steps, e.g. those that it sets, {name: what else to do};
+    UserError. Then attn_backward and backprop of a config file are set aside.
+    """
     meaningless |= {"block_size": "give the context lengths by --T", "attn_backward": "both are measured"}
     for name, instead in meaningless.items():
         if any(arg.startswith(f"--{name}=") for arg in sys.argv[1:]):  # a config file may have them, for train.py
@@ -107,8 +120,10 @@ class Trainer:
         self.device.synchronize()
         # float16's scale is found by steps whose gradient overflows
         if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
-            raise UserError(f"the {kind} step at T = {self.cfg.block_size} is wrong, so there are no figures: its loss is "
-                            f"{loss}, its gradient's norm {norm}")  # fmt: skip
+            raise UserError(
+                f"the {kind} step at T = {self.cfg.block_size} is wrong, so there are no figures: its loss is "
+                f"{loss}, its gradient's norm {norm}"
+            )
         return 1e3 * (time.perf_counter() - start)
 
     def attention_share(self, kind: str, it: int) -> float:
@@ -122,8 +137,12 @@ class Trainer:
         for block in self.model.transformer.h:
             attend = block.attn.attend
             # the backward's hooks: as the gradient of its output is there, and as those of q, k and v are
-            handles += [attend.register_forward_pre_hook(clock), attend.register_forward_hook(clock),
-                        attend.register_full_backward_pre_hook(clock), attend.register_full_backward_hook(clock)]  # fmt: skip
+            handles += [
+                attend.register_forward_pre_hook(clock),
+                attend.register_forward_hook(clock),
+                attend.register_full_backward_pre_hook(clock),
+                attend.register_full_backward_hook(clock),
+            ]
         try:
             whole = self.timed_step(kind, it, self.model)
         finally:
@@ -136,8 +155,9 @@ class Trainer:
 
 
 def measure(benchmark: str, measure_at, rounds: int, cfg: BenchTrainConfig, Ts: list[int]) -> dict:
-    """Every figure. measure_at(cfg, T, device, corpus, bar) gives the rows of a length, and advances the bar `rounds` times by
-    T^2; UserError if a step is wrong."""
+    """Every figure. measure_at(cfg, T, device, corpus, bar) gives the rows of a length, and advances the bar `rounds`
+    times by T^2; UserError if a step is wrong.
+    """
     device = resolve_device(cfg.device, cfg.dtype)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as train.py
@@ -199,8 +219,10 @@ def check_forward(trainer: Trainer) -> None:
         with trainer.device.autocast():
             losses[kind] = trainer.model(x, y, sus_seed=torch.tensor(0))[1].item()
     if not abs(losses["sus"] - losses["exact"]) <= torch.finfo(trainer.device.dtype).eps * 8 * abs(losses["exact"]):
-        raise UserError(f"SUS is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it is "
-                        f"{losses['sus']:.8g}, exact's {losses['exact']:.8g}")  # fmt: skip
+        raise UserError(
+            f"SUS is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it is "
+            f"{losses['sus']:.8g}, exact's {losses['exact']:.8g}"
+        )
 
 
 def memory_of(cfg: BenchTrainConfig, kind: str, T: int, device: Device, corpus: Corpus) -> int | None:
@@ -222,32 +244,54 @@ def memory_of(cfg: BenchTrainConfig, kind: str, T: int, device: Device, corpus: 
 def describe_steps(data: dict, *more: str) -> str:
     """What was measured, a line; `more` comes before SUS."""
     cfg = data["config"]
-    return "; ".join([
-        f"{data['results'][0]['parameters'] / 1e6:.2f} M parameters: {cfg['n_layer']} layers, {cfg['n_head']} heads, width {cfg['n_embd']}",
-        data["dtype"], f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step", *more,
-        f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend",
-    ])  # fmt: skip
+    return "; ".join(
+        [
+            f"{data['results'][0]['parameters'] / 1e6:.2f} M parameters: {cfg['n_layer']} layers, {cfg['n_head']} "
+            f"heads, width {cfg['n_embd']}",
+            data["dtype"],
+            f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step",
+            *more,
+            f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend",
+        ]
+    )
 
 
 def report(data: dict) -> None:
     machine, idle = describe_machine(data)
     cfg, results = data["config"], data["results"]
     print(f"{machine}\n{describe_steps(data)}\n")
-    rows = [["T", "exact tok/s", "SUS tok/s", "SUS / exact", "exact ms", "SUS ms", "exact attention", "SUS attention",
-             "exact MiB", "SUS MiB"]]  # fmt: skip
+    rows = [
+        [
+            "T",
+            "exact tok/s",
+            "SUS tok/s",
+            "SUS / exact",
+            "exact ms",
+            "SUS ms",
+            "exact attention",
+            "SUS attention",
+            "exact MiB",
+            "SUS MiB",
+        ]
+    ]
     for pair in zip(results[::2], results[1::2]):
         exact, sus = pair
-        rows.append([
-            f"{exact['T']:,}", *(f"{spread(row['tok_per_sec'])['median']:,.0f}" for row in pair),
-            ratio_text(ratio(sus["tok_per_sec"], exact["tok_per_sec"])),
-            *(f"{spread(row['step_ms'])['median']:,.0f}" for row in pair),
-            *(f"{spread(row['attention_share'])['median']:.0%}" for row in pair),
-            *(mib(row.get("peak_bytes")) for row in pair),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{exact['T']:,}",
+                *(f"{spread(row['tok_per_sec'])['median']:,.0f}" for row in pair),
+                ratio_text(ratio(sus["tok_per_sec"], exact["tok_per_sec"])),
+                *(f"{spread(row['step_ms'])['median']:,.0f}" for row in pair),
+                *(f"{spread(row['attention_share'])['median']:.0%}" for row in pair),
+                *(mib(row.get("peak_bytes")) for row in pair),
+            ]
+        )
     print_table(rows)
-    print(f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
-          "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
-          f"optimizer and step.\n{idle}")  # fmt: skip
+    print(
+        f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
+        "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
+        f"optimizer and step.\n{idle}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""
-Train runs to compare, or compare those there are: one picture, and tables of the gaps beside those of seeds.
+"""Train runs to compare, or compare those there are: one picture, and tables of the gaps beside those of seeds.
 
     python experiments/compare_runs.py config/long_ctx.py --sweep=exact,2,4 --seeds=1,2,3 [--key=value of train.py ...]
     python experiments/compare_runs.py out-sweep [--out=curves.png]          # all the runs in a folder
     python experiments/compare_runs.py OUT_DIR [OUT_DIR ...]                 # these runs; they may still be training
 
-A sweep trains, one run after the other, exact attention, SUS at each c, and lowrank, all with the first seed, then all with the
-next: interrupted, it can be compared already. Runs of one seed start from the same weights and see the same batches.
-Each has a folder in --runs, with its train.log. Ctrl-C saves and leaves; the same command then goes on from there.
+A sweep trains, one run after the other, exact attention, SUS at each c, and lowrank, all with the first seed, then all
+with the next: interrupted, it can be compared already. Runs of one seed start from the same weights and see the same
+batches. Each has a folder in --runs, with its train.log. Ctrl-C saves and leaves; the same command then goes on from
+there.
 
 Whether SUS costs anything is a question of how far apart runs are that differ in the seed only. So runs are grouped by
 their configuration, and compared at the last iteration which all have evaluated; those not finished are left out once
@@ -38,8 +38,18 @@ from output import COLORS, check_picture, import_pyplot, print_table, progress_b
 from training.record import plain, read_record
 
 # What says nothing about how a run trains.
-UNRELATED = {"seed", "out_dir", "init_from", "eval_only", "log_interval", "always_save_checkpoint", "wandb_log",
-             "wandb_project", "wandb_run_name", "lora_base"}
+UNRELATED = {
+    "seed",
+    "out_dir",
+    "init_from",
+    "eval_only",
+    "log_interval",
+    "always_save_checkpoint",
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
+    "lora_base",
+}
 MARKERS = "osD^vPX"
 MEASURED = ["tok/s", "exact bwd ms", "own bwd ms", "kept/row"]
 MANY = 8  # more runs than these are shown as groups only
@@ -137,7 +147,13 @@ def read_all(cfg: CompareConfig, paths: list[Path]) -> list[Run]:
 
 def rank(run: Run) -> tuple:
     """Sorts exact first, then SUS by c, auto last, then low-rank; each by seed."""
-    return not run.is_exact, not run.is_sus, math.inf if run.c in ("-", "auto") else float(run.c), run.c == "auto", run.config.get("seed", 0)
+    return (
+        not run.is_exact,
+        not run.is_sus,
+        math.inf if run.c in ("-", "auto") else float(run.c),
+        run.c == "auto",
+        run.config.get("seed", 0),
+    )
 
 
 # -- the sweep --------------------------------------------------------------------------------------
@@ -166,7 +182,9 @@ def plan(cfg: CompareConfig, paths: list[str]) -> list[Planned]:
             if name in modes or c not in ("exact", "lowrank", "auto") and not float(c) > 0:
                 raise ValueError
         except ValueError:
-            raise UserError(f"--sweep={cfg.sweep}: {c!r} is not exact, lowrank, auto or a c above 0, or comes twice") from None
+            raise UserError(
+                f"--sweep={cfg.sweep}: {c!r} is not exact, lowrank, auto or a c above 0, or comes twice"
+            ) from None
         modes[name] = [f"--attn_backward={c}"] if name == c else ["--attn_backward=sus", f"--sus_c={c}"]
     if not all(seed.isascii() and seed.isdigit() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
         raise UserError(f"--seeds={cfg.seeds} must be a list of integers, each once, such as 1,2,3")
@@ -189,7 +207,9 @@ def look(run: Planned) -> Planned:
         return run
     header, lines = read_record(record)
     config = plain(dataclasses.asdict(run.config), nonfinite=str)
-    asked_for = config.keys() if run.config.init_from == "scratch" else run.config.explicit  # else the base has the architecture
+    asked_for = (
+        config.keys() if run.config.init_from == "scratch" else run.config.explicit
+    )  # else the base has the architecture
     for name in (asked_for & header["config"].keys()) - (UNRELATED - {"seed"}):
         was = header["config"][name]
         if was != config[name] and matters(name, config):
@@ -198,6 +218,7 @@ def look(run: Planned) -> Planned:
     # The last checkpoint is newer than the record, unless train.py was killed just before, or the files were copied.
     if at_end and ckpt.exists() and ckpt.stat().st_mtime_ns <= record.stat().st_mtime_ns:
         from training.checkpoint import load  # with torch, which takes seconds
+
         at_end = load(ckpt)["iter_num"] >= run.config.max_iters
     run.state = "finished" if at_end else "begun" if ckpt.exists() else "new"
     run.it = lines[-1]["iter"] if lines and run.state != "new" else 0
@@ -248,8 +269,13 @@ def train_one(run: Planned, bar: tqdm, signals: list[int], count: str) -> None:
     with open(log, "ab") as file:
         begin, started = file.tell(), time.time()
         # In a session of its own, or a terminal's Ctrl-C would reach it too, and ours would be its second one.
-        child = subprocess.Popen([sys.executable, ROOT / "train.py", *run.arguments, *resume], stdin=subprocess.DEVNULL,
-                                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        child = subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *run.arguments, *resume],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         for tick in itertools.count():
             ended = child.poll() is not None  # asked before the record is read, which is complete then
@@ -289,27 +315,50 @@ def table(runs: list[Run]) -> list[list[str]]:
     rows = [["run", "backward", "c", "seed", "iterations", "final val", "best val", *MEASURED]]
     for run in runs:
         val = run.series("val/loss")[1]
-        rows.append([run.name, str(run.config.get("attn_backward", "-")), run.c, str(run.config.get("seed", "-")),
-                     str(run.lines[-1]["iter"]), cell(val[-1] if val else None, ".4f"),
-                     cell(min(val, default=None), ".4f"), *measured([run])])  # fmt: skip
+        rows.append(
+            [
+                run.name,
+                str(run.config.get("attn_backward", "-")),
+                run.c,
+                str(run.config.get("seed", "-")),
+                str(run.lines[-1]["iter"]),
+                cell(val[-1] if val else None, ".4f"),
+                cell(min(val, default=None), ".4f"),
+                *measured([run]),
+            ]
+        )
     return rows
 
 
 def measured(runs: list[Run]) -> list[str]:
-    return [cell(median(runs, "train/tok_per_sec"), ",.0f"), cell(median(runs, "attn/exact_backward_ms"), ".2f"),
-            cell(None if runs[0].is_exact else median(runs, "attn/backward_ms"), ".2f"),
-            cell(median(runs, "sus/kept_per_row"), ".1f")]  # fmt: skip
+    return [
+        cell(median(runs, "train/tok_per_sec"), ",.0f"),
+        cell(median(runs, "attn/exact_backward_ms"), ".2f"),
+        cell(None if runs[0].is_exact else median(runs, "attn/backward_ms"), ".2f"),
+        cell(median(runs, "sus/kept_per_row"), ".1f"),
+    ]
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs which differ in nothing but the seed (and what can't matter), under a label of what sets them apart."""
-    configs = [{name: value for name, value in run.config.items()
-                if name not in UNRELATED and matters(name, run.config)} for run in runs]
-    differing = sorted({name for a, b in itertools.combinations(configs, 2) for name in a.keys() & b.keys()
-                        if a[name] != b[name] and name not in ("attn_backward", "sus_c")})  # fmt: skip
+    configs = [
+        {name: value for name, value in run.config.items() if name not in UNRELATED and matters(name, run.config)}
+        for run in runs
+    ]
+    differing = sorted(
+        {
+            name
+            for a, b in itertools.combinations(configs, 2)
+            for name in a.keys() & b.keys()
+            if a[name] != b[name] and name not in ("attn_backward", "sus_c")
+        }
+    )
     groups = {}
     for run, config in zip(runs, configs):
-        label = [f"sus c={run.c}" if run.is_sus else run.config.get("attn_backward", "exact"), *(f"{n}={config[n]}" for n in differing if n in config)]
+        label = [
+            f"sus c={run.c}" if run.is_sus else run.config.get("attn_backward", "exact"),
+            *(f"{n}={config[n]}" for n in differing if n in config),
+        ]
         groups.setdefault(", ".join(label), []).append(run)
     return groups
 
@@ -343,10 +392,18 @@ def summary(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     for label, members in groups.items():
         losses = losses_of(members)[at]
         times = [run.seconds([at])[0] for run in members if run.series("train/dt")[0]]
-        rows.append([label, str(len(members)), mean_and_error(losses, ".4f"), f"{min(losses):.4f}..{max(losses):.4f}",
-                     "-" if label == base else difference(members, groups[base], at),
-                     tqdm.format_interval(statistics.median(times)) if times else "-", *measured(members),
-                     cell(median(members, "sus/c") if members[0].c == "auto" else None, ".1f")])  # fmt: skip
+        rows.append(
+            [
+                label,
+                str(len(members)),
+                mean_and_error(losses, ".4f"),
+                f"{min(losses):.4f}..{max(losses):.4f}",
+                "-" if label == base else difference(members, groups[base], at),
+                tqdm.format_interval(statistics.median(times)) if times else "-",
+                *measured(members),
+                cell(median(members, "sus/c") if members[0].c == "auto" else None, ".1f"),
+            ]
+        )
     return lines, rows if any(run.c == "auto" for run in chosen) else [row[:-1] for row in rows]
 
 
@@ -377,8 +434,19 @@ def draw(runs: list[Run]):
     lines = []
     for i, (name, members) in enumerate(group(comparable(runs)[0]).items() if many else [(r.name, [r]) for r in runs]):
         dashes = "-" if members[0].is_exact else (0, (4, 2))  # where curves coincide, both are seen
-        lines.append((name, members, {"color": COLORS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "linewidth": 1.8,
-                                      "markersize": max(8 - i, 4), "linestyle": dashes}))  # fmt: skip
+        lines.append(
+            (
+                name,
+                members,
+                {
+                    "color": COLORS[i % 7],
+                    "marker": MARKERS[(i + i // 7) % 7],
+                    "linewidth": 1.8,
+                    "markersize": max(8 - i, 4),
+                    "linestyle": dashes,
+                },
+            )
+        )
     timed = len(lines) > 1 and all(run.series("train/dt")[0] for run in runs)
     shape, size = ((2, 2), (11, 8)) if timed else ((1, 3), (13, 4.2))
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
@@ -388,8 +456,12 @@ def draw(runs: list[Run]):
     (draw_final if many else draw_positions)(third, lines)
     (draw_throughput if median(runs, "attn/backward_ms") is None else draw_times)(last, lines)
     title = f"{'group: mean' if many else 'run:'} validation loss at its end"
-    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", title=title,
-                  ncols=math.ceil(len(lines) / math.ceil(len(lines) / 4)))  # fmt: skip
+    figure.legend(
+        *first.get_legend_handles_labels(),
+        loc="outside upper center",
+        title=title,
+        ncols=math.ceil(len(lines) / math.ceil(len(lines) / 4)),
+    )
     return figure
 
 
@@ -428,7 +500,7 @@ def draw_positions(ax, lines):
             ax.plot(*zip(*points), **style)
     if ends:
         ax.set_xscale("log", base=2)
-        ticks = sorted(ends, reverse=True)[::math.ceil(len(ends) / 7)]  # at most 7, the last of them always
+        ticks = sorted(ends, reverse=True)[:: math.ceil(len(ends) / 7)]  # at most 7, the last of them always
         ax.set_xticks(ticks, [f"{end // 1024}k" if end % 1024 == 0 else str(end) for end in ticks])
         ax.minorticks_off()
     ax.grid(alpha=0.25)
@@ -456,15 +528,24 @@ def draw_times(ax, lines):
     for (i, (_, runs, style)), (place, name) in itertools.product(enumerate(lines), enumerate(ways)):
         x, value = place + (i - (len(lines) - 1) / 2) * width, median(runs, f"attn/{name}_ms")
         if value is not None:
-            times.append((x, value, None if runs[0].is_exact else median(runs, f"attn/exact_{name}_ms"), style["color"]))
+            times.append(
+                (x, value, None if runs[0].is_exact else median(runs, f"attn/exact_{name}_ms"), style["color"])
+            )
     top = max(max(value, exact or 0) for _, value, exact, _ in times)
     for x, value, exact, color in times:
         ax.bar(x, value, 0.9 * width, color=color)
         if exact is not None:
             ax.hlines(exact, x - 0.45 * width, x + 0.45 * width, color="black", linewidth=2)
         height = exact if value < (exact or 0) < value + 0.08 * top else value  # or the number would be on the mark
-        ax.annotate(f"{value:.3g}", (x, height), (0, 3), textcoords="offset points", ha="center", fontsize=9,
-                    rotation=90 if len(lines) > 6 else 0)
+        ax.annotate(
+            f"{value:.3g}",
+            (x, height),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            rotation=90 if len(lines) > 6 else 0,
+        )
     ax.set_ylim(0, 1.2 * top)
     if any(exact is not None for _, _, exact, _ in times):
         ax.plot([], [], color="black", linewidth=2, label="exact, timed beside it")
@@ -483,7 +564,7 @@ def draw_throughput(ax, lines):
 def smooth(values: list[float], share: float = 0.1) -> list[float]:
     """Means over a centred window of that share of the values, narrower at both ends."""
     half = int(share * len(values) / 2)
-    return [statistics.fmean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 if __name__ == "__main__":

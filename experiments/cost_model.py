@@ -1,5 +1,4 @@
-"""
-What the Triton kernels should take on a GPU, from what they do and what the chip can do; nothing is measured.
+"""What the Triton kernels should take on a GPU, from what they do and what the chip can do; nothing is measured.
 
     python experiments/cost_model.py [--T=8192,32768,131072,1048576] [--D=64] [--H=12] [--c=4]
 
@@ -14,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sus_backends import reference, triton
 from configurator import UserError, key, load_config, run_main
 from measure import numbers
 from output import print_table
+from sus_backends import reference, triton
 
 
 @dataclass
@@ -34,13 +33,14 @@ LANES = 128 * SMS * CLOCK  # instructions of one thread a second
 BF16 = 989e12  # floating-point operations a second on the tensor cores
 L2, HBM = 5.5e12, 4.8e12  # bytes a second
 
-# Rates of attention without a causal mask at T = 16k on an H100, floating-point operations a second; with one they are lower
+# Rates of attention without a causal mask at T = 16k on an H100, floating-point operations a second; with one they are
+# lower
 EXACT = {64: dict(forward=413e12, backward=433e12), 128: dict(forward=595e12, backward=516e12)}
 TRITON_FORWARD = {64: 403e12, 128: 395e12}
 
-# Instructions of a thread, counted in the compiled loops (tests/compile_triton.py): for each score, without and with what
-# the draw needs of the forward; for each row and tile; for each word of bits, and more for each bit of the fullest of 256;
-# and for each score of a kept row and tile.
+# Instructions of a thread, counted in the compiled loops (tests/compile_triton.py): for each score, without and with
+# what the draw needs of the forward; for each row and tile; for each word of bits, and more for each bit of the fullest
+# of 256; and for each score of a kept row and tile.
 FORWARD, FORWARD_NOTING, DRAW, WORD, BIT, GRADIENTS = 10.9, 11.6, 31.5, 46.5, 24.5, {64: 43, 128: 65}
 TILE = reference.TILE
 LAUNCHES, LAUNCH = 11, 4e-6  # of each round of the backward, and what one takes at least, seconds
@@ -53,7 +53,7 @@ def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
     vector, slots = 2 * D, reference.tile_slots(c, T)  # a row of K, V, Q or G in bytes
     # what part of the lanes' rate a loop over tiles reaches: as much as the forward, whose rate is published
     efficiency = (FORWARD / LANES) / (4 * D / TRITON_FORWARD[D])
-    lanes = lambda instructions: instructions / LANES / efficiency  # noqa: E731
+    lanes = lambda instructions: instructions / LANES / efficiency
     bits = 32 * kept / all_tiles  # of a word
     fullest = bits + 3 * bits**0.5 + 1
     jobs = kept / triton.JOB + H * T / TILE
@@ -65,7 +65,9 @@ def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
         draw=max(lanes(all_tiles * DRAW), all_tiles * 4 * 2 / HBM),
         thin=(rows * (2 * vector + slots * 12) + proposed * 64) / L2,
         list_rows=max(lanes(all_tiles / 32 * (WORD + BIT * fullest)), 2 * 2 * all_tiles / 8 / HBM),
-        tile_gradients=max(lanes(kept * TILE * GRADIENTS[D]), kept * TILE * 10 * D / BF16, kept * (2 * vector + 4 * D + slots * 8) / L2),
+        tile_gradients=max(
+            lanes(kept * TILE * GRADIENTS[D]), kept * TILE * 10 * D / BF16, kept * (2 * vector + 4 * D + slots * 8) / L2
+        ),
         sums=(kept * 4 * D + jobs * TILE * D * 16 + rows * vector) / HBM,
         launches=rounds * LAUNCHES * LAUNCH,
     )
@@ -82,8 +84,14 @@ def main():
         ms = predict(T, cfg.D, cfg.H, cfg.c)
         backward = sum(ms[name] for name in kernels[2:])
         exact = ms["exact_forward"], ms["exact_backward"]
-        table.append([f"{T:,}", *(f"{x:,.3g}" for x in (*exact, *(ms[name] for name in kernels))),
-                      f"{exact[1] / backward:.2f}", f"{sum(exact) / (ms['forward'] + ms['draw'] + backward):.2f}"])  # fmt: skip
+        table.append(
+            [
+                f"{T:,}",
+                *(f"{x:,.3g}" for x in (*exact, *(ms[name] for name in kernels))),
+                f"{exact[1] / backward:.2f}",
+                f"{sum(exact) / (ms['forward'] + ms['draw'] + backward):.2f}",
+            ]
+        )
     print(f"predicted, not measured: ms on an H200, bf16, H = {cfg.H}, D = {cfg.D}, c = {cfg.c:g}")
     print_table(table)
 

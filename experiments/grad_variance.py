@@ -1,5 +1,4 @@
-"""
-What c costs: the variance that SUS adds to a model's gradient, beside the variance which that has anyway.
+"""What c costs: the variance that SUS adds to a model's gradient, beside the variance which that has anyway.
 
     python experiments/grad_variance.py --out_dir=out-long-ctx --json=variance.json --out=variance.png
     python experiments/grad_variance.py --init_from=gpt2 --dataset=NAME --T=1024 --c=2,4,8
@@ -7,9 +6,10 @@ What c costs: the variance that SUS adds to a model's gradient, beside the varia
 
     rho(c, T) = E|ghat_s - g_s|^2 / E|g_s - gbar|^2
 
-over sequences s and draws of the mask. g_s is the exact gradient of one sequence's mean loss, ghat_s its SUS estimate. It
-is measured for the whole model, each layer, each head (its rows of c_attn), and all that makes queries and keys. All samplers and all c see the same
-sequences. Standard errors are the jackknife's, over sequences. docs/variance.md says more.
+over sequences s and draws of the mask. g_s is the exact gradient of one sequence's mean loss, ghat_s its SUS estimate.
+It is measured for the whole model, each layer, each head (its rows of c_attn), and all that makes queries and keys. All
+samplers and all c see the same sequences. Standard errors are the jackknife's, over sequences. docs/variance.md says
+more.
 
 It checks itself: ghat_s - g_s must be zero on average along many directions. Where it isn't, the exit status is 1.
 """
@@ -28,20 +28,29 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from training import checkpoint
-from sus_backends import reference
 from bench_attention import DATA, gradients
 from configurator import UserError, key, load_config, run_main
 from data.loader import Corpus, load_corpus
-from training.device import Device, memory_errors, resolve_device
 from measure import (
-    describe_machine, environment, fit_power, free_memory, idleness, numbers, product_ms, read_json, sus_backend, write_json,
-)  # fmt: skip
+    describe_machine,
+    environment,
+    fit_power,
+    free_memory,
+    idleness,
+    numbers,
+    product_ms,
+    read_json,
+    sus_backend,
+    write_json,
+)
 from model import GPT, load_pretrained, model_from_checkpoint
 from output import COLORS, check_picture, check_writable, import_pyplot, print_table, progress_bar, save_picture
+from sus_attn import BACKENDS, SAMPLERS, fold_in, sus_attention
+from sus_backends import reference
+from training import checkpoint
+from training.device import Device, memory_errors, resolve_device
 from training.probe import capture, time_attention
 from training.record import plain
-from sus_attn import BACKENDS, SAMPLERS, fold_in, sus_attention
 
 PAPER_C = 25.0  # with which the paper has a rho of about 1 %
 DEFAULT = "tiles"
@@ -56,8 +65,11 @@ ROUNDING = 1e-9  # a rho below it is float32's own: nothing was cut
 @dataclass
 class VarianceConfig:
     out_dir: str = key("out", "a run of train.py", section="What")
-    init_from: str = key("resume", "the checkpoint in out_dir, or GPT-2",
-                         choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))  # fmt: skip
+    init_from: str = key(
+        "resume",
+        "the checkpoint in out_dir, or GPT-2",
+        choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+    )
     dataset: str = key("", "folder under data/; empty: the run's own")
     c: str = key("2,4,8,25,50", "retention parameters")
     T: str = key("auto", "context lengths; auto: 512,1024,2048,4096 as far as the model's block_size goes")
@@ -138,8 +150,10 @@ def windows(corpus: Corpus, count: int) -> tuple[Tensor, Tensor, dict]:
     taken = {"val": min(count, room["val"])}
     taken["train"] = count - taken["val"]
     if taken["train"] > room["train"]:
-        raise UserError(f"{corpus.folder} has {sum(room.values())} windows of {T} tokens, not {count}: give fewer "
-                        "--sequences or a smaller --T")  # fmt: skip
+        raise UserError(
+            f"{corpus.folder} has {sum(room.values())} windows of {T} tokens, not {count}: give fewer "
+            "--sequences or a smaller --T"
+        )
     parts = []
     for split, n in taken.items():
         last = (corpus.val_tokens if split == "val" else corpus.train_tokens) - T - 1
@@ -151,8 +165,9 @@ def windows(corpus: Corpus, count: int) -> tuple[Tensor, Tensor, dict]:
 
 class Parts:
     """The model's gradient as one vector (P,) float32, and the parts of it that are looked at: the whole, the L layers,
-    the L * H heads, and the queries and keys of all of them. A head's part is its query's rows of c_attn, and those of its
-    key and value."""
+    the L * H heads, and the queries and keys of all of them. A head's part is its query's rows of c_attn, and those of
+    its key and value.
+    """
 
     def __init__(self, model: GPT):
         self.parameters = list(model.parameters())
@@ -162,14 +177,14 @@ class Parts:
         for p in self.parameters:
             starts[p] = self.P
             self.P += p.numel()
-        span = lambda p: slice(starts[p], starts[p] + p.numel())  # noqa: E731
+        span = lambda p: slice(starts[p], starts[p] + p.numel())
         self.layers, self.c_attn = [], []
         for block in model.transformer.h:
             own = [span(p) for p in block.parameters()]  # side by side
             self.layers.append(slice(own[0].start, own[-1].stop))
             self.c_attn.append([span(p) for p in block.attn.c_attn.parameters()])
-        # Along these parts of the mean gradient the self-check looks for a bias. What is wrong in dK alone would be lost
-        # among a layer's other parameters, so the rows of c_attn for q, k and v have their own.
+        # Along these parts of the mean gradient the self-check looks for a bias. What is wrong in dK alone would be
+        # lost among a layer's other parameters, so the rows of c_attn for q, k and v have their own.
         self.directions = {f"layer {i}": layer for i, layer in enumerate(self.layers)}
         for i, (weight, *_) in enumerate(self.c_attn):
             row = (weight.stop - weight.start) // (self.H + 2 * self.K)
@@ -198,8 +213,10 @@ def check_memory(parts: Parts, sequences: int, device: Device) -> None:
     """UserError where the exact gradients of all sequences do not fit; besides them a dozen such vectors are needed."""
     free, vector = free_memory(device), 4 * parts.P
     if free is not None and (fit := max(0, free // vector - 12)) < sequences:
-        raise UserError(f"the gradients of {sequences} sequences take {sequences * vector / 2**30:.1f} GiB, and "
-                        f"{free / 2**30:.1f} GiB are free: at most --sequences={fit} would fit")  # fmt: skip
+        raise UserError(
+            f"the gradients of {sequences} sequences take {sequences * vector / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free: at most --sequences={fit} would fit"
+        )
 
 
 # -- statistics -------------------------------------------------------------------------------------
@@ -224,7 +241,8 @@ def relative_variance(errors: Tensor, deviations: Tensor) -> tuple[Tensor, Tenso
 
 def student_limit(p: float, degrees: int) -> float:
     """What |t| of Student's distribution exceeds with probability p. With t = sqrt(degrees) tan(theta) its density in
-    theta is cos(theta)^(degrees - 1), which is summed up here."""
+    theta is cos(theta)^(degrees - 1), which is summed up here.
+    """
     n = 1_000_000
     theta = (torch.arange(n, dtype=torch.float64) + 0.5) * (math.pi / 2 / n)
     density = theta.cos() ** (degrees - 1)
@@ -243,7 +261,10 @@ def judge(rows: list[dict], parts: Parts, degrees: int) -> dict:
     largest, row, i = max((z, n, i) for n, row in enumerate(rows) for i, z in enumerate(row["z"]))
     count = sum(len(row["z"]) for row in rows)
     limit = student_limit(FALSE_ALARM / count, degrees)
-    where = [*(f"the mean gradient of {name}" for name in parts.directions), *(f"sign vector {n}" for n in range(SIGNS))][i]
+    where = [
+        *(f"the mean gradient of {name}" for name in parts.directions),
+        *(f"sign vector {n}" for n in range(SIGNS)),
+    ][i]
     place = f"T = {rows[row]['T']:,}, {rows[row]['sampler']}, c = {rows[row]['c']:g}, along {where}"
     return {"largest": largest, "count": count, "limit": limit, "holds": largest <= limit, "place": place}
 
@@ -271,9 +292,12 @@ class Subject:
         self.model, self.device = model.to(device.device).train(), device
         self.parts = Parts(self.model)
 
-    def gradient(self, x: Tensor, y: Tensor, method: tuple | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+    def gradient(
+        self, x: Tensor, y: Tensor, method: tuple | None = None, seed: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """The gradient (P,) of the mean loss on x, y (1, T), exact or by method = (sampler, c, backend), and then
-        sus_attention's stats of each layer, (L, 3) float64."""
+        sus_attention's stats of each layer, (L, 3) float64.
+        """
         config, blocks = self.model.config, self.model.transformer.h
         config.attn_backward = "exact"
         if method:
@@ -296,7 +320,9 @@ def measure(cfg: VarianceConfig) -> dict:
     """Every figure: what `report` and `draw` show, and what --json writes."""
     cs, samplers = numbers("c", cfg.c, float, 0), choose_samplers(cfg.samplers)
     if cfg.kappa and not any(sampler in reference.THINNED for sampler in samplers):
-        raise UserError(f"--kappa is for the samplers that thin: none of {', '.join(reference.THINNED)} is in --samplers")
+        raise UserError(
+            f"--kappa is for the samplers that thin: none of {', '.join(reference.THINNED)} is in --samplers"
+        )
     device = resolve_device(cfg.device, cfg.dtype)
     model, dataset, tokenizer = load_model(cfg)
     config = model.config
@@ -309,7 +335,9 @@ def measure(cfg: VarianceConfig) -> dict:
             raise UserError(f"dataset={dataset} is in other tokens ({corpus.tokenizer_meta['name']}) than the model's")
         texts[T] = windows(corpus, cfg.sequences)
     with proposing(cfg.kappa):
-        backends = {(s, c): sus_backend(cfg.backend, device, config.n_embd // config.n_head, c, s) for s in samplers for c in cs}
+        backends = {
+            (s, c): sus_backend(cfg.backend, device, config.n_embd // config.n_head, c, s) for s in samplers for c in cs
+        }
         subject = Subject(model, device)
         check_memory(subject.parts, cfg.sequences, device)
         print(device.reason)
@@ -337,20 +365,42 @@ def measure(cfg: VarianceConfig) -> dict:
                     of_exact["forward_ms"], of_exact["backward_ms"] = times["exact"]
                     bar.update(unit[T] * len(methods) * repeats / subject.parts.L)
                 if T == Ts[0]:
-                    estimates = [{"T": T, "layer": config.n_layer // 2, "sampler": sampler, "c": c,
-                                  **check_estimate((sampler, c, backends[sampler, c][0]), inputs)}
-                                 for sampler in samplers for c in [typical(pick(of_T, sampler=sampler))["c"]]]  # fmt: skip
-                attention.append({"T": T, **look_at_attention(subject, x[:: max(1, len(x) // LOOKED_AT)][:LOOKED_AT], cs)})
+                    estimates = [
+                        {
+                            "T": T,
+                            "layer": config.n_layer // 2,
+                            "sampler": sampler,
+                            "c": c,
+                            **check_estimate((sampler, c, backends[sampler, c][0]), inputs),
+                        }
+                        for sampler in samplers
+                        for c in [typical(pick(of_T, sampler=sampler))["c"]]
+                    ]
+                attention.append(
+                    {"T": T, **look_at_attention(subject, x[:: max(1, len(x) // LOOKED_AT)][:LOOKED_AT], cs)}
+                )
                 rows += of_T
                 exact.append({"T": T, "windows": texts[T][2], **of_exact})
                 product.append(product_ms(device))
     return {
-        "benchmark": "grad_variance", "config": asdict(cfg), "environment": environment(device), "idle": idleness(product),
-        "model": {"from": cfg.init_from if cfg.init_from != "resume" else Path(cfg.out_dir).name, "dataset": dataset,
-                  "parameters": subject.parts.P, "layers": config.n_layer, "heads": config.n_head},
-        "results": rows, "exact": exact, "attention": attention, "estimates": estimates,
-        "check": judge(rows, subject.parts, cfg.sequences - 1), "fits": fits(rows),
-    }  # fmt: skip
+        "benchmark": "grad_variance",
+        "config": asdict(cfg),
+        "environment": environment(device),
+        "idle": idleness(product),
+        "model": {
+            "from": cfg.init_from if cfg.init_from != "resume" else Path(cfg.out_dir).name,
+            "dataset": dataset,
+            "parameters": subject.parts.P,
+            "layers": config.n_layer,
+            "heads": config.n_head,
+        },
+        "results": rows,
+        "exact": exact,
+        "attention": attention,
+        "estimates": estimates,
+        "check": judge(rows, subject.parts, cfg.sequences - 1),
+        "fits": fits(rows),
+    }
 
 
 def measure_at(T: int, x: Tensor, y: Tensor, subject: Subject, methods, cfg, advance) -> tuple[list[dict], dict]:
@@ -365,8 +415,8 @@ def measure_at(T: int, x: Tensor, y: Tensor, subject: Subject, methods, cfg, adv
     square = truth.square().sum(1).double().mean().cpu()
     signs = torch.randint(2, (SIGNS, parts.P), generator=torch.Generator().manual_seed(cfg.seed), dtype=torch.int8)
     signs = (2 * signs - 1).to(x.device)
-    # Where all is kept, nothing but rounding is left, and that needn't be zero on average. It has no reason to lie along
-    # a sign vector (whose norm is sqrt(P)), but may lie along the mean gradient.
+    # Where all is kept, nothing but rounding is left, and that needn't be zero on average. It has no reason to lie
+    # along a sign vector (whose norm is sqrt(P)), but may lie along the mean gradient.
     norms = [truth[:, part].norm(dim=1).mean().item() * mean[part].norm().item() for part in parts.directions.values()]
     rounding = torch.tensor(norms + [square.sqrt()] * SIGNS).double() * 4 * torch.finfo(subject.device.dtype).eps
 
@@ -379,20 +429,34 @@ def measure_at(T: int, x: Tensor, y: Tensor, subject: Subject, methods, cfg, adv
                 estimate, drawn = subject.gradient(x[[s]], y[[s]], method, fold_in(cfg.seed, s, i))
                 off = estimate.sub_(truth[s])
                 errors[s] += parts.squares(off) / cfg.draws
-                products = [off[part] @ mean[part] for part in parts.directions.values()] + [off @ sign.float() for sign in signs]
+                products = [off[part] @ mean[part] for part in parts.directions.values()] + [
+                    off @ sign.float() for sign in signs
+                ]
                 along[s] += torch.stack(products).cpu().double() / cfg.draws
                 stats += drawn / (n * cfg.draws)
                 advance()
         rho, error = relative_variance(errors, deviations)
         pairs = torch.stack([rho, error], 1)  # (parts, 2)
         kept, entries = stats[:, 0] / (parts.H * T), (T + 1) / 2
-        rows.append({
-            "T": T, "sampler": method[0], "c": method[1], "backend": method[2],
-            "kept_per_row": kept.mean(), "cut": 1 - kept.mean() / entries, "rho": pairs[0].tolist(),
-            "layers": pairs[layers].tolist(), "heads": pairs[1 + parts.L : -1].view(parts.L, parts.H, 2).tolist(), "queries_and_keys": pairs[-1].tolist(),
-            "layers_kept": kept.tolist(), "layers_cut": (1 - kept / entries).tolist(), "layers_added": stats[:, 2].tolist(),
-            "dropped": stats[:, 1].sum(), "z": zscores(along, rounding).tolist(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "T": T,
+                "sampler": method[0],
+                "c": method[1],
+                "backend": method[2],
+                "kept_per_row": kept.mean(),
+                "cut": 1 - kept.mean() / entries,
+                "rho": pairs[0].tolist(),
+                "layers": pairs[layers].tolist(),
+                "heads": pairs[1 + parts.L : -1].view(parts.L, parts.H, 2).tolist(),
+                "queries_and_keys": pairs[-1].tolist(),
+                "layers_kept": kept.tolist(),
+                "layers_cut": (1 - kept / entries).tolist(),
+                "layers_added": stats[:, 2].tolist(),
+                "dropped": stats[:, 1].sum(),
+                "z": zscores(along, rounding).tolist(),
+            }
+        )
     variance = deviations.sum(0) / (n - 1)
     return rows, {"variance": variance[0], "layers_variance": variance[layers].tolist(), "square": square}
 
@@ -410,9 +474,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def time_methods(methods: list[tuple], inputs, device: Device, repeats: int) -> dict:
     """{method or "exact": (forward ms, backward ms)} of one layer's attention."""
-    return time_attention(
-        {"exact": exact_attention, **{m: attention_by(m) for m in methods}}, *inputs, device, repeats
-    )
+    return time_attention({"exact": exact_attention, **{m: attention_by(m) for m in methods}}, *inputs, device, repeats)
 
 
 def check_estimate(method: tuple, inputs) -> dict:
@@ -430,7 +492,8 @@ def check_estimate(method: tuple, inputs) -> dict:
 @torch.no_grad()
 def look_at_attention(subject: Subject, x: Tensor, cs: list[float]) -> dict:
     """How concentrated attention is on x (n, T). `heads`: (L, H) dicts; `toy`: for each c what the toy model and its
-    general row predict for rho, up to a factor; `histogram`: entries and attention in each bin of log10 W."""
+    general row predict for rho, up to a factor; `histogram`: entries and attention in each bin of log10 W.
+    """
     seen = []
     attends = [block.attn.attend for block in subject.model.transformer.h]
     handles = [a.register_forward_hook(lambda _, args, out: seen.append(args[:2])) for a in attends]
@@ -470,7 +533,9 @@ def look_at_attention(subject: Subject, x: Tensor, cs: list[float]) -> dict:
         for h in range(H):
             rows = torch.cat(values[layer, h], 1)
             medians, means = rows.median(1).values, rows.mean(1)
-            heads[layer].append({"entropy": medians[0], "effective": medians[1], "first": means[2], "distance": means[3]})
+            heads[layer].append(
+                {"entropy": medians[0], "effective": medians[1], "first": means[2], "distance": means[3]}
+            )
     prediction = [[c, toy[n] / rows_seen, general[n] / rows_seen] for n, c in enumerate(cs)]
     return {"heads": heads, "toy": prediction, "histogram": (histogram / histogram.sum(1, keepdim=True)).tolist()}
 
@@ -539,37 +604,77 @@ def toy_factor(data: dict, column: int) -> float | None:
 # -- the tables -------------------------------------------------------------------------------------
 
 
-TITLES = ["T", "sampler", "c", "kept/row", "cut %", "rho %", "+-", "q, k: rho %", "/ poisson, same c", "/ poisson, same kept", "fwd ms",
-          "bwd ms"]  # fmt: skip
+TITLES = [
+    "T",
+    "sampler",
+    "c",
+    "kept/row",
+    "cut %",
+    "rho %",
+    "+-",
+    "q, k: rho %",
+    "/ poisson, same c",
+    "/ poisson, same kept",
+    "fwd ms",
+    "bwd ms",
+]
 
 
 def report(data: dict) -> None:
     rows, model, exact = data["results"], data["model"], data["exact"]
     machine, idle = describe_machine(data)
     whose = "; ".join(f"T = {e['T']:,}: {e['windows']['val']} + {e['windows']['train']}" for e in exact)
-    print(f"{machine}\n{model['from']}: {model['parameters']:,} parameters, {model['layers']} layers of {model['heads']} heads; "
-          f"{model['dataset']}, windows of validation + training text: {whose}\n")  # fmt: skip
+    print(
+        f"{machine}\n{model['from']}: {model['parameters']:,} parameters, {model['layers']} layers of {model['heads']} "
+        "heads; "
+        f"{model['dataset']}, windows of validation + training text: {whose}\n"
+    )
     print_table([TITLES, *(result_row(row, pick(rows, T=row["T"], sampler="poisson")) for row in rows)])
     if data["fits"]:
         print("\nrho goes as c, and as kept entries a row, to the power of:\n")
-        print_table([["T", "sampler", "c", "kept/row"],
-                     *([f"{f['T']:,}", f["sampler"], f"{f['c']:.2f}", f"{f['kept']:.2f}"] for f in data["fits"])])  # fmt: skip
+        print_table(
+            [
+                ["T", "sampler", "c", "kept/row"],
+                *([f"{f['T']:,}", f["sampler"], f"{f['c']:.2f}", f"{f['kept']:.2f}"] for f in data["fits"]),
+            ]
+        )
     last = data["attention"][-1]
-    print(f"\nattention at T = {last['T']:,}: effective number of attended tokens, by exp(entropy) and by 1 / sum W^2 "
-          "(medians over rows); the first key's share; mean distance in tokens\n")  # fmt: skip
-    print_table([["layer", "head", "exp(entropy)", "1/sum W^2", "first key %", "distance"],
-                 *([str(layer), str(h), f"{head['entropy']:.1f}", f"{head['effective']:.1f}", f"{100 * head['first']:.1f}",
-                    f"{head['distance']:.0f}"] for layer, heads in enumerate(last["heads"]) for h, head in enumerate(heads))])  # fmt: skip
+    print(
+        f"\nattention at T = {last['T']:,}: effective number of attended tokens, by exp(entropy) and by 1 / sum W^2 "
+        "(medians over rows); the first key's share; mean distance in tokens\n"
+    )
+    print_table(
+        [
+            ["layer", "head", "exp(entropy)", "1/sum W^2", "first key %", "distance"],
+            *(
+                [
+                    str(layer),
+                    str(h),
+                    f"{head['entropy']:.1f}",
+                    f"{head['effective']:.1f}",
+                    f"{100 * head['first']:.1f}",
+                    f"{head['distance']:.0f}",
+                ]
+                for layer, heads in enumerate(last["heads"])
+                for h, head in enumerate(heads)
+            ),
+        ]
+    )
     print()
     if dropped := sum(row["dropped"] for row in rows):
         print(f"WARNING: entries were dropped for want of slots ({dropped:g} in all): the draws are not unbiased")
     for e in data["estimates"]:
-        print(f"the estimate of the added variance at layer {e['layer']}'s dq, dk, dv: {float(e['ratio']):.3f} x the measured "
-              f"({e['sampler']}, T = {e['T']:,}, c = {float(e['c']):g}, {ESTIMATE_DRAWS} draws)")  # fmt: skip
+        print(
+            f"the estimate of the added variance at layer {e['layer']}'s dq, dk, dv: {float(e['ratio']):.3f} x the "
+            "measured "
+            f"({e['sampler']}, T = {e['T']:,}, c = {float(e['c']):g}, {ESTIMATE_DRAWS} draws)"
+        )
     check = data["check"]
     holds, sign = ("no bias found", "<=") if check["holds"] else ("*** NOT UNBIASED ***", ">")
-    print(f"{holds}: the largest |z| of {check['count']:,} is {float(check['largest']):.2f} {sign} {check['limit']:.2f} "
-          f"({check['place']}); a right estimator exceeds that with probability < {FALSE_ALARM:g}")  # fmt: skip
+    print(
+        f"{holds}: the largest |z| of {check['count']:,} is {float(check['largest']):.2f} {sign} {check['limit']:.2f} "
+        f"({check['place']}); a right estimator exceeds that with probability < {FALSE_ALARM:g}"
+    )
     if data["config"]["times"]:
         times = [f"{e['forward_ms']:.3g} + {e['backward_ms']:.3g} ms at T = {e['T']:,}" for e in exact]
         print(f"exact attention, forward + backward of one layer: {'; '.join(times)}\n{idle}")
@@ -580,8 +685,18 @@ def result_row(row: dict, poisson: list[dict]) -> list[str]:
     same = next((rho / p["rho"][0] for p in drawable(poisson) if p["c"] == row["c"]), None)
     ratios = ["-" if x is None else f"{x:.2f}" for x in (same, at_equal_kept(row, poisson))]
     times = [f"{row[part]:.3g}" if part in row else "-" for part in ("forward_ms", "backward_ms")]
-    return [f"{row['T']:,}", row["sampler"], f"{float(row['c']):g}", f"{row['kept_per_row']:.1f}", f"{100 * row['cut']:.2f}",
-            f"{100 * rho:.3g}", f"{100 * error:.2g}", f"{100 * float(row['queries_and_keys'][0]):.3g}", *ratios, *times]  # fmt: skip
+    return [
+        f"{row['T']:,}",
+        row["sampler"],
+        f"{float(row['c']):g}",
+        f"{row['kept_per_row']:.1f}",
+        f"{100 * row['cut']:.2f}",
+        f"{100 * rho:.3g}",
+        f"{100 * error:.2g}",
+        f"{100 * float(row['queries_and_keys'][0]):.3g}",
+        *ratios,
+        *times,
+    ]
 
 
 # -- the picture ------------------------------------------------------------------------------------
@@ -598,8 +713,14 @@ def draw(data: dict):
     draw_weights(axes[1, 1], attention)
     draw_toy(axes[1, 2], data)
     model = data["model"]
-    figure.suptitle(f"{model['from']} on {model['dataset']}: {model['parameters']:,} parameters, {data['config']['sequences']} "
-                    f"sequences, {data['config']['dtype']}", fontsize=9, color="dimgrey", x=0.01, ha="left")  # fmt: skip
+    figure.suptitle(
+        f"{model['from']} on {model['dataset']}: {model['parameters']:,} parameters, {data['config']['sequences']} "
+        f"sequences, {data['config']['dtype']}",
+        fontsize=9,
+        color="dimgrey",
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -638,7 +759,9 @@ def finish(ax, ticks=(), legend: str = "", low: float = 1.12, **options) -> None
     else:
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
         left, right = ax.get_xlim()
-        ax.xaxis.set_minor_formatter(lambda value, _: f"{value:.6g}" if f"{value:e}"[0] in "235" and right < 30 * left else "")
+        ax.xaxis.set_minor_formatter(
+            lambda value, _: f"{value:.6g}" if f"{value:e}"[0] in "235" and right < 30 * left else ""
+        )
     ax.legend(title=legend or None, fontsize=9, title_fontsize=9, **options)
 
 
@@ -651,7 +774,9 @@ def draw_over_c(ax, rows) -> None:
         plot(ax, [(p["c"], p["rho"]) for p in pick(points, T=T)], color=color, label=f"T = {T:,}")
     ticks = each(points, "c")
     if ticks:
-        ax.plot([25, 30], [1, 1], color=COLORS[1], linewidth=5, solid_capstyle="round", label="the paper's 1 %, T = 2,000")
+        ax.plot(
+            [25, 30], [1, 1], color=COLORS[1], linewidth=5, solid_capstyle="round", label="the paper's 1 %, T = 2,000"
+        )
     finish(ax, {*ticks, 25, 30} if ticks else ())
 
 
@@ -679,7 +804,11 @@ def draw_over_kept(ax, rows) -> None:
 def draw_map(ax, rows) -> None:
     row = typical(pick(rows, T=rows[-1]["T"], sampler=DEFAULT if pick(rows, sampler=DEFAULT) else leading(rows)))
     table = [[100 * float(cell[0]) for cell in (layer, *heads)] for layer, heads in zip(row["layers"], row["heads"])]
-    ax.set(title=f"rho in % by layer and head, {row['sampler']}, T = {row['T']:,}, c = {float(row['c']):g}", xlabel="head", ylabel="layer")
+    ax.set(
+        title=f"rho in % by layer and head, {row['sampler']}, T = {row['T']:,}, c = {float(row['c']):g}",
+        xlabel="head",
+        ylabel="layer",
+    )
     ax.imshow(table, cmap="YlGnBu", aspect="auto", vmin=0)
     largest = max(max(line) for line in table)
     size = 9.5 if len(table[0]) <= 9 else 7.5 if len(table[0]) <= 17 else 5
@@ -710,7 +839,15 @@ def draw_weights(ax, attention) -> None:
         ax.stairs([100 * share for share in shares], edges, color=color, label=label)
     ax.set_xscale("log")
     ax.axvline(1 / PAPER_C, color="dimgrey", linewidth=1, linestyle="--")
-    ax.text(1.15 / PAPER_C, 0.99, f"1/c for\nc = {PAPER_C:g}", transform=ax.get_xaxis_transform(), va="top", fontsize=9, color="dimgrey")
+    ax.text(
+        1.15 / PAPER_C,
+        0.99,
+        f"1/c for\nc = {PAPER_C:g}",
+        transform=ax.get_xaxis_transform(),
+        va="top",
+        fontsize=9,
+        color="dimgrey",
+    )
     ax.set_xlim(10**LOWEST, 1)
     ax.margins(y=0.2)
     ax.grid(alpha=0.25)
@@ -719,18 +856,26 @@ def draw_weights(ax, attention) -> None:
 
 def draw_toy(ax, data) -> None:
     rows = drawable(pick(data["results"], sampler=leading(data["results"])))
-    ax.set(title=f"the toy model's prediction, {leading(data['results'])} draws", xlabel="c, the retention parameter",
-           ylabel="rho, %")  # fmt: skip
+    ax.set(
+        title=f"the toy model's prediction, {leading(data['results'])} draws",
+        xlabel="c, the retention parameter",
+        ylabel="rho, %",
+    )
     factors = toy_factor(data, 1), toy_factor(data, 2)
     Ts = each(rows, "T")
     for T, color in zip(Ts, shades(len(Ts))):
         plot(ax, [(p["c"], p["rho"]) for p in pick(rows, T=T)], color=color, label=f"measured, T = {T:,}", linestyle="")
         lines = sorted(next(a["toy"] for a in data["attention"] if a["T"] == T), key=lambda line: float(line[0]))
         for column, dashes, name in ((1, "-", "rows of k equal weights"), (2, ":", "rows as they are")):
-            curve = [(line[0], 100 * factors[column - 1] * line[column]) for line in lines
-                     if factors[column - 1] and math.isfinite(float(line[0])) and line[column] > 0]  # fmt: skip
+            curve = [
+                (line[0], 100 * factors[column - 1] * line[column])
+                for line in lines
+                if factors[column - 1] and math.isfinite(float(line[0])) and line[column] > 0
+            ]
             if curve:
-                ax.plot(*zip(*curve), color=color, linestyle=dashes, linewidth=1.4, label=f"{name}" if T == Ts[-1] else None)
+                ax.plot(
+                    *zip(*curve), color=color, linestyle=dashes, linewidth=1.4, label=f"{name}" if T == Ts[-1] else None
+                )
     ticks = each(rows, "c")
     finish(ax, ticks, low=1.12 if len(ticks) > 1 else 2)
 

@@ -1,7 +1,6 @@
-"""
-How far the low-rank backward is from the exact gradient, what it takes, and how it compares with SUS.
+"""How far the low-rank backward is from the exact gradient, what it takes, and how it compares with SUS.
 
-    python experiments/lowrank_error.py --out=docs/lowrank.png                 # attention alone, and a model at its start
+    python experiments/lowrank_error.py --out=docs/lowrank.png      # attention alone, and a model at its start
     python experiments/lowrank_error.py --parts=sides --out_dir=out-lowrank    # beside SUS, on a trained model
 
 Errors are |approximate - exact| / |exact| of gradients. "paper" has the polynomial everywhere (`exact_diagonal=False`);
@@ -33,14 +32,25 @@ import model as model_module
 from bench_attention import DATA, gradients
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from training.device import Device, memory_errors, resolve_device
 from grad_variance import Parts, VarianceConfig, load_model, windows
 from lowrank_attn import count_features, lowrank_attention, score_bound, worst_error
-from measure import describe_machine, environment, fit_power, idleness, in_child, mib, numbers, peak_of, product_ms, sus_backend
+from measure import (
+    describe_machine,
+    environment,
+    fit_power,
+    idleness,
+    in_child,
+    mib,
+    numbers,
+    peak_of,
+    product_ms,
+    sus_backend,
+)
 from model import GPT, GPTConfig
 from output import COLORS, check_picture, import_pyplot, print_table, progress_bar, save_picture
-from training.probe import capture, time_attention
 from sus_attn import fold_in, sus_attention
+from training.device import Device, memory_errors, resolve_device
+from training.probe import capture, time_attention
 
 PARTS = ("errors", "model", "scaling", "sides")
 
@@ -72,7 +82,9 @@ def main():
         raise UserError("--parts=sides needs a trained model: --out_dir=FOLDER of a run of train.py")
     degrees = numbers("degrees", cfg.degrees, int, 2)
     if odd := [g for g in degrees if g % 2]:
-        raise UserError(f"--degrees={cfg.degrees}: {odd[0]} is odd; the polynomial must be positive, so its degree even")
+        raise UserError(
+            f"--degrees={cfg.degrees}: {odd[0]} is odd; the polynomial must be positive, so its degree even"
+        )
     lengths, long = numbers("T", cfg.T, int, 2), numbers("long_T", cfg.long_T, int, 2)
     bounds, cs = numbers("bounds", cfg.bounds, float, 0), numbers("c", cfg.c, float, 0)
     if cfg.out:
@@ -161,8 +173,18 @@ def measure_model(lengths, degrees, bound, cfg, device: Device) -> list[dict]:
     """Random weights, text as it is: what has to hold is the bound, and it does for any weights."""
     D, rows = 4, []
     torch.manual_seed(cfg.seed)
-    config = GPTConfig(block_size=lengths[-1], vocab_size=257, n_layer=4, n_head=8, n_embd=8 * D, bias=False, pos="rope",
-                       norm="rmsnorm", qk_norm=True, qk_norm_scale=math.sqrt(bound / math.sqrt(D)))  # fmt: skip
+    config = GPTConfig(
+        block_size=lengths[-1],
+        vocab_size=257,
+        n_layer=4,
+        n_head=8,
+        n_embd=8 * D,
+        bias=False,
+        pos="rope",
+        norm="rmsnorm",
+        qk_norm=True,
+        qk_norm_scale=math.sqrt(bound / math.sqrt(D)),
+    )
     model = GPT(config).to(device.device)
     for block in model.transformer.h:  # where residual branches count as much as in a trained model
         torch.nn.init.normal_(block.attn.c_attn.weight, std=0.2)
@@ -185,8 +207,8 @@ def measure_model(lengths, degrees, bound, cfg, device: Device) -> list[dict]:
                     rows.append(row)
             bar.update(T)
     names = ("paper", "paper q, k", "ours", "ours q, k")
-    mean = lambda rows, name: sum(row[name] for row in rows) / len(rows)  # noqa: E731
-    of = lambda T, g: [row for row in rows if (row["T"], row["degree"]) == (T, g)]  # noqa: E731
+    mean = lambda rows, name: sum(row[name] for row in rows) / len(rows)
+    of = lambda T, g: [row for row in rows if (row["T"], row["degree"]) == (T, g)]
     return [{"T": T, "degree": g, **{name: mean(of(T, g), name) for name in names}} for T in lengths for g in degrees]
 
 
@@ -217,8 +239,16 @@ def measure_scaling(lengths, degrees, cfg, device: Device) -> list[dict]:
         for T in lengths:
             tensors = [x.to(device.device) for x in on_spheres(T, cfg.D, 1.0, cfg.seed, torch.float32)]
             times = time_attention(methods, *tensors, device, 3)
-            rows += [{"T": T, "name": name, "forward": times[name][0], "backward": times[name][1],
-                      "peak": memory_of(name, T, cfg.D, device)} for name in methods]  # fmt: skip
+            rows += [
+                {
+                    "T": T,
+                    "name": name,
+                    "forward": times[name][0],
+                    "backward": times[name][1],
+                    "peak": memory_of(name, T, cfg.D, device),
+                }
+                for name in methods
+            ]
             bar.update(T * T)
     return rows
 
@@ -227,8 +257,9 @@ def measure_scaling(lengths, degrees, cfg, device: Device) -> list[dict]:
 
 
 def measure_sides(degrees, cs, cfg, device: Device) -> dict:
-    """Gradients of a checkpoint, of `sequences` windows, and two draws of SUS for each. bias: the norm of the mean of what
-    is added to the gradient, over that of the mean gradient; its square is estimated, and may come out below 0."""
+    """Gradients of a checkpoint, of `sequences` windows, and two draws of SUS for each. bias: the norm of the mean of
+    what is added to the gradient, over that of the mean gradient; its square is estimated, and may come out below 0.
+    """
     model, dataset, _ = load_model(VarianceConfig(out_dir=cfg.out_dir))
     config, T = model.config, model.config.block_size
     parts = Parts(model.to(device.device).train())
@@ -238,7 +269,7 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
     methods = {f"SUS c={c:g}": dict(attn_backward="sus", sus_c=c, sus_backend=backend) for c in cs}
     methods |= {f"low-rank g={g}": dict(attn_backward="lowrank", lowrank_degree=g) for g in degrees}
     n = cfg.sequences
-    sequence = lambda s: (x[[s]].to(device.device), y[[s]].to(device.device))  # noqa: E731
+    sequence = lambda s: (x[[s]].to(device.device), y[[s]].to(device.device))
     with progress_bar(n * (1 + 2 * len(cs) + len(degrees))) as bar:
         truth = []
         for s in range(n):
@@ -262,10 +293,17 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
                 halves[1] = halves[0]
             bias = (halves[0] @ halves[1] / mean.square().sum()).item()  # of independent draws: free of their noise
             error, rho = (errors / squares.mean(0)).sqrt(), errors / variance
-            rows.append({
-                "name": name, "cosine": sum(cosines) / len(cosines), "error": error[0].item(), "error q, k": error[-1].item(),
-                "rho": rho[0].item(), "rho q, k": rho[-1].item(), "bias": math.copysign(math.sqrt(abs(bias)), bias),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "name": name,
+                    "cosine": sum(cosines) / len(cosines),
+                    "error": error[0].item(),
+                    "error q, k": error[-1].item(),
+                    "rho": rho[0].item(),
+                    "rho q, k": rho[-1].item(),
+                    "bias": math.copysign(math.sqrt(abs(bias)), bias),
+                }
+            )
     model.config.attn_backward = "exact"
     scores, times = [], {}
     for layer in range(config.n_layer):
@@ -276,8 +314,15 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
             functions |= {f"SUS c={c:g}": functools.partial(sus_attention, c=c, seed=1, backend=backend) for c in cs}
             functions |= {f"low-rank g={g}": functools.partial(lowrank_attention, degree=g) for g in degrees}
             times = time_attention(functions, *inputs, device, 3)
-    return {"rows": rows, "times": times, "scores": scores, "worst": {g: worst_error(max(scores), g) for g in degrees},
-            "T": T, "D": D, "heads": config.n_head}  # fmt: skip
+    return {
+        "rows": rows,
+        "times": times,
+        "scores": scores,
+        "worst": {g: worst_error(max(scores), g) for g in degrees},
+        "T": T,
+        "D": D,
+        "heads": config.n_head,
+    }
 
 
 # -- the tables -------------------------------------------------------------------------------------
@@ -286,39 +331,84 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
 def report(found: dict, cfg) -> None:
     if "errors" in found:
         for rows, what in zip(found["errors"], ("bound on scores", "T")):
-            print(f"\nerrors of (dq, dk, dv) over the {what}, D = {cfg.D}; worst: the largest relative error of a weight "
-                  "before normalisation; all in %\n")  # fmt: skip
-            print_table([["T", "bound", "g", "features", "worst", "paper", "operator", "paper: cosine", "operator: cosine"],
-                         *([f"{r['T']:,}", f"{r['bound']:g}", str(r["degree"]), f"{count_features(cfg.D, r['degree'] + 1):,}",
-                            percent(r["worst"]), percent(r["paper"]), percent(r["ours"]), f"{r['paper cosine']:.4f}",
-                            f"{r['ours cosine']:.4f}"] for r in rows)])  # fmt: skip
+            print(
+                f"\nerrors of (dq, dk, dv) over the {what}, D = {cfg.D}; worst: the largest relative error of a weight "
+                "before normalisation; all in %\n"
+            )
+            print_table(
+                [
+                    ["T", "bound", "g", "features", "worst", "paper", "operator", "paper: cosine", "operator: cosine"],
+                    *(
+                        [
+                            f"{r['T']:,}",
+                            f"{r['bound']:g}",
+                            str(r["degree"]),
+                            f"{count_features(cfg.D, r['degree'] + 1):,}",
+                            percent(r["worst"]),
+                            percent(r["paper"]),
+                            percent(r["ours"]),
+                            f"{r['paper cosine']:.4f}",
+                            f"{r['ours cosine']:.4f}",
+                        ]
+                        for r in rows
+                    ),
+                ]
+            )
     if "model" in found:
-        print("\nerrors of the gradient of a model of four layers over T, all in %: of all weights, of those that make queries "
-              "and keys\n")  # fmt: skip
-        print_table([["T", "g", "paper", "paper: q, k", "operator", "operator: q, k"],
-                     *([f"{r['T']:,}", str(r["degree"]), *(percent(r[n]) for n in ("paper", "paper q, k", "ours", "ours q, k"))]
-                       for r in found["model"])])  # fmt: skip
+        print(
+            "\nerrors of the gradient of a model of four layers over T, all in %: of all weights, of those that make "
+            "queries "
+            "and keys\n"
+        )
+        print_table(
+            [
+                ["T", "g", "paper", "paper: q, k", "operator", "operator: q, k"],
+                *(
+                    [
+                        f"{r['T']:,}",
+                        str(r["degree"]),
+                        *(percent(r[n]) for n in ("paper", "paper q, k", "ours", "ours q, k")),
+                    ]
+                    for r in found["model"]
+                ),
+            ]
+        )
         print("\nexponents in T of these errors, with g fixed, and growing with log T:\n")
         rows = found["model"]
         lengths, degrees = (list(dict.fromkeys(r[n] for r in rows)) for n in ("T", "degree"))
         growing = {T: degrees[i * len(degrees) // len(lengths)] for i, T in enumerate(lengths)}
         chosen = {f"{g}": [r for r in rows if r["degree"] == g] for g in degrees}
         chosen["..".join(map(str, growing.values()))] = [r for r in rows if r["degree"] == growing[r["T"]]]
-        fitted = lambda rows, name: fit_power([r["T"] for r in rows], [r[name] for r in rows])  # noqa: E731
-        print_table([["g", "paper", "operator"], *([g, *(f"{f[0]:.2f}" if (f := fitted(own, n)) else "-" for n in ("paper", "ours"))]
-                                                   for g, own in chosen.items())])  # fmt: skip
+        fitted = lambda rows, name: fit_power([r["T"] for r in rows], [r[name] for r in rows])
+        print_table(
+            [
+                ["g", "paper", "operator"],
+                *(
+                    [g, *(f"{f[0]:.2f}" if (f := fitted(own, n)) else "-" for n in ("paper", "ours"))]
+                    for g, own in chosen.items()
+                ),
+            ]
+        )
     if "scaling" in found:
         rows = found["scaling"]
-        print("\ntime (ms, medians of 3) and memory (MiB, the peak of forward and backward beyond the inputs) of 2 heads of "
-              f"{cfg.D}\n")  # fmt: skip
-        cells = ([f"{r['T']:,}", r["name"], f"{r['forward']:.3g}", f"{r['backward']:.3g}", mib(r["peak"])] for r in rows)
+        print(
+            "\ntime (ms, medians of 3) and memory (MiB, the peak of forward and backward beyond the inputs) of 2 heads "
+            "of "
+            f"{cfg.D}\n"
+        )
+        cells = (
+            [f"{r['T']:,}", r["name"], f"{r['forward']:.3g}", f"{r['backward']:.3g}", mib(r["peak"])] for r in rows
+        )
         print_table([["T", "method", "forward", "backward", "MiB"], *cells])
         print("\nexponents in T of forward, backward and memory, fitted over all T; and over the larger half:\n")
         table = [["method", "forward", "backward", "memory", "forward", "backward", "memory"]]
         for name in dict.fromkeys(r["name"] for r in rows):
             own = [r for r in rows if r["name"] == name]
-            cells = [fit_power([r["T"] for r in part], [r[n] or 0 for r in part]) for part in (own, own[len(own) // 2 :])
-                     for n in ("forward", "backward", "peak")]  # fmt: skip
+            cells = [
+                fit_power([r["T"] for r in part], [r[n] or 0 for r in part])
+                for part in (own, own[len(own) // 2 :])
+                for n in ("forward", "backward", "peak")
+            ]
             table.append([name, *(f"{cell[0]:.2f}" if cell else "-" for cell in cells)])
         print_table(table)
     if "sides" in found:
@@ -326,15 +416,28 @@ def report(found: dict, cfg) -> None:
 
 
 def report_sides(sides: dict, cfg) -> None:
-    print(f"\n{cfg.out_dir}: T = {sides['T']:,}, {sides['heads']} heads of {sides['D']}; the largest score by layer "
-          f"{', '.join(f'{s:.2f}' for s in sides['scores'])}, where the polynomial is off by up to "
-          f"{', '.join(f'{percent(e)} % (g = {g})' for g, e in sides['worst'].items())}\n")  # fmt: skip
+    print(
+        f"\n{cfg.out_dir}: T = {sides['T']:,}, {sides['heads']} heads of {sides['D']}; the largest score by layer "
+        f"{', '.join(f'{s:.2f}' for s in sides['scores'])}, where the polynomial is off by up to "
+        f"{', '.join(f'{percent(e)} % (g = {g})' for g, e in sides['worst'].items())}\n"
+    )
     times = sides["times"]
-    cells = lambda name: [name, f"{sum(times[name]):.3g}", f"{times[name][1]:.3g}"]  # noqa: E731
-    print_table([["method", "fwd+bwd ms", "bwd ms", "cosine", "error %", "q, k: error %", "rho %", "q, k: rho %", "bias %"],
-                 [*cells("exact"), "1", *"00000"],
-                 *([*cells(r["name"]), f"{r['cosine']:.4f}", *map(percent, (r[n] for n in ("error", "error q, k", "rho", "rho q, k"))),
-                    f"{100 * r['bias']:.2g}"] for r in sides["rows"])])  # fmt: skip
+    cells = lambda name: [name, f"{sum(times[name]):.3g}", f"{times[name][1]:.3g}"]
+    print_table(
+        [
+            ["method", "fwd+bwd ms", "bwd ms", "cosine", "error %", "q, k: error %", "rho %", "q, k: rho %", "bias %"],
+            [*cells("exact"), "1", *"00000"],
+            *(
+                [
+                    *cells(r["name"]),
+                    f"{r['cosine']:.4f}",
+                    *map(percent, (r[n] for n in ("error", "error q, k", "rho", "rho q, k"))),
+                    f"{100 * r['bias']:.2g}",
+                ]
+                for r in sides["rows"]
+            ),
+        ]
+    )
     for name in [r["name"] for r in sides["rows"] if r["name"].startswith("low-rank")]:
         affordable = [sus for sus in times if sus.startswith("SUS") and sum(times[sus]) <= sum(times[name])]
         print(f"in the time of {name}: {affordable[-1] if affordable else 'none of these c'}")

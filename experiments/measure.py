@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from training.device import Device
 from output import write_whole
 from sus_attn import resolve_backend
+from training.device import Device
 
 DRIFT = 0.1  # of the matrix product's time: from there on the machine doesn't count as idle
 

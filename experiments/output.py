@@ -8,11 +8,23 @@ from tqdm import tqdm
 
 from configurator import UserError
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C"]  # of Okabe and Ito, with a grey for black
+COLORS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C8C8C",
+]  # of Okabe and Ito, with a grey for black
 STYLE = {
-    "font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
-    "axes.titlelocation": "left", "legend.frameon": False,
-}  # fmt: skip
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
 
 
 def print_table(rows: list[list[str]]) -> None:

@@ -1,5 +1,4 @@
-"""
-A picture of SUS at work: one head's attention weights, and those that its backward keeps.
+"""A picture of SUS at work: one head's attention weights, and those that its backward keeps.
 
     python experiments/picture_of_sus.py --out_dir=out-long-ctx --out=sus.png
 
@@ -16,13 +15,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from training import checkpoint
-from sus_backends.reference import Known, row_weights, sus_multiplier
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from training.device import resolve_device
 from model import model_from_checkpoint
 from output import check_picture, import_pyplot, save_picture
+from sus_backends.reference import Known, row_weights, sus_multiplier
+from training import checkpoint
+from training.device import resolve_device
 from training.probe import capture
 
 
@@ -45,7 +44,9 @@ def main():
     model = model_from_checkpoint(saved, path)
     config = model.config
     if cfg.layer >= config.n_layer or cfg.head >= config.n_head:
-        raise UserError(f"the model has {config.n_layer} layers of {config.n_head} heads: --layer and --head count from 0")
+        raise UserError(
+            f"the model has {config.n_layer} layers of {config.n_head} heads: --layer and --head count from 0"
+        )
     folder = Path(__file__).resolve().parents[1] / "data" / (cfg.dataset or saved["config"]["dataset"])
     corpus = load_corpus(folder, config.block_size)
     x, y = corpus.val_batch(corpus.val_windows(3)[1:2])  # from the middle of the validation text
@@ -57,8 +58,10 @@ def main():
     known = Known(row_weights(grad_out)[:, [cfg.head], :, None], None, None)
     m, _ = sus_multiplier(torch.tensor(cfg.c), cfg.c, "tiles", torch.tensor(cfg.seed), None, T)(w, range(T), known)
     kept = (m > 0).sum().item()
-    print(f"layer {cfg.layer}, head {cfg.head}, c = {cfg.c:g}: {kept / T:.1f} of {(T + 1) / 2:.1f} entries a row kept, "
-          f"{kept / (T * (T + 1) / 2):.2%}; they hold {(w * (m > 0)).sum() / T:.1%} of the attention")  # fmt: skip
+    print(
+        f"layer {cfg.layer}, head {cfg.head}, c = {cfg.c:g}: {kept / T:.1f} of {(T + 1) / 2:.1f} entries a row kept, "
+        f"{kept / (T * (T + 1) / 2):.2%}; they hold {(w * (m > 0)).sum() / T:.1%} of the attention"
+    )
     draw(w[0, 0], (w * m)[0, 0], kept / (T * (T + 1) / 2), cfg)
     print(f"picture: {cfg.out}")
 
@@ -75,8 +78,9 @@ def draw(w, w_kept, fraction, cfg):
     for axis, weights, title in zip(axes, (w, w_kept), titles):
         pixels = torch.nn.functional.max_pool2d(weights[None, None], pool)[0, 0]
         pixels[pixels <= 1e-6] = torch.nan
-        image = axis.imshow(pixels, norm=LogNorm(1e-4, 1), cmap="viridis_r", interpolation="nearest",
-                            extent=(0, T, T, 0))  # fmt: skip
+        image = axis.imshow(
+            pixels, norm=LogNorm(1e-4, 1), cmap="viridis_r", interpolation="nearest", extent=(0, T, T, 0)
+        )
         axis.set(title=title, xlabel="key position")
     axes[0].set_ylabel("query position")
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)

@@ -140,7 +140,9 @@ _forked = False
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads, OpenMP's would wait for them for ever, and a lock may be held."""
+    """A forked child has none of its parent's threads, OpenMP's would wait for them for ever, and a lock
+    may be held.
+    """
     global _pool, _forked, _compiling
     _pool, _forked, _compiling = None, True, threading.Lock()
 
@@ -234,23 +236,49 @@ def forward(
     elif u is None:
         u = row_uniforms(seed.cpu(), B, H, range(T), "cpu")
     _run(
-        ck.forward, B * H * -(-T // ck.ROWS),
-        _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
-        _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles), _flat(masses),
+        ck.forward,
+        B * H * -(-T // ck.ROWS),
+        _flat(q),
+        _flat(k),
+        _flat(v),
+        _strides(q),
+        _strides(k),
+        _strides(v),
+        (B, H, k.shape[1], T, D),
+        float(scale),
+        _flat(out),
+        _flat(lse),
+        np.float32(reference.KAPPA * c),
+        _flat(u.int().contiguous()),
+        slots,
+        _flat(tiles),
+        _flat(masses),
         work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
-    )  # fmt: skip
+    )
     return out, lse, tiles, masses
 
 
 def round_records(T: int) -> int:
-    """About the most kept pairs of one round of the backward: few enough for a cache, and worth a pass over dK and dV."""
+    """About the most kept pairs of one round of the backward: few enough for a cache, and worth a pass
+    over dK and dV.
+    """
     return max(1 << 16, 8 * T)
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
-    scale: float, c: float, seed: Tensor, with_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: Tensor,
+    masses: Tensor,
+    scale: float,
+    c: float,
+    seed: Tensor,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed."""
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
@@ -288,11 +316,24 @@ def backward(
         round_ = head, heads, chunk, min(round_chunks, chunks - chunk)
         tasks = heads * round_[3]
         _run(
-            ck.thin, tasks,
-            *grad_, shape, _flat(out), np.float32(reference.KAPPA * c), np.float32(c), row_weight, thin_state, *proposals, slots, round_,
-            delta, *records, _flat(places), kept,
+            ck.thin,
+            tasks,
+            *grad_,
+            shape,
+            _flat(out),
+            np.float32(reference.KAPPA * c),
+            np.float32(c),
+            row_weight,
+            thin_state,
+            *proposals,
+            slots,
+            round_,
+            delta,
+            *records,
+            _flat(places),
+            kept,
             work=[((2 + 2 * ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
-        )  # fmt: skip
+        )
         counts = starts.view(most, n_tiles + 1)[:tasks, -1].long()
         bases = _flat(counts.cumsum(0) - counts)
         of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
@@ -302,15 +343,46 @@ def backward(
             sums = [torch.empty_like(x, dtype=torch.float32) for x in of_round]
         task_variance = np.zeros(heads * n_tiles if with_stats else 0)
         _run(
-            ck.tile_gradients, heads * n_tiles,
-            grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, float(scale), lse_, delta, slots, round_,
-            records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
+            ck.tile_gradients,
+            heads * n_tiles,
+            grad_[0],
+            q_[0],
+            k_[0],
+            v_[0],
+            grad_[1],
+            q_[1],
+            k_[1],
+            v_[1],
+            shape,
+            float(scale),
+            lse_,
+            delta,
+            slots,
+            round_,
+            records[0],
+            bases,
+            *records[1:],
+            chunk > 0,
+            parts,
+            *map(_flat, sums),
+            *squares,
+            task_variance,
             work=list(zip(ck.tile_work(D, round_[3]), (torch.float32, torch.int32))),
-        )  # fmt: skip
+        )
         _run(
-            ck.query_gradients, tasks,
-            shape, float(scale), lse_, delta, slots, round_, bases, _flat(places), parts, _flat(dq),
-        )  # fmt: skip
+            ck.query_gradients,
+            tasks,
+            shape,
+            float(scale),
+            lse_,
+            delta,
+            slots,
+            round_,
+            bases,
+            _flat(places),
+            parts,
+            _flat(dq),
+        )
         if chunk + round_[3] == chunks:
             for x, total in zip(of_round, sums):
                 x.copy_(total)

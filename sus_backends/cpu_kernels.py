@@ -405,8 +405,9 @@ def product(c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate):
         store(c, c0 + row * c_row, load(c, c0 + row * c_row) + x if accumulate else x)
 
 
-@emission(product, lambda c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate:
-          (types.void, c, *(types.int64,) * 2, a, *(types.int64,) * 3, b, *(types.int64,) * 3, types.boolean))  # fmt: skip
+@emission(product, lambda c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate: (
+    types.void, c, *(types.int64,) * 2, a, *(types.int64,) * 3, b, *(types.int64,) * 3, types.boolean
+))  # fmt: skip
 def _(builder, context, given, args):
     c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate = args
 
@@ -426,7 +427,9 @@ def _(builder, context, given, args):
     added = []
     for row in range(HEIGHT):
         a_j = builder.load(builder.gep(a_rows[row], [column]))
-        added.append(intrinsic(builder, f"llvm.fma.v{LANES}f32", floats.ir, broadcast(builder, floats, a_j), b_j, sums[row]))
+        added.append(
+            intrinsic(builder, f"llvm.fma.v{LANES}f32", floats.ir, broadcast(builder, floats, a_j), b_j, sums[row])
+        )
     next_j = builder.add(j, I64(1))
     for phi, first, again in ((j, I64(0), next_j), *((x, constant(floats, 0.0), y) for x, y in zip(sums, added))):
         phi.add_incoming(first, start)
@@ -451,7 +454,9 @@ def transpose(a, a0, a_row, c, c0, c_row):
         store(c, c0 + i * c_row, rows[:, i])
 
 
-@emission(transpose, lambda a, a0, a_row, c, c0, c_row: (types.void, a, types.int64, types.int64, c, types.int64, types.int64))
+@emission(
+    transpose, lambda a, a0, a_row, c, c0, c_row: (types.void, a, types.int64, types.int64, c, types.int64, types.int64)
+)
 def _(builder, context, given, args):
     a, a0, a_row, c, c0, c_row = args
 

@@ -79,7 +79,9 @@ def slot_bound(c_max: float, T: int) -> int:
 def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device, stream: int = STREAM_SYSTEMATIC) -> Tensor:
     """One uniform a row for systematic sampling: int64 (B, H, R) in [0, 2^23)."""
     state = seed_state(seed, stream)
-    return absorb(_row_state(state, B, H, device), torch.arange(rows.start, rows.stop, device=device)) >> (32 - UNIT_BITS)
+    return absorb(_row_state(state, B, H, device), torch.arange(rows.start, rows.stop, device=device)) >> (
+        32 - UNIT_BITS
+    )
 
 
 def _row_state(state: Tensor, B: int, H: int, device) -> Tensor:
@@ -111,11 +113,11 @@ def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
     return u < q_units
 
 
-# Thinning. A systematic draw with KAPPA * c proposes; of what it proposes, a second one keeps each entry with probability
-# r, and divides by r too. For any r > 0 that is decided before the second draw, E[kept / (q r)] given the proposals is
-# (proposed / q), so the whole stays unbiased: r may look at the gradient, at the values, and at the proposals themselves.
-# It aims at a total inclusion probability of c W f_ij, f_ij what an entry's contribution to the gradient weighs
-# beside the others', so that entries which matter little are cut most.
+# Thinning. A systematic draw with KAPPA * c proposes; of what it proposes, a second one keeps each entry with
+# probability r, and divides by r too. For any r > 0 that is decided before the second draw, E[kept / (q r)] given the
+# proposals is (proposed / q), so the whole stays unbiased: r may look at the gradient, at the values, and at the
+# proposals themselves. It aims at a total inclusion probability of c W f_ij, f_ij what an entry's contribution to the
+# gradient weighs beside the others', so that entries which matter little are cut most.
 
 KAPPA = 2.0
 ROW_WEIGHTS = 1 / 8, 4  # a row with next to no gradient keeps something all the same
@@ -139,8 +141,9 @@ class Known(NamedTuple):
 
 
 def row_weights(grad_out: Tensor) -> Tensor:
-    """The norm of each row of grad_out (B, H, T, D) over its mean in that batch and head, held to ROW_WEIGHTS: (B, H, T),
-    and 1 where the mean is 0 or one of the two isn't finite."""
+    """The norm of each row of grad_out (B, H, T, D) over its mean in that batch and head, held to ROW_WEIGHTS: (B, H,
+    T), and 1 where the mean is 0 or one of the two isn't finite.
+    """
     norm = grad_out.norm(dim=-1, dtype=accumulate_dtype(grad_out.dtype))
     mean = norm.mean(-1, keepdim=True)
     return torch.where((mean > 0) & mean.isfinite() & norm.isfinite(), norm / mean, 1).clamp(*ROW_WEIGHTS)
@@ -165,8 +168,8 @@ def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, samp
     return torch.where(proposed, units, 0).to(torch.int32)
 
 
-# Tiles. A row's weights in TILE neighbouring keys are kept or cut as one, by their sum W_iJ in place of W_ij. It takes no
-# more draws, and no more rows of Q and G to fetch, but has the mean over what a draw of single keys might have found
+# Tiles. A row's weights in TILE neighbouring keys are kept or cut as one, by their sum W_iJ in place of W_ij. It takes
+# no more draws, and no more rows of Q and G to fetch, but has the mean over what a draw of single keys might have found
 # there: the variance is far lower, and dense products do the work.
 
 TILE = 64
@@ -189,8 +192,8 @@ def tile_masses(w: Tensor) -> Tensor:
 def proposals_like(q: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Room for the proposals which a forward on q (B, H, T, D) hands to its backward.
 
-    tiles, int32 (B, H, T, slots): each row's proposed tiles, ascending, then -1. masses, float32 of that shape: their W_iJ,
-    of which x_iJ = inclusion_units(W_iJ, KAPPA * c) is made, then 0.
+    tiles, int32 (B, H, T, slots): each row's proposed tiles, ascending, then -1. masses, float32 of that shape: their
+    W_iJ, of which x_iJ = inclusion_units(W_iJ, KAPPA * c) is made, then 0.
     """
     shape = *q.shape[:3], slots
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
@@ -270,7 +273,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Exact attention. q (B, H, T, D); k, v (B, K, T, D). Returns out (B, H, T, D) in q's dtype, and the
-    log-sum-exp of each row's scaled scores, (B, H, T) in float32 (float64 for float64 inputs)."""
+    log-sum-exp of each row's scaled scores, (B, H, T) in float32 (float64 for float64 inputs).
+    """
     B, H, T, D = q.shape
     K = k.shape[1]
     acc = accumulate_dtype(q.dtype)
@@ -293,9 +297,17 @@ def _distance(v: Tensor, out: Tensor) -> Tensor:
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    multiplier: Callable, is_causal: bool, scale: float, with_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    multiplier: Callable,
+    is_causal: bool,
+    scale: float,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `forward`, with the weights W replaced by W * m wherever they stand (arXiv 2505.15080).
 
         dV = W^T G      M = W (G V^T - delta)      dQ = scale M K      dK = scale M^T Q      delta_i = G_i . O_i
@@ -309,7 +321,7 @@ def backward(
     K = k.shape[1]
     G = H // K
     acc = accumulate_dtype(q.dtype)
-    grouped = lambda x: x.to(acc).reshape(B, K, G, T, D)  # noqa: E731
+    grouped = lambda x: x.to(acc).reshape(B, K, G, T, D)
     q_, g_, k_, v_ = grouped(q), grouped(grad_out), k.to(acc), v.to(acc)
     lse_ = lse.reshape(B, K, G, T, 1)
     out_ = grouped(out)

@@ -1,16 +1,18 @@
 """The Triton backend: the kernels of triton_kernels.py on a CUDA device, or interpreted on CPU tensors.
 
-The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, slots = ceil(2c) + 1,
-or the number of tiles if that is less. It goes in rounds of heads and rows, see TABLE. The backward works on the tiles
-kept of these, in rounds of so many key/value heads, with their query heads, as have ROUND floats of `parts`, but at least
-one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots, and T / 512 of a bitmap.
+The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, slots = ceil(2c) +
+1, or the number of tiles if that is less. It goes in rounds of heads and rows, see TABLE. The backward works on the
+tiles kept of these, in rounds of so many key/value heads, with their query heads, as have ROUND floats of `parts`, but
+at least one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots, and T / 512
+of a bitmap.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
 seed are tensors on the device, after a first call with that dtype and head dim. Then the fastest configuration of the
-larger kernels is measured. No float is added atomically: the same configurations give the same bits. Another process may
-choose others; under torch.use_deterministic_algorithms(True) it is always the first.
+larger kernels is measured. No float is added atomically: the same configurations give the same bits. Another process
+may choose others; under torch.use_deterministic_algorithms(True) it is always the first.
 
-TRITON_INTERPRET=1, set before Python starts, runs the kernels on CPU tensors, one program after the other in NumPy: for tests.
+TRITON_INTERPRET=1, set before Python starts, runs the kernels on CPU tensors, one program after the other in NumPy: for
+tests.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
@@ -37,8 +39,9 @@ OPTIONS = dict(enable_fp_fusion=True)
 
 
 def parts_of(c_max: float, T: int) -> int:
-    """The most (row, tile) that one head keeps: each row no more than the 1.125 of its c, and one, and one for the rounding,
-    that `thin` sees to; and a row's c is c times its row_weights, whose mean is at most 1 + 1/8."""
+    """The most (row, tile) that one head keeps: each row no more than the 1.125 of its c, and one, and one for the
+    rounding, that `thin` sees to; and a row's c is c times its row_weights, whose mean is at most 1 + 1/8.
+    """
     slots = tile_slots(c_max, T)
     return T * slots if c_max >= slots else min(T * slots, math.ceil(T * (1.125**2 * c_max + 2.01)))
 
@@ -78,7 +81,10 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
     if D not in HEAD_DIMS:
         return f"it takes head dims {', '.join(map(str, HEAD_DIMS))}, not {D}"
     if dtype == torch.float32 and D == 128:
-        return "it takes float32 with head dims up to 64: a product of float32 is three on the tensor cores, and registers don't suffice"
+        return (
+            "it takes float32 with head dims up to 64: a product of float32 is three on the tensor cores, and "
+            "registers don't suffice"
+        )
     if not is_causal:
         return "it is for causal attention"
     if sampler != "tiles":
@@ -140,7 +146,9 @@ def _launch(name: str, q: Tensor, programs, *args, **constants) -> None:
 
 
 def _precision(q: Tensor) -> str:
-    """Of float32's products. TF32's three, as in PyTorch's memory-efficient attention, are about as good as float32's one."""
+    """Of float32's products. TF32's three, as in PyTorch's memory-efficient attention, are about as good as float32's
+    one.
+    """
     return "tf32x3" if q.dtype == torch.float32 else "tf32"
 
 
@@ -149,8 +157,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact causal attention, and the proposals of the backward if `draws`.
 
-    q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T). Returns out (B, H, T, D),
-    the log-sum-exp, float32 (B, H, T), and tiles and masses: see reference.proposals_like.
+    q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T). Returns out (B, H, T,
+    D), the log-sum-exp, float32 (B, H, T), and tiles and masses: see reference.proposals_like.
     """
     B, H, T, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
@@ -170,20 +178,22 @@ def forward(
         for head, row in itertools.product(range(0, B * H, heads), range(0, T, rows)):
             some, r = min(heads, B * H - head), min(rows, T - row)
             _launch(
-                "forward", q, lambda BM: some * cdiv(r, BM),  # noqa: B023  (called at once)
-                q, k, v, out, lse, table, *strides, scale, head, row, r, H, k.shape[1], T, DRAWS=draws, D=D, PRECISION=_precision(q),
+                "forward", q, lambda BM: some * cdiv(r, BM),
+                q, k, v, out, lse, table, *strides, scale, head, row, r, H, k.shape[1], T,
+                DRAWS=draws, D=D, PRECISION=_precision(q),
             )  # fmt: skip
             if draws:
                 _launch(
                     "draw", q, some * cdiv(r, ROWS),
-                    table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, head, row, r, H, T, slots, HAS_U=u is not None, ROWS=ROWS,
+                    table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, head, row, r, H, T, slots,
+                    HAS_U=u is not None, ROWS=ROWS,
                 )  # fmt: skip
     return out, lse, tiles, masses
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor, scale: float,
-    c: Tensor, c_max: float, seed: Tensor, with_stats: bool = False,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
+    scale: float, c: Tensor, c_max: float, seed: Tensor, with_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, and stats: see `reference.backward`. c, seed: 0-d. A c that isn't > 0 gives NaN."""
     B, H, T, D = q.shape
@@ -217,20 +227,31 @@ def backward(
             bits = torch.zeros(some, n, words, dtype=torch.int32, device=q.device)
             counts = torch.zeros(regions, dtype=torch.int32, device=q.device)
             _launch(
-                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept,
-                *g_strides, c_max, reference.KAPPA, first, H, T, slots, words, D=D, SLOTS=SLOTS, ROWS=thin_rows,
+                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits,
+                counts, delta, kept, *g_strides, c_max, reference.KAPPA, first, H, T, slots, words,
+                D=D, SLOTS=SLOTS, ROWS=thin_rows,
             )  # fmt: skip
             ends = counts.cumsum(0, dtype=torch.int32)
             job_ends = ((counts + JOB - 1) // JOB).cumsum(0, dtype=torch.int32)
             job_regions = torch.searchsorted(job_ends, all_jobs, right=True, out_int32=True)
             _launch("list_rows", q, regions, bits, counts, ends, listed, T, words)
             _launch(
-                "tile_gradients", q, jobs, grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed,
-                places, parts, dk_parts, dv_parts, variance, *g_strides, *q_strides, *k_strides, *v_strides, scale,
-                first, H, K, T, slots, regions, ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
+                "tile_gradients", q, jobs, grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions,
+                listed, places, parts, dk_parts, dv_parts, variance, *g_strides, *q_strides, *k_strides, *v_strides,
+                scale, first, H, K, T, slots, regions, ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
             )  # fmt: skip
-            _launch("query_gradients", q, some * cdiv(T, query_rows), parts, w, places, delta, lse, c, dq, first, H, T, slots, D=D)
-            _launch("key_gradients", q, regions // G, dk_parts, dv_parts, counts, job_ends, c, dk, dv, first, H, K, T, D=D, JOB=JOB)
+            _launch(
+                "query_gradients", q, some * cdiv(T, query_rows), parts, w, places, delta, lse, c, dq,
+                first, H, T, slots, D=D,
+            )  # fmt: skip
+            _launch(
+                "key_gradients", q, regions // G, dk_parts, dv_parts, counts, job_ends, c, dk, dv,
+                first, H, K, T, D=D, JOB=JOB,
+            )  # fmt: skip
             if with_stats:
-                sums.append(torch.stack([kept[:some].sum(dtype=torch.float32), q.new_zeros((), dtype=torch.float32), variance.sum()]))
+                sums.append(
+                    torch.stack(
+                        [kept[:some].sum(dtype=torch.float32), q.new_zeros((), dtype=torch.float32), variance.sum()]
+                    )
+                )
     return dq, dk, dv, sum(sums) if with_stats else q.new_zeros(3, dtype=torch.float32)

@@ -5,16 +5,16 @@
     draw              the tiles that each row proposes
     thin              which of these it keeps, and what each weighs; delta_i = G_i . O_i
     list_rows         the rows that keep a tile, tile by tile
-    tile_gradients    of one tile and the rows that keep it: P = W times the weight, M = scale * P * (G V^T - delta), and
-                      from these sums over rows, P^T G and M^T Q, and each row's M K
+    tile_gradients    of one tile and the rows that keep it: P = W times the weight, M = scale * P * (G V^T - delta),
+                      and from these sums over rows, P^T G and M^T Q, and each row's M K
     query_gradients   dQ_i: the sum of a row's M K
     key_gradients     dK, dV: sums of tile_gradients' sums
 
 What they have in common. B batch, H query heads, K key/value heads, T positions, D head dim. TILE keys make a tile, of
-which there are `all_tiles`. A row proposes up to `slots` tiles. "local" are the heads of one round, see triton.py; first_head
-is the first of them among all B * H. A region is a tile of a local head. What a kept (row, tile)
-gives to dQ waits in `parts`, ordered by region and row, until all tiles are done: no sum depends on which program comes
-first. The only atomic operations are on integers, whose sums have no order.
+which there are `all_tiles`. A row proposes up to `slots` tiles. "local" are the heads of one round, see triton.py;
+first_head is the first of them among all B * H. A region is a tile of a local head. What a kept (row, tile) gives to dQ
+waits in `parts`, ordered by region and row, until all tiles are done: no sum depends on which program comes first. The
+only atomic operations are on integers, whose sums have no order.
 """
 
 import triton
@@ -84,10 +84,11 @@ def rough_log2(x):
 @triton.jit(do_not_specialize=["first_head", "first_row", "rows"])
 def forward(
     q, k, v, out, lse, table, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
-    first_head, first_row, rows, H, K, T, DRAWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    first_head, first_row, rows, H, K, T,
+    DRAWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, T, D) and lse (B, H, T), contiguous, for `rows` rows from first_row on of the local heads. One program a
-    block of BM rows, those with the most keys first.
+    """out (B, H, T, D) and lse (B, H, T), contiguous, for `rows` rows from first_row on of the local heads. One program
+    a block of BM rows, those with the most keys first.
 
     table, float32 (local, tiles, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
     A row whose first TILE scores are all -inf is NaN, though it is defined; only infinite inputs have such rows.
@@ -140,8 +141,8 @@ def draw(
     table, lse, tiles, masses, c, seed, u, c_max, kappa, first_head, first_row, rows, H, T, slots,
     HAS_U: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """Each row's systematic draw of tiles with kappa * c. tiles, masses: of reference.proposals_like. One program ROWS rows,
-    SOME tiles at once.
+    """Each row's systematic draw of tiles with kappa * c. tiles, masses: of reference.proposals_like. One program ROWS
+    rows, SOME tiles at once.
 
     u: int32 (B, H, T) in [0, UNIT) if HAS_U; else the uniforms come from the seed.
     """
@@ -162,7 +163,8 @@ def draw(
         tile = (first + tl.arange(0, SOME))[:, None]
         seen = within[None, :] & (tile * TILE <= row[None, :])
         mass = tl.load(table + (local * all_tiles + tile) * rows + place[None, :], mask=seen, other=0)
-        # less than it may be by rough_log2: the masses of a row may not add up to more than 1, for which there are slots
+        # less than it may be by rough_log2: the masses of a row may not add up to more than 1, for which there are
+        # slots
         mass = tl.exp2(mass - log_norm[None, :] - 0.01)
         units = tl.where(seen & (mass > 0), inclusion_units(mass, drawn_units), 0).to(tl.int32)
         total = running[None, :] + tl.cumsum(units, 0)
@@ -186,15 +188,17 @@ def draw(
 @triton.jit(do_not_specialize=["first_head"])
 def thin(
     grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept,
-    g_b, g_h, g_t, g_d, c_max, kappa, first_head, H, T, slots, words, D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    g_b, g_h, g_t, g_d, c_max, kappa, first_head, H, T, slots, words,
+    D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What each row keeps. out, lse, tiles, masses, row_weight (B, H, T, ...) are whole. One program ROWS rows.
 
     w, float32 (local, T, slots): what the entries of a kept tile weigh, 1 / q; 0 where a proposal is cut. bits, int32
-    (local, tiles, words): bit i % 32 of word i / 32 is set where row i keeps the tile. counts, int32 (local, tiles): how
-    many rows do. Both begin as zeros. delta, float32 (local, T). kept, int32 (local, groups of ROWS rows): entries.
+    (local, tiles, words): bit i % 32 of word i / 32 is set where row i keeps the tile. counts, int32 (local, tiles):
+    how many rows do. Both begin as zeros. delta, float32 (local, T). kept, int32 (local, groups of ROWS rows): entries.
 
-    So that `parts` can be bounded, a row's second draw expects at most 1.125 of its c, and one more. SLOTS: a power of 2.
+    So that `parts` can be bounded, a row's second draw expects at most 1.125 of its c, and one more. SLOTS: a power of
+    2.
     """
     groups, all_tiles = tl.cdiv(T, ROWS), tl.cdiv(T, TILE)
     group = tl.program_id(0) % groups
@@ -224,7 +228,9 @@ def thin(
     wide: tl.constexpr = tl.int32 if SLOTS < 255 else tl.int64  # which holds a sum of 2^23 over all slots
     total = row_uniforms(seed, THINNING, b, h, rows)[:, None].to(wide) + tl.cumsum(r.to(wide), 1)
     keep = used & ((total & (UNIT - 1)) < r)
-    tl.store(w + (local * T + rows)[:, None] * slots + slot[None, :], tl.where(keep, w_drawn * (UNIT / aim), 0), mask=some)
+    tl.store(
+        w + (local * T + rows)[:, None] * slots + slot[None, :], tl.where(keep, w_drawn * (UNIT / aim), 0), mask=some
+    )
     region = local * all_tiles + tile
     tl.atomic_add(counts + region, 1, mask=keep, sem="relaxed")
     tl.atomic_or(bits + region * words + rows[:, None] // 32, 1 << (rows[:, None] % 32), mask=keep, sem="relaxed")
@@ -242,7 +248,8 @@ def ones_of(x):
 
 @triton.jit
 def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
-    """listed, int32: the rows that keep a tile, ascending, region after region. One program a region, SOME words at once.
+    """listed, int32: the rows that keep a tile, ascending, region after region. One program a region, SOME words at
+    once.
 
     counts, ends, int32 (regions): how many each has, and the sums of these up to and including it.
     """
@@ -251,7 +258,9 @@ def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
     at = tl.load(ends + region) - tl.load(counts + region)
     for first in range(tile * TILE // 32, words, SOME):
         word = first + tl.arange(0, SOME)
-        found = tl.load(bits + region.to(tl.int64) * words + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
+        found = tl.load(bits + region.to(tl.int64) * words + word, mask=word < words, other=0).to(
+            tl.uint32, bitcast=True
+        )
         ones = ones_of(found)
         place = at + tl.cumsum(ones, 0) - ones
         for i in range(0, tl.max(ones, 0)):  # most words have a bit or two: a word's lowest at a time
@@ -264,15 +273,17 @@ def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_head"])
 def tile_gradients(
-    grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed, places, parts, dk_parts, dv_parts, variance,
-    g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale, first_head, H, K, T, slots, regions,
+    grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed, places, parts,
+    dk_parts, dv_parts, variance, g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
+    first_head, H, K, T, slots, regions,
     ESTIMATES: tl.constexpr, JOB: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """One job: up to JOB of the rows that keep a tile, SOME at once. job_regions, int32 (jobs): a job's region, or `regions`
-    if it is none. job_ends, int32 (regions): the number of jobs up to and including a region's.
+    """One job: up to JOB of the rows that keep a tile, SOME at once. job_regions, int32 (jobs): a job's region, or
+    `regions` if it is none. job_ends, int32 (regions): the number of jobs up to and including a region's.
 
     places, int32 (local, T, slots): where in `parts` a kept (row, tile) is. parts, float32 (listed, D): its M K.
-    dk_parts, dv_parts, float32 (jobs, TILE, D). variance, float32 (jobs): the estimate of reference.backward, if ESTIMATES.
+    dk_parts, dv_parts, float32 (jobs, TILE, D). variance, float32 (jobs): the estimate of reference.backward, if
+    ESTIMATES.
     """
     job = tl.program_id(0)
     region = tl.load(job_regions + job)
@@ -340,8 +351,13 @@ def tile_gradients(
 
 
 @triton.jit(do_not_specialize=["first_head"])
-def query_gradients(parts, w, places, delta, lse, c, dq, first_head, H, T, slots, D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr):
-    """dq (B, H, T, D), contiguous; NaN where the row is not defined. One program ROWS rows, SOME slots of each at once."""
+def query_gradients(
+    parts, w, places, delta, lse, c, dq, first_head, H, T, slots,
+    D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
+    """dq (B, H, T, D), contiguous; NaN where the row is not defined. One program ROWS rows, SOME slots of
+    each at once.
+    """
     groups = tl.cdiv(T, ROWS)
     local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
     rows, d = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)

@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from test_sus_attention import inputs, naive
 
 from sus_backends import reference
+from test_sus_attention import inputs, naive
 
 inf, nan = math.inf, math.nan
 
@@ -82,7 +82,7 @@ LAYOUTS = {
     "every other element": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "storage offset": lambda x: F.pad(x.flatten(), (7, 7), value=nan)[7:-7].view(x.shape),
     "part of a wider row": lambda x: F.pad(x, (3, 2, 1, 1), value=nan)[:, :, 1:-1, 3:-2],
-}  # fmt: skip
+}
 
 
 def check_unbiased(draw, tensors, seeds=50):
@@ -90,7 +90,7 @@ def check_unbiased(draw, tensors, seeds=50):
     g = torch.Generator().manual_seed(1)
     exact = naive(*float64(tensors))[1:4]
     projections = [torch.randn(12, x.numel(), generator=g, dtype=torch.float64) for x in exact]
-    project = lambda xs: torch.cat([x.double().flatten(1) @ p.mT for p, x in zip(projections, xs)], 1)  # noqa: E731
+    project = lambda xs: torch.cat([x.double().flatten(1) @ p.mT for p, x in zip(projections, xs)], 1)
     draws = torch.cat([project(draw(seed)) for seed in range(seeds)])
     z = (draws.mean(0) - project(exact)[0]) / (draws.std(0) / math.sqrt(len(draws)))
     assert z.abs().max() < 4.5

@@ -41,17 +41,25 @@ class Driver:
 
 def resources(compiled) -> dict:
     """Registers a thread, bytes of stack a thread (where spilled registers go), shared memory a block in bytes, and the
-    instructions of each loop, those of loops inside it included."""
+    instructions of each loop, those of loops inside it included.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = compiler.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "--dump-resource-usage", "-sass", file.name], check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", "-sass", file.name], check=True, capture_output=True, text=True
+        ).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)]
     jumps = [(int(m[1], 16), address) for address, line in code if (m := re.search(r"BRA.*?(0x[0-9a-f]+)", line))]
     loops = [sum(first <= address <= last for address, _ in code) for first, last in jumps if first < last]
-    return dict(registers=int(found["REG"]), stack=int(found["STACK"]) + int(found["LOCAL"]), shared=compiled.metadata.shared, loops=loops)
+    return dict(
+        registers=int(found["REG"]),
+        stack=int(found["STACK"]) + int(found["LOCAL"]),
+        shared=compiled.metadata.shared,
+        loops=loops,
+    )
 
 
 def main():
@@ -67,8 +75,14 @@ def main():
         kernel = triton._kernel(name, D, itemsize, True)
         all_compiled = kernel.warmup(*args, grid=(1,), **constants, **triton.OPTIONS)
         for (own, warps, stages), compiled in zip(triton.configurations(name, D, itemsize), all_compiled, strict=True):
-            line = dict(kernel=name, dtype=str(q.dtype).removeprefix("torch."), D=D, warps=warps, stages=stages,
-                        constants={k: v for k, v in {**own, **constants}.items() if k not in ("D", "PRECISION")})  # fmt: skip
+            line = dict(
+                kernel=name,
+                dtype=str(q.dtype).removeprefix("torch."),
+                D=D,
+                warps=warps,
+                stages=stages,
+                constants={k: v for k, v in {**own, **constants}.items() if k not in ("D", "PRECISION")},
+            )
             print(json.dumps(line | resources(compiled)), flush=True)
 
     triton._launch = compile

@@ -6,19 +6,27 @@ import weakref
 import pytest
 import torch
 import torch.nn as nn
-from test_model import GPT2_LIKE, LONG, tiny, tokens
 from torch.nn import functional as F
 
 import backprop
 import model as model_module
-from sus_backends import reference
 from backprop import (
-    attention_backward, block_backward, block_forward, cross_entropy, embedding_backward, gelu_backward, linear_backward,
-    loss_and_gradients, norm_backward, rope_backward,
-)  # fmt: skip
-from training.lora import LoRALinear, add_adapters
+    attention_backward,
+    block_backward,
+    block_forward,
+    cross_entropy,
+    embedding_backward,
+    gelu_backward,
+    linear_backward,
+    loss_and_gradients,
+    norm_backward,
+    rope_backward,
+)
 from model import Block, GPTConfig, rope_table, rotate
 from sus_attn import SAMPLERS, fold_in, sus_attention, sus_attention_and_backward
+from sus_backends import reference
+from test_model import GPT2_LIKE, LONG, tiny, tokens
+from training.lora import LoRALinear, add_adapters
 
 
 def randn(*shape, seed=0):
@@ -78,7 +86,9 @@ def test_lora(shape, trained):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm", "identity"])
 def test_norms(shape, kind):
-    layer = {"rmsnorm": nn.RMSNorm(12, eps=1e-5), "identity": nn.Identity()}.get(kind, nn.LayerNorm(12, bias=kind == "layernorm"))
+    layer = {"rmsnorm": nn.RMSNorm(12, eps=1e-5), "identity": nn.Identity()}.get(
+        kind, nn.LayerNorm(12, bias=kind == "layernorm")
+    )
     layer = randomize(layer.double())
     x = 0.01 * randn(*shape)  # so small that eps counts
     check_layer(layer, x, lambda x, dy: norm_backward(layer, x, dy))
@@ -335,7 +345,7 @@ def test_bfloat16_autocast(keys, backward):
         got_loss = loss_and_gradients(model, x, y, sus_seed=seed)
     by_hand = gradients(model)
     assert torch.equal(loss, got_loss)
-    flat = lambda found: torch.cat([g.double().flatten() for g in found.values()])  # noqa: E731
+    flat = lambda found: torch.cat([g.double().flatten() for g in found.values()])
     assert all(g.dtype == torch.float32 for g in by_hand.values())
     if "sus" not in backward and backward != "poisson":  # whose mask float64 would draw differently here and there
         model.double()
@@ -346,7 +356,9 @@ def test_bfloat16_autocast(keys, backward):
 
 
 def test_a_block_keeps_less_than_autograd():
-    """What stands between forward and backward: 10 C a token for GPT-2's block, beside the weights; autograd keeps more."""
+    """What stands between forward and backward: 10 C a token for GPT-2's block, beside the weights; autograd keeps
+    more.
+    """
     torch.manual_seed(0)
     block = Block(GPTConfig(n_embd=32, n_head=4, block_size=64), 0)
     x = torch.randn(2, 64, 32)
@@ -410,7 +422,9 @@ def test_sus_fills_its_statistics():
 
 def test_the_seed_of_each_layer_is_its_own(monkeypatch):
     seeds = []
-    monkeypatch.setattr(backprop, "fold_in", lambda seed, layer: seeds.append((int(seed), layer)) or fold_in(seed, layer))
+    monkeypatch.setattr(
+        backprop, "fold_in", lambda seed, layer: seeds.append((int(seed), layer)) or fold_in(seed, layer)
+    )
     loss_and_gradients(tiny(attn_backward="sus", sus_c=0.4), tokens(), tokens(), sus_seed=torch.tensor(4))
     assert seeds == [(4, 0), (4, 1)]
 

@@ -17,22 +17,22 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import backprop  # noqa: E402
-import bench_attention  # noqa: E402
-import bench_backprop  # noqa: E402
-import bench_train  # noqa: E402
-from training import checkpoint  # noqa: E402
-import measure  # noqa: E402
-import train  # noqa: E402
-from bench_attention import BenchConfig, Check, Contender, contenders  # noqa: E402
-from configurator import UserError  # noqa: E402
-from data.corpus import Texts, write_corpus  # noqa: E402
-from data.tokenizer import tokenizer_from_meta  # noqa: E402
-from training.device import Device, memory_errors  # noqa: E402
-from model import GPT, GPTConfig, model_args  # noqa: E402
-from training.probe import take_turns, time_attention  # noqa: E402
-from training.record import plain, read_record  # noqa: E402
-from sus_attn import sus_attention  # noqa: E402
+import backprop
+import bench_attention
+import bench_backprop
+import bench_train
+import measure
+import train
+from bench_attention import BenchConfig, Check, Contender, contenders
+from configurator import UserError
+from data.corpus import Texts, write_corpus
+from data.tokenizer import tokenizer_from_meta
+from model import GPT, GPTConfig, model_args
+from sus_attn import sus_attention
+from training import checkpoint
+from training.device import Device, memory_errors
+from training.probe import take_turns, time_attention
+from training.record import plain, read_record
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 FLASH = Contender("SDPA flash", "exact", "FLASH_ATTENTION")
@@ -58,7 +58,9 @@ def table_in(out: str) -> list[list[str]]:
 def corpus(tmp_path_factory):
     text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
     folder = tmp_path_factory.mktemp("data") / "small"
-    write_corpus(folder, Texts([("a", text[:50_000])], [("b", text[50_000:])], {}), tokenizer_from_meta({"name": "byte"}))
+    write_corpus(
+        folder, Texts([("a", text[:50_000])], [("b", text[50_000:])], {}), tokenizer_from_meta({"name": "byte"})
+    )
     return folder
 
 
@@ -68,8 +70,17 @@ def figures(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("bench")
     result = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "bench_attention.py", *SMALL, "--T=128,64", "--c=0.4,inf", "--memory=False",
-         "--backend=reference", "--json=all.json", "--out=a.png"],
+        [
+            sys.executable,
+            ROOT / "experiments" / "bench_attention.py",
+            *SMALL,
+            "--T=128,64",
+            "--c=0.4,inf",
+            "--memory=False",
+            "--backend=reference",
+            "--json=all.json",
+            "--out=a.png",
+        ],
         cwd=folder,
         text=True,
         capture_output=True,
@@ -85,8 +96,22 @@ def figures(tmp_path_factory):
 def test_the_table(figures):
     _, out = figures
     titles, *rows = table_in(out)
-    assert titles == ["T", "c", "exact fwd", "exact bwd", "SUS fwd", "of it draw", "SUS bwd", "of it sparse", "fwd ratio",
-                      "bwd ratio", "fwd+bwd ratio", "kept/row", "exact MiB", "SUS MiB"]  # fmt: skip
+    assert titles == [
+        "T",
+        "c",
+        "exact fwd",
+        "exact bwd",
+        "SUS fwd",
+        "of it draw",
+        "SUS bwd",
+        "of it sparse",
+        "fwd ratio",
+        "bwd ratio",
+        "fwd+bwd ratio",
+        "kept/row",
+        "exact MiB",
+        "SUS MiB",
+    ]
     assert [row[:2] for row in rows] == [["64", "0.4"], ["64", "inf"], ["128", "0.4"], ["128", "inf"]]
     assert rows[0][5] == "in bwd" and ".." in rows[0][8]
     for text in (
@@ -510,15 +535,32 @@ def test_the_training_table(tiny, tmp_path, monkeypatch, capsys):
     ]
     assert order.count("share") == 2 * 2 * bench_train.SHARE_ROUNDS
     titles, *rows = table_in(capsys.readouterr().out)
-    assert titles == ["T", "exact tok/s", "SUS tok/s", "SUS / exact", "exact ms", "SUS ms", "exact attention",
-                      "SUS attention", "exact MiB", "SUS MiB"]  # fmt: skip
+    assert titles == [
+        "T",
+        "exact tok/s",
+        "SUS tok/s",
+        "SUS / exact",
+        "exact ms",
+        "SUS ms",
+        "exact attention",
+        "SUS attention",
+        "exact MiB",
+        "SUS MiB",
+    ]
     assert [row[0] for row in rows] == ["32", "64"]
     data = json.loads((tmp_path / "a.json").read_text())
-    assert [(row["T"], row["kind"]) for row in data["results"]] == [(32, "exact"), (32, "sus"), (64, "exact"), (64, "sus")]
+    assert [(row["T"], row["kind"]) for row in data["results"]] == [
+        (32, "exact"),
+        (32, "sus"),
+        (64, "exact"),
+        (64, "sus"),
+    ]
     for row in data["results"]:
         assert row["tok_per_sec"] == pytest.approx([4 * row["T"] / (step / 1e3) for step in row["step_ms"]])
         assert len(row["step_ms"]) == 2 and all(0 < share < 1 for share in row["attention_share"])
-    assert data["benchmark"] == "bench_train" and data["config"]["n_embd"] == 32 and len(data["idle"]["product_ms"]) == 3
+    assert (
+        data["benchmark"] == "bench_train" and data["config"]["n_embd"] == 32 and len(data["idle"]["product_ms"]) == 3
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -591,10 +633,16 @@ def test_wrong_gradients_get_no_figures(tiny, corpus, monkeypatch):
 def test_memory_of_the_analytic_backward(tiny, corpus):
     """Where it can be measured, it is less than autograd's, on activations that outweigh the model."""
     found = [
-        measure.in_child(bench_train.memory_of, make_trainer(tiny, corpus, f"--backprop={way}").cfg, "exact", 4096, CPU,
-                         bench_train.load_corpus(corpus, 4096))
+        measure.in_child(
+            bench_train.memory_of,
+            make_trainer(tiny, corpus, f"--backprop={way}").cfg,
+            "exact",
+            4096,
+            CPU,
+            bench_train.load_corpus(corpus, 4096),
+        )
         for way in bench_backprop.WAYS
-    ]  # fmt: skip
+    ]
     assert found == [None, None] or found[1] < 0.9 * found[0]
 
 

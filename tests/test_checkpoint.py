@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from training import checkpoint
 from configurator import UserError
+from training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,9 +28,17 @@ def make_state(iter_num=7, steps=3):
     for _ in range(steps):
         model(torch.randn(3, 5)).square().mean().backward()
         optimizer.step()
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "model_args": {"n_layer": 4},
-            "iter_num": iter_num, "best_val_loss": 1.25, "config": {"sus_c": float("inf"), "out_dir": "out"},
-            "scaler": {"scale": 65536.0, "_growth_tracker": 3}, "tokenizer": {"name": "byte"}, "wandb_run_id": "a-1"}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_args": {"n_layer": 4},
+        "iter_num": iter_num,
+        "best_val_loss": 1.25,
+        "config": {"sus_c": float("inf"), "out_dir": "out"},
+        "scaler": {"scale": 65536.0, "_growth_tracker": 3},
+        "tokenizer": {"name": "byte"},
+        "wandb_run_id": "a-1",
+    }
 
 
 def same(a, b):
@@ -63,8 +71,9 @@ def test_restored_optimizer_takes_the_same_steps(tmp_path):
             optimizer.step()
 
     train(model, optimizer, inputs[:4])
-    checkpoint.save(tmp_path / "ckpt.pt", make_state() | {"model": model.state_dict(),
-                                                          "optimizer": optimizer.state_dict()})
+    checkpoint.save(
+        tmp_path / "ckpt.pt", make_state() | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    )
     train(model, optimizer, inputs[4:])
 
     state = checkpoint.load(tmp_path / "ckpt.pt")
@@ -76,8 +85,11 @@ def test_restored_optimizer_takes_the_same_steps(tmp_path):
     assert same(dict(model.state_dict()), dict(resumed.state_dict()))
 
 
-@pytest.mark.parametrize("value, name", [(np.float64(1.5), "float64"), (np.zeros(2), "ndarray"), (ROOT, "Path"),
-                                         ({1, 2}, "set")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value, name",
+    [(np.float64(1.5), "float64"), (np.zeros(2), "ndarray"), (ROOT, "Path"), ({1, 2}, "set")],
+    ids=lambda value: type(value).__name__,
+)
 def test_only_plain_data_is_saved(tmp_path, value, name):
     """numpy.float64 is a float to isinstance, but not to torch.load(weights_only=True)."""
     checkpoint.save(tmp_path / "ckpt.pt", make_state(iter_num=1))
@@ -97,8 +109,7 @@ def test_truncated(tmp_path, share):
 
 
 def test_every_flipped_byte_is_refused_or_harmless(tmp_path):
-    """
-    torch.load compares no checksums: a flipped bit came back as another weight, or as another weight's name.
+    """torch.load compares no checksums: a flipped bit came back as another weight, or as another weight's name.
     Only in the padding between the records may a flip pass, and do nothing.
     """
     path = tmp_path / "ckpt.pt"
@@ -107,7 +118,7 @@ def test_every_flipped_byte_is_refused_or_harmless(tmp_path):
     whole = path.read_bytes()
     refused = 0
     for at in range(0, len(whole), 61):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1:])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         try:
             assert same(state, checkpoint.load(path)), at
         except UserError:
@@ -125,21 +136,24 @@ def write_zip(path):
         archive.writestr("data.txt", "not a checkpoint")
 
 
-@pytest.mark.parametrize("write", [
-    pytest.param(lambda path: path.write_text("learning_rate = 1e-3\n"), id="text"),
-    pytest.param(lambda path: path.write_bytes(bytes(range(256)) * 40), id="bytes"),
-    pytest.param(lambda path: path.write_bytes(bytes(4096)), id="zeros"),
-    pytest.param(write_zip, id="zip"),
-    pytest.param(lambda path: path.write_bytes(pickle.dumps({"vocab_size": 65})), id="pickle"),
-    pytest.param(lambda path: path.write_bytes(pickle.dumps(Malicious())), id="pickle-runs-code"),
-    pytest.param(lambda path: torch.save(Malicious(), path), id="torch-runs-code"),
-    pytest.param(lambda path: torch.save(torch.nn.Linear(2, 2), path), id="whole-module"),
-    pytest.param(lambda path: torch.save(torch.zeros(3), path), id="tensor"),
-    pytest.param(lambda path: torch.save({"state_dict": {}}, path), id="other-keys"),
-    pytest.param(lambda path: torch.save(dict.fromkeys(checkpoint.REQUIRED, "text"), path), id="other-types"),
-    pytest.param(lambda path: path.mkdir(), id="folder"),
-    pytest.param(lambda path: None, id="missing"),
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda path: path.write_text("learning_rate = 1e-3\n"), id="text"),
+        pytest.param(lambda path: path.write_bytes(bytes(range(256)) * 40), id="bytes"),
+        pytest.param(lambda path: path.write_bytes(bytes(4096)), id="zeros"),
+        pytest.param(write_zip, id="zip"),
+        pytest.param(lambda path: path.write_bytes(pickle.dumps({"vocab_size": 65})), id="pickle"),
+        pytest.param(lambda path: path.write_bytes(pickle.dumps(Malicious())), id="pickle-runs-code"),
+        pytest.param(lambda path: torch.save(Malicious(), path), id="torch-runs-code"),
+        pytest.param(lambda path: torch.save(torch.nn.Linear(2, 2), path), id="whole-module"),
+        pytest.param(lambda path: torch.save(torch.zeros(3), path), id="tensor"),
+        pytest.param(lambda path: torch.save({"state_dict": {}}, path), id="other-keys"),
+        pytest.param(lambda path: torch.save(dict.fromkeys(checkpoint.REQUIRED, "text"), path), id="other-types"),
+        pytest.param(lambda path: path.mkdir(), id="folder"),
+        pytest.param(lambda path: None, id="missing"),
+    ],
+)
 def test_foreign_files_get_one_clear_error(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "ckpt.pt"
@@ -268,12 +282,22 @@ def test_an_adapter_checkpoint_says_whose_its_adapters_are(tmp_path):
     state = make_state() | {"model_args": {"block_size": 64}}
     checkpoint.save(tmp_path / "ckpt.pt", state | {"lora": lora})
     assert checkpoint.load(tmp_path / "ckpt.pt")["lora"] == lora
-    several = [{"lora": wrong} for wrong in (
-        [4], "c_attn", *({**lora, name: None} for name in lora), {k: v for k, v in lora.items() if k != "base"}, {**lora, "rank": 0},
-        {**lora, "alpha": float("nan")})]  # fmt: skip
+    several = [
+        {"lora": wrong}
+        for wrong in (
+            [4],
+            "c_attn",
+            *({**lora, name: None} for name in lora),
+            {k: v for k, v in lora.items() if k != "base"},
+            {**lora, "rank": 0},
+            {**lora, "alpha": float("nan")},
+        )
+    ]
     for wrong in (*several, {"lora": lora, "model_args": {}}):
         checkpoint.save(tmp_path / "ckpt.pt", state | wrong)
-        with pytest.raises(UserError, match="ckpt.pt is no adapter checkpoint of train.py: missing or of the wrong type"):
+        with pytest.raises(
+            UserError, match="ckpt.pt is no adapter checkpoint of train.py: missing or of the wrong type"
+        ):
             checkpoint.load(tmp_path / "ckpt.pt")
 
 

@@ -1,5 +1,6 @@
 """compare_runs.py: real sweeps of tiny models, its numbers against hand-made records, its picture from every shape of
-record, its errors."""
+record, its errors.
+"""
 
 import dataclasses
 import math
@@ -16,12 +17,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import compare_runs  # noqa: E402
-from compare_runs import Run, draw, group, smooth, summary, table  # noqa: E402
-from configurator import TrainConfig, UserError, load_config  # noqa: E402
-from data.corpus import Texts, write_corpus  # noqa: E402
-from data.tokenizer import tokenizer_from_meta  # noqa: E402
-from training.record import Record, plain, read_record  # noqa: E402
+import compare_runs
+from compare_runs import Run, draw, group, smooth, summary, table
+from configurator import TrainConfig, UserError, load_config
+from data.corpus import Texts, write_corpus
+from data.tokenizer import tokenizer_from_meta
+from training.record import Record, plain, read_record
 
 
 def make_run(name="exact-1", val=(5.5, 2.0, 1.9), attn_backward="exact", seed=1, every=10, **config):
@@ -30,23 +31,41 @@ def make_run(name="exact-1", val=(5.5, 2.0, 1.9), attn_backward="exact", seed=1,
     lines = []
     for i, loss in enumerate(val):
         lines.append({"iter": every * i, "train/loss": loss + 0.01, "train/tok_per_sec": 1000.0 * (i + 1)})
-        lines.append({"iter": every * i, "val/loss": loss, "val/loss_by_position": {"0-63": loss + 1, "64-127": loss},
-                      "attn/forward_ms": 10.0, "attn/backward_ms": 30.0, "attn/exact_forward_ms": 10.0,
-                      "attn/exact_backward_ms": 30.0 + i} | sus)
+        lines.append(
+            {
+                "iter": every * i,
+                "val/loss": loss,
+                "val/loss_by_position": {"0-63": loss + 1, "64-127": loss},
+                "attn/forward_ms": 10.0,
+                "attn/backward_ms": 30.0,
+                "attn/exact_forward_ms": 10.0,
+                "attn/exact_backward_ms": 30.0 + i,
+            }
+            | sus
+        )
     return Run(name, config, lines)
 
 
 def write(folder, run):
-    rec = Record(folder, run.config, run_name=run.name, run_id=None, group="g", wandb_log=False, wandb_project="p",
-                 resume_iter=None)
+    rec = Record(
+        folder,
+        run.config,
+        run_name=run.name,
+        run_id=None,
+        group="g",
+        wandb_log=False,
+        wandb_project="p",
+        resume_iter=None,
+    )
     for line in run.lines:
         rec.log(line)
     return str(folder)
 
 
 def compare(*arguments, cwd):
-    return subprocess.run([sys.executable, ROOT / "experiments" / "compare_runs.py", *arguments], cwd=cwd, text=True,
-                          capture_output=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments" / "compare_runs.py", *arguments], cwd=cwd, text=True, capture_output=True
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,10 +95,28 @@ def config(tmp_path_factory):
     """A config file of a tiny model on a tiny corpus."""
     folder = tmp_path_factory.mktemp("small")
     text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
-    write_corpus(folder / "corpus", Texts([("a", text)], [("b", text[:20_000])], {}), tokenizer_from_meta({"name": "byte"}))
-    keys = dict(dataset=str(folder / "corpus"), n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=1, pos="rope",
-                gradient_accumulation_steps=1, max_iters=200, lr_decay_iters=200, warmup_iters=5, eval_interval=100,
-                eval_iters=2, wandb_log=False, device="cpu", dtype="float32", sus_backend="reference")  # fmt: skip
+    write_corpus(
+        folder / "corpus", Texts([("a", text)], [("b", text[:20_000])], {}), tokenizer_from_meta({"name": "byte"})
+    )
+    keys = dict(
+        dataset=str(folder / "corpus"),
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        block_size=32,
+        batch_size=1,
+        pos="rope",
+        gradient_accumulation_steps=1,
+        max_iters=200,
+        lr_decay_iters=200,
+        warmup_iters=5,
+        eval_interval=100,
+        eval_iters=2,
+        wandb_log=False,
+        device="cpu",
+        dtype="float32",
+        sus_backend="reference",
+    )
     (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in keys.items()))
     return folder / "tiny.py"
 
@@ -101,9 +138,15 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
     pytest.importorskip("matplotlib")
     arguments = [str(config), "--sweep=exact,4", "--seeds=1", "--runs=runs", "--out=a.png"]
     record = tmp_path / "runs" / "exact-seed1" / "metrics.jsonl"
-    process = subprocess.Popen([sys.executable, ROOT / "experiments" / "compare_runs.py", *arguments], cwd=tmp_path,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "experiments" / "compare_runs.py", *arguments],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.time() + 60
     while not (record.exists() and '"iter": 2,' in record.read_text()):
         assert process.poll() is None and time.time() < deadline, process.communicate()
@@ -119,7 +162,9 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
     main(*arguments)
     out = capsys.readouterr().out
     assert "2 runs in runs: 0 finished, 1 begun, 1 new" in out
-    assert f"exact-seed1 resumes at iteration {stopped_at} (1 of 2)" in out and "sus-c4-seed1 ends at iteration 200" in out
+    assert (
+        f"exact-seed1 resumes at iteration {stopped_at} (1 of 2)" in out and "sus-c4-seed1 ends at iteration 200" in out
+    )
     for name, backward in (("exact-seed1", "exact"), ("sus-c4-seed1", "sus")):
         header, lines = read_record(tmp_path / "runs" / name / "metrics.jsonl")
         assert [line["iter"] for line in lines if "train/loss" in line] == list(range(1, 201))
@@ -139,7 +184,9 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
         assert "2 finished, 0 begun, 0 new" in again and table_of_groups[1] in again
         main("runs", "--out=a.png")  # a folder stands for its runs
         assert table_of_groups[1] in capsys.readouterr().out
-        with pytest.raises(UserError, match=r"runs/exact-seed1 has a run with n_embd=16, not 32: choose another --runs"):
+        with pytest.raises(
+            UserError, match=r"runs/exact-seed1 has a run with n_embd=16, not 32: choose another --runs"
+        ):
             main(*arguments, "--n_embd=32")
         with pytest.raises(AssertionError, match="a run was started"):
             main(*[a.replace("seeds=1", "seeds=1,2") for a in arguments])
@@ -170,20 +217,30 @@ def test_the_order_and_the_names_of_a_sweep(config, monkeypatch):
     """All modes of a seed, then the next seed; c=auto is train.py's to refuse or to take."""
     types = compare_runs.TrainConfig
     monkeypatch.setattr(compare_runs, "load_config", lambda cls, argv, usage: types())
-    monkeypatch.setattr(sys, "argv", ["compare_runs.py", "a.py", "--sweep=exact,5.0,auto,inf", "--seeds=3,1", "--n_head=2"])
+    monkeypatch.setattr(
+        sys, "argv", ["compare_runs.py", "a.py", "--sweep=exact,5.0,auto,inf", "--seeds=3,1", "--n_head=2"]
+    )
     cfg = compare_runs.CompareConfig(sweep="exact,5.0,auto,inf", seeds="3,1")
     cfg.explicit = {"sweep", "seeds", "n_head"}
     runs = compare_runs.plan(cfg, ["a.py"])
     modes = ["exact", "sus-c5", "sus-cauto", "sus-cinf"]
     assert [run.name for run in runs] == [f"{mode}-seed{seed}" for seed in (3, 1) for mode in modes]
-    assert runs[0].arguments == ["a.py", "--n_head=2", "--attn_backward=exact", "--seed=3",
-                                 "--out_dir=out-sweep/exact-seed3", "--wandb_run_name=exact-seed3"]
+    assert runs[0].arguments == [
+        "a.py",
+        "--n_head=2",
+        "--attn_backward=exact",
+        "--seed=3",
+        "--out_dir=out-sweep/exact-seed3",
+        "--wandb_run_name=exact-seed3",
+    ]
     assert runs[6].arguments[2:5] == ["--attn_backward=sus", "--sus_c=auto", "--seed=1"]
 
 
 def test_what_makes_another_run(config, tmp_path, main):
     """What matters to SUS alone doesn't matter to exact; the names of the run and of its project never do."""
-    made_sweep(config, tmp_path / "out-sweep", "exact-seed1", "sus-c4-seed1", sus_c=9.0, wandb_project="other", log_interval=3)
+    made_sweep(
+        config, tmp_path / "out-sweep", "exact-seed1", "sus-c4-seed1", sus_c=9.0, wandb_project="other", log_interval=3
+    )
     main(config, "--sweep=exact,4", "--seeds=1", "--sus_sampler=tiles")
     with pytest.raises(UserError, match="sus-c4-seed1 has a run with sus_sampler=tiles, not poisson"):
         main(config, "--sweep=exact,4", "--seeds=1", "--sus_sampler=poisson")
@@ -192,18 +249,31 @@ def test_what_makes_another_run(config, tmp_path, main):
         main(config, "--sweep=exact", "--seeds=1", "--max_iters=400")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--sweep=foo"], "--sweep=foo: 'foo' is not exact, lowrank, auto or a c"), (["--sweep=exact,0"], "'0' is not exact, lowrank, auto or a c"),
-    (["--sweep=nan"], "'nan' is not exact, lowrank, auto or a c"), (["--sweep=5,5.0"], "'5.0' is not exact, lowrank, auto or a c"), (["--sweep="], "'' is not exact, lowrank, auto or a c"),
-    (["--sweep=5", "--seeds=1,x"], "--seeds=1,x must be a list of integers"),
-    (["--sweep=5", "--seeds=1,-2"], "integers"), (["--sweep=5", "--seeds=2,02"], "each once"),
-    (["--sweep=5", "--seed=3"], "--seed is set by"), (["--sweep=5", "--out_dir=b"], "--out_dir is set by"),
-    (["--sweep=5", "a"], "a is a folder"), (["--sweep=5", "none.py"], "'none.py': no such config file"),
-    (["--sweep=5", "--dropout=0.1"], "sus does not support"), (["--sweep=5", "--eval_only=True"], "resumes by itself"),
-    (["--sweep=5", "--init_from=resume"], "resumes by itself"), (["--sweep=5", "--out=nowhere/a.png"], "nowhere is no"),
-    (["a", "conf.py"], "conf.py is a config file"), (["a", "--n_head=4"], "--n_head is for training"),
-    (["a", "--seeds=1"], "--seeds is for training"), (["a", "--sweeep=5"], "did you mean sweep"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sweep=foo"], "--sweep=foo: 'foo' is not exact, lowrank, auto or a c"),
+        (["--sweep=exact,0"], "'0' is not exact, lowrank, auto or a c"),
+        (["--sweep=nan"], "'nan' is not exact, lowrank, auto or a c"),
+        (["--sweep=5,5.0"], "'5.0' is not exact, lowrank, auto or a c"),
+        (["--sweep="], "'' is not exact, lowrank, auto or a c"),
+        (["--sweep=5", "--seeds=1,x"], "--seeds=1,x must be a list of integers"),
+        (["--sweep=5", "--seeds=1,-2"], "integers"),
+        (["--sweep=5", "--seeds=2,02"], "each once"),
+        (["--sweep=5", "--seed=3"], "--seed is set by"),
+        (["--sweep=5", "--out_dir=b"], "--out_dir is set by"),
+        (["--sweep=5", "a"], "a is a folder"),
+        (["--sweep=5", "none.py"], "'none.py': no such config file"),
+        (["--sweep=5", "--dropout=0.1"], "sus does not support"),
+        (["--sweep=5", "--eval_only=True"], "resumes by itself"),
+        (["--sweep=5", "--init_from=resume"], "resumes by itself"),
+        (["--sweep=5", "--out=nowhere/a.png"], "nowhere is no"),
+        (["a", "conf.py"], "conf.py is a config file"),
+        (["a", "--n_head=4"], "--n_head is for training"),
+        (["a", "--seeds=1"], "--seeds is for training"),
+        (["a", "--sweeep=5"], "did you mean sweep"),
+    ],
+)
 def test_mistakes_before_a_sweep(tmp_path, main, monkeypatch, arguments, message):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(compare_runs.subprocess, "Popen", None)
@@ -228,26 +298,47 @@ def test_table():
     runs = [make_run(), make_run("sus-1", (5.5, 1.8, 2.1), "sus", seed=7), Run("new", {}, [{"iter": 3}])]
     titles, exact, sus, new = table(runs)
     assert dict(zip(titles, exact)) == {
-        "run": "exact-1", "backward": "exact", "c": "-", "seed": "1", "iterations": "20", "final val": "1.9000",
-        "best val": "1.9000", "tok/s": "2,000", "exact bwd ms": "31.00", "own bwd ms": "-", "kept/row": "-"}
+        "run": "exact-1",
+        "backward": "exact",
+        "c": "-",
+        "seed": "1",
+        "iterations": "20",
+        "final val": "1.9000",
+        "best val": "1.9000",
+        "tok/s": "2,000",
+        "exact bwd ms": "31.00",
+        "own bwd ms": "-",
+        "kept/row": "-",
+    }
     assert sus == ["sus-1", "sus", "25", "7", "20", "2.1000", "1.8000", "2,000", "31.00", "20.00", "24.9"]
     assert new == ["new", "-", "-", "-", "3", *"------"]
 
 
 def test_groups_differ_in_more_than_the_seed():
     """A resumed run has another init_from, and an exact run another sus_c: neither trains differently."""
-    runs = [make_run("a", seed=1), make_run("b", seed=2, init_from="resume", sus_c=10.0, wandb_run_name="b"),
-            make_run("c", attn_backward="sus"), make_run("d", attn_backward="sus", sus_c="inf"),
-            make_run("e", attn_backward="sus", seed=3)]
+    runs = [
+        make_run("a", seed=1),
+        make_run("b", seed=2, init_from="resume", sus_c=10.0, wandb_run_name="b"),
+        make_run("c", attn_backward="sus"),
+        make_run("d", attn_backward="sus", sus_c="inf"),
+        make_run("e", attn_backward="sus", seed=3),
+    ]
     assert {label: [run.name for run in members] for label, members in group(runs).items()} == {
-        "exact": ["a", "b"], "sus c=25": ["c", "e"], "sus c=inf": ["d"]}
+        "exact": ["a", "b"],
+        "sus c=25": ["c", "e"],
+        "sus c=inf": ["d"],
+    }
     labels = list(group([*runs, make_run("f", n_layer=6)]))
     assert labels == ["exact, n_layer=4", "sus c=25, n_layer=4", "sus c=inf, n_layer=4", "exact, n_layer=6"]
 
 
 def test_lowrank_runs_are_groups_by_their_own_keys_alone():
-    runs = [make_run("a", lowrank_degree=4), make_run("b", attn_backward="lowrank", lowrank_degree=2, sus_c=3.0),
-            make_run("c", attn_backward="lowrank", lowrank_degree=4), make_run("d", attn_backward="sus", lowrank_degree=6)]
+    runs = [
+        make_run("a", lowrank_degree=4),
+        make_run("b", attn_backward="lowrank", lowrank_degree=2, sus_c=3.0),
+        make_run("c", attn_backward="lowrank", lowrank_degree=4),
+        make_run("d", attn_backward="sus", lowrank_degree=6),
+    ]
     assert list(group(runs)) == ["exact", "lowrank, lowrank_degree=2", "lowrank, lowrank_degree=4", "sus c=25"]
     assert sorted(runs, key=compare_runs.rank) == [runs[0], runs[3], *runs[1:3]]
     assert dict(zip(*table(runs[1:2])))["own bwd ms"] == "30.00"
@@ -261,25 +352,47 @@ def groups_of(runs):
 
 def test_groups():
     """At the last iteration which all have evaluated, 20, where the one run's later loss must not count."""
-    runs = [make_run("s1", (5, 3, 2.06, 1.0), "sus", 1), make_run("s2", (5, 3, 2.10), "sus", 2),
-            make_run("e1", (5, 3, 2.00), seed=1), make_run("e2", (5, 3, 2.03), seed=2)]
+    runs = [
+        make_run("s1", (5, 3, 2.06, 1.0), "sus", 1),
+        make_run("s2", (5, 3, 2.10), "sus", 2),
+        make_run("e1", (5, 3, 2.00), seed=1),
+        make_run("e2", (5, 3, 2.03), seed=2),
+    ]
     assert summary(runs)[0][1] == "validation loss at iteration 20, the last at which all were evaluated:"
     groups = groups_of(runs)
     # differences 0.06 and 0.07, so 0.065 and its error 0.005; the means' errors are half the distances
     assert groups["sus c=25"] | {"train time": "?"} == {
-        "group": "sus c=25", "runs": "2", "val loss": "2.0800 ± 0.0200", "lowest..highest": "2.0600..2.1000",
-        "from exact": "+0.0650 ± 0.0050", "train time": "?", "tok/s": "2,250", "exact bwd ms": "31.25",
-        "own bwd ms": "20.00", "kept/row": "24.9"}
+        "group": "sus c=25",
+        "runs": "2",
+        "val loss": "2.0800 ± 0.0200",
+        "lowest..highest": "2.0600..2.1000",
+        "from exact": "+0.0650 ± 0.0050",
+        "train time": "?",
+        "tok/s": "2,250",
+        "exact bwd ms": "31.25",
+        "own bwd ms": "20.00",
+        "kept/row": "24.9",
+    }
     assert groups["exact"]["val loss"] == "2.0150 ± 0.0150" and groups["exact"]["from exact"] == "-"
     assert groups["exact"]["own bwd ms"] == groups["exact"]["kept/row"] == groups["exact"]["train time"] == "-"
 
 
 def test_distances_where_seeds_do_not_pair_up():
-    runs = [make_run("e1", (2.0,), seed=1), make_run("e2", (2.2,), seed=2), make_run("e3", (9.0,), seed=3),
-            make_run("a1", (2.1,), "sus", 1), make_run("a2", (2.4,), "sus", 2),  # pairs: +0.1 and +0.2
-            make_run("b", (2.5,), "sus", 2, sus_c="auto"), make_run("c", (2.0,), "sus", 8, sus_c="inf")]
+    runs = [
+        make_run("e1", (2.0,), seed=1),
+        make_run("e2", (2.2,), seed=2),
+        make_run("e3", (9.0,), seed=3),
+        make_run("a1", (2.1,), "sus", 1),
+        make_run("a2", (2.4,), "sus", 2),  # pairs: +0.1 and +0.2
+        make_run("b", (2.5,), "sus", 2, sus_c="auto"),
+        make_run("c", (2.0,), "sus", 8, sus_c="inf"),
+    ]
     assert [cells["from exact"] for cells in groups_of(runs).values()] == [
-        "-", "+0.1500 ± 0.0500", "+0.3000", "-2.4000"]
+        "-",
+        "+0.1500 ± 0.0500",
+        "+0.3000",
+        "-2.4000",
+    ]
     assert [cells["from sus c=25"] for cells in groups_of(runs[3:]).values()] == ["-", "+0.1000", "-0.2500"]
 
 
@@ -299,8 +412,11 @@ def test_train_time():
     assert run.seconds([0, 3, 4, 5, 9]).tolist() == [0, 30, 50, 70, 70]
     for it in (0, 5):
         run.lines.append({"iter": it, "val/loss": 2.0})
-    slow = Run("slow", run.config | {"seed": 2}, [line | {"train/dt": 3 * line.get("train/dt", 0)} if "train/dt" in line
-                                                  else line for line in run.lines])  # fmt: skip
+    slow = Run(
+        "slow",
+        run.config | {"seed": 2},
+        [line | {"train/dt": 3 * line.get("train/dt", 0)} if "train/dt" in line else line for line in run.lines],
+    )
     other = Run("o", run.config | {"attn_backward": "sus"}, [{"iter": 5, "val/loss": 2.0, "train/dt": 1000.0}])
     assert [cells["train time"] for cells in groups_of([run, slow, other]).values()] == ["02:20", "1:23:20"]
 
@@ -355,17 +471,32 @@ def test_whole_command(tmp_path):
 BARE = [{"iter": i, "train/loss": 5.0 - i} for i in range(3)]
 
 
-@pytest.mark.parametrize("runs", [
-    [make_run()],
-    [make_run(f"{kind}-{i}", attn_backward=kind, seed=i) for i in range(4) for kind in ("exact", "sus")],
-    [make_run(val=(5.5,))],
-    [make_run(val=(2.0, 2.0, 2.0))],
-    [make_run(val=(5.5, math.nan, 1.9)), make_run("b", val=(math.nan,))],
-    [Run("bare", {"attn_backward": "exact"}, BARE)],
-    [Run("bare", {"attn_backward": "exact"}, BARE), make_run()],
-    [make_run("short"), Run("long", make_run().config, [{"iter": 5, "val/loss_by_position": {
-        f"{2**i}-{2 ** (i + 1) - 1}": 3.0 - i / 10 for i in range(6, 17)}}])],
-], ids=["one", "eight", "one-evaluation", "flat", "nan-and-none", "no-evaluation", "mixed", "other-contexts"])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [make_run()],
+        [make_run(f"{kind}-{i}", attn_backward=kind, seed=i) for i in range(4) for kind in ("exact", "sus")],
+        [make_run(val=(5.5,))],
+        [make_run(val=(2.0, 2.0, 2.0))],
+        [make_run(val=(5.5, math.nan, 1.9)), make_run("b", val=(math.nan,))],
+        [Run("bare", {"attn_backward": "exact"}, BARE)],
+        [Run("bare", {"attn_backward": "exact"}, BARE), make_run()],
+        [
+            make_run("short"),
+            Run(
+                "long",
+                make_run().config,
+                [
+                    {
+                        "iter": 5,
+                        "val/loss_by_position": {f"{2**i}-{2 ** (i + 1) - 1}": 3.0 - i / 10 for i in range(6, 17)},
+                    }
+                ],
+            ),
+        ],
+    ],
+    ids=["one", "eight", "one-evaluation", "flat", "nan-and-none", "no-evaluation", "mixed", "other-contexts"],
+)
 def test_a_picture_of_every_shape_of_record(tmp_path, recwarn, runs):
     pytest.importorskip("matplotlib")
     for run in runs:
@@ -386,16 +517,32 @@ def timed(*arguments, dt=0.1, **keys):
 
 
 def many_runs(make=timed, modes=("exact", 5, 10, 25, 50, "auto"), seeds=(1, 2, 3)):
-    return [make(f"{mode}-{seed}", (5.0, 2.5 + seed / 10, 2.0 + seed / 10 + (mode == 5)), seed=seed, dt=60.0,
-                 **({} if mode == "exact" else {"attn_backward": "sus", "sus_c": mode}))
-            for mode in modes for seed in seeds]  # fmt: skip
+    return [
+        make(
+            f"{mode}-{seed}",
+            (5.0, 2.5 + seed / 10, 2.0 + seed / 10 + (mode == 5)),
+            seed=seed,
+            dt=60.0,
+            **({} if mode == "exact" else {"attn_backward": "sus", "sus_c": mode}),
+        )
+        for mode in modes
+        for seed in seeds
+    ]
 
 
-@pytest.mark.parametrize("runs", [
-    many_runs(), many_runs(modes=("exact", *range(2, 12)), seeds=(1,)), many_runs(modes=(25,), seeds=range(9)),
-    many_runs(make=lambda *arguments, dt, **keys: make_run(*arguments, **keys)), [*many_runs(), Run("x", {"attn_backward": "exact"}, BARE)],
-    [Run(str(i), {"attn_backward": "exact", "seed": i}, BARE) for i in range(9)], many_runs(modes=("exact", 5), seeds=range(20)),
-], ids=["18", "one-seed", "one-group", "no-times", "one-not-begun", "no-evaluation", "40"])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        many_runs(),
+        many_runs(modes=("exact", *range(2, 12)), seeds=(1,)),
+        many_runs(modes=(25,), seeds=range(9)),
+        many_runs(make=lambda *arguments, dt, **keys: make_run(*arguments, **keys)),
+        [*many_runs(), Run("x", {"attn_backward": "exact"}, BARE)],
+        [Run(str(i), {"attn_backward": "exact", "seed": i}, BARE) for i in range(9)],
+        many_runs(modes=("exact", 5), seeds=range(20)),
+    ],
+    ids=["18", "one-seed", "one-group", "no-times", "one-not-begun", "no-evaluation", "40"],
+)
 def test_a_picture_of_every_shape_of_many_runs(tmp_path, recwarn, runs):
     pytest.importorskip("matplotlib")
     figure = draw(runs)
@@ -408,14 +555,22 @@ def test_groups_are_drawn_as_mean_band_and_dots():
     pytest.importorskip("matplotlib")
     loss, by_time, final, times = draw(many_runs()).axes
     assert loss.get_legend_handles_labels()[1] == [
-        "exact: 2.2000", "sus c=5: 3.2000", "sus c=10: 2.2000", "sus c=25: 2.2000", "sus c=50: 2.2000", "sus c=auto: 2.2000"]
+        "exact: 2.2000",
+        "sus c=5: 3.2000",
+        "sus c=10: 2.2000",
+        "sus c=25: 2.2000",
+        "sus c=50: 2.2000",
+        "sus c=auto: 2.2000",
+    ]
     curve, band = loss.get_lines()[1], loss.collections[1].get_paths()[0].vertices
     assert curve.get_xdata().tolist() == [0, 10, 20] and curve.get_ydata().tolist() == pytest.approx([5, 2.7, 3.2])
     assert {round(y, 6) for x, y in band if x == 20} == {3.1, 3.3}
     assert by_time.get_lines()[0].get_xdata().tolist() == [0, 10, 20]  # minutes: 20 iterations of 60 s
     assert [dots.get_ydata().tolist() for dots in final.get_lines()[:2]] == [
-        pytest.approx([2.1, 2.2, 2.3]), pytest.approx([3.1, 3.2, 3.3])]
-    band, = [patch for patch in final.patches]
+        pytest.approx([2.1, 2.2, 2.3]),
+        pytest.approx([3.1, 3.2, 3.3]),
+    ]
+    (band,) = final.patches
     assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((2.1, 2.3))
     assert [label.get_text() for label in final.get_xticklabels()] == ["exact", "c=5", "c=10", "c=25", "c=50", "c=auto"]
     assert len(times.patches) == 12
@@ -446,11 +601,20 @@ def test_equal_names_are_told_apart(tmp_path):
     assert [line.partition("  ")[0] for line in lines[1:4]] == ["mine (a)", "mine (b)", "mine (c)"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "which runs"), (["nowhere"], "nowhere/metrics.jsonl"), (["empty"], "no lines yet"), (["text"], "not a record"),
-    (["a", "--outt=b.png"], "did you mean out"), (["a", "--out", "b.png"], "--out"),
-    (["a", "--out=b.jpgg"], "b.jpgg"), (["a", "--out=nowhere/b.png"], "nowhere is no folder"),
-], ids=["none", "missing", "empty", "foreign", "unknown-key", "no-equals", "format", "folder"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "which runs"),
+        (["nowhere"], "nowhere/metrics.jsonl"),
+        (["empty"], "no lines yet"),
+        (["text"], "not a record"),
+        (["a", "--outt=b.png"], "did you mean out"),
+        (["a", "--out", "b.png"], "--out"),
+        (["a", "--out=b.jpgg"], "b.jpgg"),
+        (["a", "--out=nowhere/b.png"], "nowhere is no folder"),
+    ],
+    ids=["none", "missing", "empty", "foreign", "unknown-key", "no-equals", "format", "folder"],
+)
 def test_mistakes_get_one_clear_error(tmp_path, main, arguments, message):
     pytest.importorskip("matplotlib")
     write(tmp_path / "a", make_run())
@@ -482,7 +646,16 @@ def test_a_sweep_over_a_fine_tuning_knows_its_runs(tmp_path):
         return compare_runs.Planned("a", tmp_path / "a", list(arguments), config)
 
     adopted = dataclasses.asdict(planned().config) | {"pos": "rope", "n_layer": 2}
-    record = Record(tmp_path / "a", adopted, run_name="a", run_id=None, group="", wandb_log=False, wandb_project="", resume_iter=None)
+    record = Record(
+        tmp_path / "a",
+        adopted,
+        run_name="a",
+        run_id=None,
+        group="",
+        wandb_log=False,
+        wandb_project="",
+        resume_iter=None,
+    )
     record.log({"iter": 4, "val/loss": 2.0})
     record.finish()
     compare_runs.look(planned())

@@ -100,16 +100,39 @@ def error(*argv):
 
 # ---- the command line
 
-@pytest.mark.parametrize("arg, value", [
-    ("--max_iters=5000", 5000), ("--max_iters=5_000", 5000), ("--max_iters=1e4", 10000), ("--max_iters=12.0", 12),
-    (f"--seed={2**63 - 1}", 2**63 - 1),
-    ("--learning_rate=1", 1.0), ("--learning_rate=6e-4", 6e-4), ("--sus_c=10", 10.0), ("--sus_c=inf", math.inf),
-    ("--bias=True", True), ("--bias=true", True), ("--bias=1", True), ("--bias=YES", True),
-    ("--wandb_log=False", False), ("--wandb_log=false", False), ("--wandb_log=0", False), ("--wandb_log=no", False),
-    ("--compile=False", False), ("--compile=1", True), ("--compile=auto", None), ("--compile=None", None),
-    ("--out_dir=a=b", "a=b"), ("--out_dir=1", "1"), ("--out_dir=a b", "a b"), ("--wandb_run_name=", ""),
-    ("--pos=rope", "rope"), ("--device=cuda:1", "cuda:1"),
-])
+
+@pytest.mark.parametrize(
+    "arg, value",
+    [
+        ("--max_iters=5000", 5000),
+        ("--max_iters=5_000", 5000),
+        ("--max_iters=1e4", 10000),
+        ("--max_iters=12.0", 12),
+        (f"--seed={2**63 - 1}", 2**63 - 1),
+        ("--learning_rate=1", 1.0),
+        ("--learning_rate=6e-4", 6e-4),
+        ("--sus_c=10", 10.0),
+        ("--sus_c=inf", math.inf),
+        ("--bias=True", True),
+        ("--bias=true", True),
+        ("--bias=1", True),
+        ("--bias=YES", True),
+        ("--wandb_log=False", False),
+        ("--wandb_log=false", False),
+        ("--wandb_log=0", False),
+        ("--wandb_log=no", False),
+        ("--compile=False", False),
+        ("--compile=1", True),
+        ("--compile=auto", None),
+        ("--compile=None", None),
+        ("--out_dir=a=b", "a=b"),
+        ("--out_dir=1", "1"),
+        ("--out_dir=a b", "a b"),
+        ("--wandb_run_name=", ""),
+        ("--pos=rope", "rope"),
+        ("--device=cuda:1", "cuda:1"),
+    ],
+)
 def test_flag(arg, value):
     cfg = load(arg)
     name = arg[2:].split("=")[0]
@@ -117,45 +140,54 @@ def test_flag(arg, value):
     assert cfg.explicit == {name}
 
 
-@pytest.mark.parametrize("arg, message", [
-    ("--n_layer=abc", "--n_layer=abc: n_layer must be an integer, not 'abc'"),
-    ("--n_layer=", "--n_layer=: n_layer must be an integer, not ''"),
-    ("--n_layer=1.5", "--n_layer=1.5: n_layer must be an integer, not 1.5"),
-    ("--n_layer=inf", "--n_layer=inf: n_layer must be an integer, not inf"),
-    ("--n_layer=nan", "--n_layer=nan: n_layer must be an integer, not nan"),
-    ("--n_layer=True", "--n_layer=True: n_layer must be an integer, not 'True'"),
-    ("--dropout=nan", "--dropout=nan: dropout must be a number, not nan"),
-    ("--dropout=none", "--dropout=none: dropout must be a number, not 'none'"),
-    ("--bias=2", "--bias=2: bias must be True or False, not '2'"),
-    ("--bias=auto", "--bias=auto: bias must be True or False, not 'auto'"),
-    ("--compile=maybe", "--compile=maybe: compile must be True, False or auto (None in a config file), not 'maybe'"),
-    ("--n_layer=0", "--n_layer=0: n_layer must be >= 1, not 0"),
-    ("--n_kv_head=-1", "--n_kv_head=-1: n_kv_head must be >= 0, not -1"),
-    ("--sus_c=0", "--sus_c=0: sus_c must be > 0, not 0.0"),
-    ("--dropout=1", "--dropout=1: dropout must be >= 0 and < 1, not 1.0"),
-    ("--dropout=-0.1", "--dropout=-0.1: dropout must be >= 0 and < 1, not -0.1"),
-    (f"--seed={2**63}", f"--seed={2**63}: seed must be >= 0 and <= {2**63 - 1}, not {2**63}"),
-    ("--pos=Rope", "--pos=Rope: pos must be one of learned, rope, not 'Rope'"),
-    ("--n_layers=4", "--n_layers=4: unknown key 'n_layers'; did you mean n_layer?"),
-    ("--n-layer=4", "--n-layer=4: unknown key 'n-layer'; did you mean n_layer?"),
-    ("--N_LAYER=4", "--N_LAYER=4: unknown key 'N_LAYER'; did you mean n_layer?"),
-    ("--explicit=4", "--explicit=4: unknown key 'explicit'; --help lists the keys"),
-    ("--xyzzy", "--xyzzy: unknown key 'xyzzy'; --help lists the keys"),
-    ("--", "--: unknown key ''; --help lists the keys"),
-    ("--eval_only", "--eval_only has no value: write --eval_only=True (no spaces)"),
-    ("-n_layer=4", "-n_layer=4: a key is written --key=value, with two dashes"),
-    ("n_layer=4", "n_layer=4: a key is written --key=value, with two dashes"),
-    ("-x", "-x: a key is written --key=value, with two dashes"),
-])
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("--n_layer=abc", "--n_layer=abc: n_layer must be an integer, not 'abc'"),
+        ("--n_layer=", "--n_layer=: n_layer must be an integer, not ''"),
+        ("--n_layer=1.5", "--n_layer=1.5: n_layer must be an integer, not 1.5"),
+        ("--n_layer=inf", "--n_layer=inf: n_layer must be an integer, not inf"),
+        ("--n_layer=nan", "--n_layer=nan: n_layer must be an integer, not nan"),
+        ("--n_layer=True", "--n_layer=True: n_layer must be an integer, not 'True'"),
+        ("--dropout=nan", "--dropout=nan: dropout must be a number, not nan"),
+        ("--dropout=none", "--dropout=none: dropout must be a number, not 'none'"),
+        ("--bias=2", "--bias=2: bias must be True or False, not '2'"),
+        ("--bias=auto", "--bias=auto: bias must be True or False, not 'auto'"),
+        (
+            "--compile=maybe",
+            "--compile=maybe: compile must be True, False or auto (None in a config file), not 'maybe'",
+        ),
+        ("--n_layer=0", "--n_layer=0: n_layer must be >= 1, not 0"),
+        ("--n_kv_head=-1", "--n_kv_head=-1: n_kv_head must be >= 0, not -1"),
+        ("--sus_c=0", "--sus_c=0: sus_c must be > 0, not 0.0"),
+        ("--dropout=1", "--dropout=1: dropout must be >= 0 and < 1, not 1.0"),
+        ("--dropout=-0.1", "--dropout=-0.1: dropout must be >= 0 and < 1, not -0.1"),
+        (f"--seed={2**63}", f"--seed={2**63}: seed must be >= 0 and <= {2**63 - 1}, not {2**63}"),
+        ("--pos=Rope", "--pos=Rope: pos must be one of learned, rope, not 'Rope'"),
+        ("--n_layers=4", "--n_layers=4: unknown key 'n_layers'; did you mean n_layer?"),
+        ("--n-layer=4", "--n-layer=4: unknown key 'n-layer'; did you mean n_layer?"),
+        ("--N_LAYER=4", "--N_LAYER=4: unknown key 'N_LAYER'; did you mean n_layer?"),
+        ("--explicit=4", "--explicit=4: unknown key 'explicit'; --help lists the keys"),
+        ("--xyzzy", "--xyzzy: unknown key 'xyzzy'; --help lists the keys"),
+        ("--", "--: unknown key ''; --help lists the keys"),
+        ("--eval_only", "--eval_only has no value: write --eval_only=True (no spaces)"),
+        ("-n_layer=4", "-n_layer=4: a key is written --key=value, with two dashes"),
+        ("n_layer=4", "n_layer=4: a key is written --key=value, with two dashes"),
+        ("-x", "-x: a key is written --key=value, with two dashes"),
+    ],
+)
 def test_flag_errors(arg, message):
     assert error(arg) == message
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--n_layer", "4"], "--n_layer has no value: write --n_layer=4 (no spaces)"),
-    (["--n_layer", "=4"], "--n_layer has no value: write --n_layer=4 (no spaces)"),
-    (["--n_layer", "--n_head=4"], "--n_layer has no value: write --n_layer=VALUE (no spaces)"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n_layer", "4"], "--n_layer has no value: write --n_layer=4 (no spaces)"),
+        (["--n_layer", "=4"], "--n_layer has no value: write --n_layer=4 (no spaces)"),
+        (["--n_layer", "--n_head=4"], "--n_layer has no value: write --n_layer=VALUE (no spaces)"),
+    ],
+)
 def test_a_space_instead_of_an_equals_sign(argv, message):
     assert error(*argv) == message
 
@@ -165,6 +197,7 @@ def test_the_last_of_equal_flags_wins():
 
 
 # ---- config files
+
 
 def test_no_arguments_give_the_defaults():
     cfg = load()
@@ -190,40 +223,56 @@ def test_files_are_independent_programs(config_file):
     assert sys.argv == argv and "<run_path>" not in sys.modules
 
 
-@pytest.mark.parametrize("line, value", [
-    ("max_iters = 600.0", 600), ("max_iters = 5 * 8", 40), ("learning_rate = 1", 1.0), ("compile = None", None),
-    ("compile = False", False), ("sus_c = float('inf')", math.inf), ("out_dir = 'a=b'", "a=b"),
-    ("n_layer: int = 4", 4),
-])
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        ("max_iters = 600.0", 600),
+        ("max_iters = 5 * 8", 40),
+        ("learning_rate = 1", 1.0),
+        ("compile = None", None),
+        ("compile = False", False),
+        ("sus_c = float('inf')", math.inf),
+        ("out_dir = 'a=b'", "a=b"),
+        ("n_layer: int = 4", 4),
+    ],
+)
 def test_file_value(config_file, line, value):
     cfg = load(config_file(line))
     name = line.split(" ")[0].rstrip(":")
     assert getattr(cfg, name) == value and type(getattr(cfg, name)) is type(value)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("n_layer = True", "n_layer must be an integer, not True"),
-    ("n_layer = 1.5", "n_layer must be an integer, not 1.5"),
-    ("n_layer = '4'", "n_layer must be an integer, not '4'"),
-    ("n_layer = 4,", "n_layer must be an integer, not (4,)"),
-    ("n_layer = int", "n_layer must be an integer, not <class 'int'>"),
-    ("dropout = False", "dropout must be a number, not False"),
-    ("dropout = float('nan')", "dropout must be a number, not nan"),
-    ("bias = 1", "bias must be True or False, not 1"),
-    ("bias = None", "bias must be True or False, not None"),
-    ("out_dir = 5", "out_dir must be text, not 5"),
-    ("compile = 'auto'", "compile must be True, False or auto (None in a config file), not 'auto'"),
-    ("n_layer = 0", "n_layer must be >= 1, not 0"),
-    ("norm = 'rms'", "norm must be one of layernorm, rmsnorm, not 'rms'"),
-    ("n_layers = 4", "unknown key 'n_layers'; did you mean n_layer? (a helper's name starts with an underscore: "
-                     "_n_layers)"),
-    ("xyzzy = 4", "unknown key 'xyzzy'; --help lists the keys (a helper's name starts with an underscore: _xyzzy)"),
-    ("from math import pi", "unknown key 'pi'; --help lists the keys (a helper's name starts with an underscore: _pi)"),
-    ("n_layer: 4", "':' sets no value; write n_layer = VALUE"),
-    ("n_layer = ", "SyntaxError: invalid syntax (its lines are Python: key = value)"),
-    ("n_layer = 1 / 0", "ZeroDivisionError: division by zero"),
-    ("import no_such_module_", "ModuleNotFoundError: No module named 'no_such_module_'"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("n_layer = True", "n_layer must be an integer, not True"),
+        ("n_layer = 1.5", "n_layer must be an integer, not 1.5"),
+        ("n_layer = '4'", "n_layer must be an integer, not '4'"),
+        ("n_layer = 4,", "n_layer must be an integer, not (4,)"),
+        ("n_layer = int", "n_layer must be an integer, not <class 'int'>"),
+        ("dropout = False", "dropout must be a number, not False"),
+        ("dropout = float('nan')", "dropout must be a number, not nan"),
+        ("bias = 1", "bias must be True or False, not 1"),
+        ("bias = None", "bias must be True or False, not None"),
+        ("out_dir = 5", "out_dir must be text, not 5"),
+        ("compile = 'auto'", "compile must be True, False or auto (None in a config file), not 'auto'"),
+        ("n_layer = 0", "n_layer must be >= 1, not 0"),
+        ("norm = 'rms'", "norm must be one of layernorm, rmsnorm, not 'rms'"),
+        (
+            "n_layers = 4",
+            "unknown key 'n_layers'; did you mean n_layer? (a helper's name starts with an underscore: _n_layers)",
+        ),
+        ("xyzzy = 4", "unknown key 'xyzzy'; --help lists the keys (a helper's name starts with an underscore: _xyzzy)"),
+        (
+            "from math import pi",
+            "unknown key 'pi'; --help lists the keys (a helper's name starts with an underscore: _pi)",
+        ),
+        ("n_layer: 4", "':' sets no value; write n_layer = VALUE"),
+        ("n_layer = ", "SyntaxError: invalid syntax (its lines are Python: key = value)"),
+        ("n_layer = 1 / 0", "ZeroDivisionError: division by zero"),
+        ("import no_such_module_", "ModuleNotFoundError: No module named 'no_such_module_'"),
+    ],
+)
 def test_file_errors_name_file_and_line(config_file, line, message):
     name = config_file(f"# a comment\nn_head = 4\n{line}\nn_embd = 64")
     assert error(name) == f"{name}, line 3: {message}"
@@ -265,8 +314,10 @@ def test_an_unreadable_file(config_file):
 
 
 def test_helpers_in_a_file(config_file):
-    config_file("import math\nfrom math import sqrt\nfrom pathlib import Path\n_x = 3\ndef f():\n    return 4\n"
-                "class C:\n    depth: int\nn_layer = f() + _x")
+    config_file(
+        "import math\nfrom math import sqrt\nfrom pathlib import Path\n_x = 3\ndef f():\n    return 4\n"
+        "class C:\n    depth: int\nn_layer = f() + _x"
+    )
     cfg = load("c.py")
     assert cfg.n_layer == 7 and cfg.explicit == {"n_layer"}
 
@@ -282,6 +333,7 @@ def test_a_missing_file(config_file, tmp_path):
 
 
 # ---- nanoGPT's own files
+
 
 @pytest.mark.parametrize("name", NANOGPT_STYLE)
 def test_nanogpt_files_load_and_validate(config_file, name):
@@ -304,58 +356,122 @@ def test_nanogpt_dropout_meets_sus(config_file):
 
 # ---- what keys demand of each other
 
-@pytest.mark.parametrize("argv, message", [
-    (["--n_embd=100", "--n_head=3"], "n_embd=100 must be a multiple of n_head=3"),
-    (["--n_head=12", "--n_kv_head=5"], "n_head=12 must be a multiple of n_kv_head=5 (0: as n_head)"),
-    (["--n_head=12", "--n_kv_head=24"], "n_head=12 must be a multiple of n_kv_head=24 (0: as n_head)"),
-    (["--n_embd=36", "--pos=rope"], "pos=rope needs an even head dimension, but n_embd / n_head = 36 / 12 = 3"),
-    (["--dropout=0.1", "--attn_backward=sus"], "dropout=0.1 includes attention dropout, which attn_backward=sus does not support: "
-                        "set --dropout=0.0 or --attn_backward=exact"),
-    (["--backprop=analytic", "--init_from=gpt2", "--lora_rank=2", "--lora_dropout=0.1"], "lora_dropout=0.1 is not covered by backprop=analytic: set "
-     "--lora_dropout=0.0 or --backprop=autograd"),
-    (["--backprop=analytic", "--dropout=0.1"], "dropout=0.1 is not covered by backprop=analytic: set --dropout=0.0 or "
-                                               "--backprop=autograd"),
-    (["--backprop=analytic", "--attn_backward=sus", "--sus_c=auto"],
-     "sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, e.g. --sus_c=4, or "
-     "--backprop=autograd"),
-    (["--backprop=analytic", "--compile=True"], "compile=True compiles autograd's backward, not that of backprop=analytic: set "
-                                                "--compile=False or --backprop=autograd"),
-    (["--dropout=0.1", "--attn_backward=lowrank"], "dropout=0.1 includes attention dropout, which attn_backward=lowrank does not "
-                        "support: set --dropout=0.0 or --attn_backward=exact"),
-    (["--lowrank_degree=3"], "lowrank_degree=3 must be even: polynomials of odd degree are negative somewhere, and weights must not be"),
-    (["--qk_norm_scale=0.5"], "qk_norm_scale=0.5 is the gain of qk_norm, which is off: set --qk_norm=True, or --qk_norm_scale=0"),
-    (["--lr_decay_iters=100"], "lr_decay_iters=100 is below warmup_iters=2000: raise the one (usually to max_iters), "
-                               "lower the other, or set --decay_lr=False"),
-    (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05: lower the one (usually to "
-                               "learning_rate / 10), raise the other, or set --decay_lr=False"),
-    (["--rope_scaling=8"], "rope_scaling=8.0 is for rotary positions, and pos=learned: leave it out, or set --pos=rope"),
-    (["--lora_alpha=8"], "lora_alpha=8.0 needs adapters: give --lora_rank=8, say, or leave lora_alpha out"),
-    (["--lora_targets=c_fc", "--init_from=gpt2"], "lora_targets=c_fc needs adapters: give --lora_rank=8, say, or leave "
-                                                  "lora_targets out"),
-    (["--lora_dropout=0.1"], "lora_dropout=0.1 needs adapters: give --lora_rank=8, say, or leave lora_dropout out"),
-    (["--lora_rank=8"], "lora_rank=8 needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2"),
-    (["--lora_rank=8", "--init_from=gpt2", "--lora_base=a"], "lora_base=a is for resuming a run with adapters, whose base has moved: "
-                                                             "leave it out, or set --init_from=resume"),
-    (["--lora_rank=8", "--init_from=gpt2", "--lora_targets=c_fc,c_proj", "--attn_backward=sus", "--sus_c=auto"],
-     "sus_c=auto goes by the gradient of c_attn, which lora_targets=c_fc,c_proj leaves out: add c_attn, or give a number"),
-    (["--out_dir="], "out_dir is empty: name a folder"),
-    (["--dataset="], "dataset is empty: name a folder"),
-])
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n_embd=100", "--n_head=3"], "n_embd=100 must be a multiple of n_head=3"),
+        (["--n_head=12", "--n_kv_head=5"], "n_head=12 must be a multiple of n_kv_head=5 (0: as n_head)"),
+        (["--n_head=12", "--n_kv_head=24"], "n_head=12 must be a multiple of n_kv_head=24 (0: as n_head)"),
+        (["--n_embd=36", "--pos=rope"], "pos=rope needs an even head dimension, but n_embd / n_head = 36 / 12 = 3"),
+        (
+            ["--dropout=0.1", "--attn_backward=sus"],
+            "dropout=0.1 includes attention dropout, which attn_backward=sus does not support: "
+            "set --dropout=0.0 or --attn_backward=exact",
+        ),
+        (
+            ["--backprop=analytic", "--init_from=gpt2", "--lora_rank=2", "--lora_dropout=0.1"],
+            "lora_dropout=0.1 is not covered by backprop=analytic: set --lora_dropout=0.0 or --backprop=autograd",
+        ),
+        (
+            ["--backprop=analytic", "--dropout=0.1"],
+            "dropout=0.1 is not covered by backprop=analytic: set --dropout=0.0 or --backprop=autograd",
+        ),
+        (
+            ["--backprop=analytic", "--attn_backward=sus", "--sus_c=auto"],
+            "sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, e.g. "
+            "--sus_c=4, or "
+            "--backprop=autograd",
+        ),
+        (
+            ["--backprop=analytic", "--compile=True"],
+            "compile=True compiles autograd's backward, not that of backprop=analytic: set "
+            "--compile=False or --backprop=autograd",
+        ),
+        (
+            ["--dropout=0.1", "--attn_backward=lowrank"],
+            "dropout=0.1 includes attention dropout, which attn_backward=lowrank does not "
+            "support: set --dropout=0.0 or --attn_backward=exact",
+        ),
+        (
+            ["--lowrank_degree=3"],
+            "lowrank_degree=3 must be even: polynomials of odd degree are negative somewhere, and weights must not be",
+        ),
+        (
+            ["--qk_norm_scale=0.5"],
+            "qk_norm_scale=0.5 is the gain of qk_norm, which is off: set --qk_norm=True, or --qk_norm_scale=0",
+        ),
+        (
+            ["--lr_decay_iters=100"],
+            "lr_decay_iters=100 is below warmup_iters=2000: raise the one (usually to max_iters), "
+            "lower the other, or set --decay_lr=False",
+        ),
+        (
+            ["--learning_rate=1e-5"],
+            "min_lr=6e-05 is above learning_rate=1e-05: lower the one (usually to "
+            "learning_rate / 10), raise the other, or set --decay_lr=False",
+        ),
+        (
+            ["--rope_scaling=8"],
+            "rope_scaling=8.0 is for rotary positions, and pos=learned: leave it out, or set --pos=rope",
+        ),
+        (["--lora_alpha=8"], "lora_alpha=8.0 needs adapters: give --lora_rank=8, say, or leave lora_alpha out"),
+        (
+            ["--lora_targets=c_fc", "--init_from=gpt2"],
+            "lora_targets=c_fc needs adapters: give --lora_rank=8, say, or leave lora_targets out",
+        ),
+        (["--lora_dropout=0.1"], "lora_dropout=0.1 needs adapters: give --lora_rank=8, say, or leave lora_dropout out"),
+        (["--lora_rank=8"], "lora_rank=8 needs a trained model, the base: --init_from=PATH of a checkpoint, or gpt2"),
+        (
+            ["--lora_rank=8", "--init_from=gpt2", "--lora_base=a"],
+            "lora_base=a is for resuming a run with adapters, whose base has moved: "
+            "leave it out, or set --init_from=resume",
+        ),
+        (
+            ["--lora_rank=8", "--init_from=gpt2", "--lora_targets=c_fc,c_proj", "--attn_backward=sus", "--sus_c=auto"],
+            "sus_c=auto goes by the gradient of c_attn, which lora_targets=c_fc,c_proj leaves out: add c_attn, or give "
+            "a number",
+        ),
+        (["--out_dir="], "out_dir is empty: name a folder"),
+        (["--dataset="], "dataset is empty: name a folder"),
+    ],
+)
 def test_validate_refuses(argv, message):
     with pytest.raises(UserError) as caught:
         validate(load(*argv))
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("argv", [
-    [], ["--n_kv_head=12"], ["--n_kv_head=1"], ["--n_embd=36"], ["--pos=rope"],
-    ["--dropout=0.1", "--attn_backward=exact"], ["--sus_c=inf"], ["--lr_decay_iters=2000"],
-    ["--lr_decay_iters=100", "--decay_lr=False"], ["--learning_rate=1e-5", "--decay_lr=False"],
-    ["--learning_rate=6e-5"], ["--max_iters=0"], ["--pos=rope", "--rope_scaling=8"], ["--lora_rank=0", "--lora_alpha=8"],
-    ["--init_from=gpt2", "--lora_rank=4", "--lora_targets=c_fc, attn.c_attn", "--attn_backward=sus", "--sus_c=auto"],
-    ["--backprop=analytic", "--attn_backward=sus"],
-    ["--backprop=analytic", "--sus_c=auto"], ["--backprop=analytic", "--compile=False", "--activation_checkpointing=True"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--n_kv_head=12"],
+        ["--n_kv_head=1"],
+        ["--n_embd=36"],
+        ["--pos=rope"],
+        ["--dropout=0.1", "--attn_backward=exact"],
+        ["--sus_c=inf"],
+        ["--lr_decay_iters=2000"],
+        ["--lr_decay_iters=100", "--decay_lr=False"],
+        ["--learning_rate=1e-5", "--decay_lr=False"],
+        ["--learning_rate=6e-5"],
+        ["--max_iters=0"],
+        ["--pos=rope", "--rope_scaling=8"],
+        ["--lora_rank=0", "--lora_alpha=8"],
+        [
+            "--init_from=gpt2",
+            "--lora_rank=4",
+            "--lora_targets=c_fc, attn.c_attn",
+            "--attn_backward=sus",
+            "--sus_c=auto",
+        ],
+        ["--backprop=analytic", "--attn_backward=sus"],
+        ["--backprop=analytic", "--sus_c=auto"],
+        ["--backprop=analytic", "--compile=False", "--activation_checkpointing=True"],
+    ],
+    ids=" ".join,
+)
 def test_validate_accepts(argv):
     validate(load(*argv))
 
@@ -376,6 +492,7 @@ def test_nanogpt_keys_are_here():
 
 # ---- --help
 
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--n_layers=oops", "nowhere.py", "--help"]])
 def test_help(capsys, argv):
     with pytest.raises(SystemExit) as caught:
@@ -393,8 +510,14 @@ def test_help(capsys, argv):
 
 def test_another_dataclass_even_with_text_annotations(capsys):
     """`from __future__ import annotations` in a script turns the types of its fields into text."""
-    cls = dataclasses.make_dataclass("Prepare", [("input", "str", key("", "i")), ("rate", "float", key(1.0, "r")),
-                                                 ("fast", "bool | None", key(None, "f", section="Speed"))])
+    cls = dataclasses.make_dataclass(
+        "Prepare",
+        [
+            ("input", "str", key("", "i")),
+            ("rate", "float", key(1.0, "r")),
+            ("fast", "bool | None", key(None, "f", section="Speed")),
+        ],
+    )
     cfg = load("--rate=2", "--fast=auto", cls=cls)
     assert (cfg.input, cfg.rate, cfg.fast) == ("", 2.0, None) and type(cfg.rate) is float
     with pytest.raises(SystemExit):
@@ -418,6 +541,7 @@ def test_a_file_of_another_kind_is_not_run(tmp_path):
 
 # ---- run_main
 
+
 def run(code):
     root = Path(__file__).resolve().parent.parent
     return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
@@ -436,8 +560,9 @@ def test_run_main_on_ctrl_c():
 def test_run_main_ends_quietly_when_its_reader_leaves():
     code = "from configurator import *\ndef main(): print('x' * 10**6)\nrun_main(main)"
     script = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -c 5"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True,
-                          cwd=Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        script, shell=True, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent
+    )
     assert done.stdout == "xxxxx" and done.stderr == ""
 
 

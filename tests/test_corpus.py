@@ -57,15 +57,35 @@ def test_files_hold_the_documents(tmp_path, capsys):
     assert all(path.is_file() for path in (tmp_path / "new").iterdir())
     for split, ends in ("train", [15, 42]), ("val", [30]):
         assert np.fromfile(tmp_path / "new" / f"{split}_ends.bin", np.uint64).tolist() == ends
-    assert json.loads(files["meta.json"]) == meta == {
-        "vocab_size": 257, "dtype": "uint16", "tokenizer": {"name": "byte"}, "source": {"made": "here"},
-        "train_tokens": 15 + 27, "train_documents": 2, "train_sha256": hashlib.sha256(files["train.bin"]).hexdigest(),
-        "val_tokens": 30, "val_documents": 1, "val_sha256": hashlib.sha256(files["val.bin"]).hexdigest(),
-        **{f"{name}_sha256": hashlib.sha256(files[f"{name}.bin"]).hexdigest() for name in ("train_ends", "val_ends")},
-        "document_lengths": {"min": 15, "median": 21, "mean": 21, "max": 27,
-                             "share_of_tokens_in_documents_of_at_least": {"2k": 0, "8k": 0, "32k": 0, "128k": 0},
-                             "documents_from_this_length_to_its_double": {"8": 1, "16": 1}},
-        "left_out_as_too_short": 0}
+    assert (
+        json.loads(files["meta.json"])
+        == meta
+        == {
+            "vocab_size": 257,
+            "dtype": "uint16",
+            "tokenizer": {"name": "byte"},
+            "source": {"made": "here"},
+            "train_tokens": 15 + 27,
+            "train_documents": 2,
+            "train_sha256": hashlib.sha256(files["train.bin"]).hexdigest(),
+            "val_tokens": 30,
+            "val_documents": 1,
+            "val_sha256": hashlib.sha256(files["val.bin"]).hexdigest(),
+            **{
+                f"{name}_sha256": hashlib.sha256(files[f"{name}.bin"]).hexdigest()
+                for name in ("train_ends", "val_ends")
+            },
+            "document_lengths": {
+                "min": 15,
+                "median": 21,
+                "mean": 21,
+                "max": 27,
+                "share_of_tokens_in_documents_of_at_least": {"2k": 0, "8k": 0, "32k": 0, "128k": 0},
+                "documents_from_this_length_to_its_double": {"8": 1, "16": 1},
+            },
+            "left_out_as_too_short": 0,
+        }
+    )
     out, err = capsys.readouterr()
     assert "42 tokens in 2 documents" in out and "note: one split has only 30 tokens" in out
     assert err == ""  # no progress bar where nobody looks
@@ -74,7 +94,11 @@ def test_files_hold_the_documents(tmp_path, capsys):
 def test_share_of_long_documents(tmp_path, capsys):
     meta = write(tmp_path, [("long", "x" * 8191), ("short", "y" * 2046)])  # 8192 and 2047 tokens
     assert meta["document_lengths"]["share_of_tokens_in_documents_of_at_least"] == {
-        "2k": round(8192 / 10239, 4), "8k": round(8192 / 10239, 4), "32k": 0, "128k": 0}
+        "2k": round(8192 / 10239, 4),
+        "8k": round(8192 / 10239, 4),
+        "32k": 0,
+        "128k": 0,
+    }
     assert "8k: 80%, 32k: 0%" in capsys.readouterr().out
 
 
@@ -166,8 +190,9 @@ def test_full_disk(tmp_path, monkeypatch, name, earlier):
     if earlier:
         write(tmp_path / "x", [("old", "an earlier corpus")])
         before = content(tmp_path / "x")
-    monkeypatch.setattr(corpus, "open", lambda path, mode: FullDisk() if path.name == name else open(path, mode),
-                        raising=False)
+    monkeypatch.setattr(
+        corpus, "open", lambda path, mode: FullDisk() if path.name == name else open(path, mode), raising=False
+    )
     with pytest.raises(UserError, match="can't write the corpus .*x: No space left on device"):
         write(tmp_path / "x")
     if earlier:
@@ -217,7 +242,9 @@ corpus.write_corpus(sys.argv[2], Killed({"made": "here"}), tokenizer_from_meta({
 
 
 def run_killed(folder, left, shortest=0):
-    done = subprocess.run([sys.executable, "-c", KILLED, ROOT, folder, f"{left}", f"{shortest}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, ROOT, folder, f"{left}", f"{shortest}"], capture_output=True, text=True
+    )
     assert done.returncode == (-signal.SIGKILL if left >= 0 else 0), done.stderr
     return done.stdout
 
@@ -236,7 +263,8 @@ def test_after_a_kill_the_same_command_goes_on_and_makes_the_same_bytes(tmp_path
         out = run_killed(tmp_path / "x", -1, shortest)
         went_on += "going on" in out
         assert {name: content(tmp_path / "x")[name] for name in (*FILES, "meta.json")} == {
-            name: whole[name] for name in (*FILES, "meta.json")}
+            name: whole[name] for name in (*FILES, "meta.json")
+        }
         assert not (tmp_path / "x/unfinished").exists()
     assert went_on >= 3
 
@@ -284,7 +312,9 @@ def test_killed_while_it_moves(tmp_path, moves):
     """What was encoded is not encoded again; meanwhile it is no corpus, but for the very first instant."""
     write_corpus(tmp_path / "whole", Unsplit([5] * 8), BYTE)
     write(tmp_path / "x")
-    done = subprocess.run([sys.executable, "-c", MOVES, ROOT, tmp_path / "x", f"{moves}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MOVES, ROOT, tmp_path / "x", f"{moves}"], capture_output=True, text=True
+    )
     assert done.returncode == 9, done.stderr
     if moves:
         with pytest.raises(UserError, match="was cut off at its very end"):
@@ -296,7 +326,8 @@ def test_killed_while_it_moves(tmp_path, moves):
 
     write_corpus(tmp_path / "x", Read([5] * 8), BYTE)
     assert {name: content(tmp_path / "x")[name] for name in (*FILES, "meta.json")} == {
-        name: content(tmp_path / "whole")[name] for name in (*FILES, "meta.json")}
+        name: content(tmp_path / "whole")[name] for name in (*FILES, "meta.json")
+    }
     assert not (tmp_path / "x/unfinished").exists()
 
 
@@ -336,7 +367,9 @@ class Failing(Texts):
                 raise self.error
 
 
-@pytest.mark.parametrize("error", [UserError("no network"), KeyboardInterrupt(), MemoryError(), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize(
+    "error", [UserError("no network"), KeyboardInterrupt(), MemoryError(), OSError(errno.ENOSPC, "No space left")]
+)
 @pytest.mark.parametrize("saved", [True, False])
 def test_what_was_done_is_kept(tmp_path, monkeypatch, capsys, error, saved):
     """However it fails, and also when that is before it has gone on."""
@@ -395,14 +428,19 @@ def test_one_document_in_so_many_is_for_validation(tmp_path):
 
 def test_short_documents_are_left_out(tmp_path, capsys):
     meta = write_corpus(tmp_path, Unsplit([8, 9, 5, 10, 0, 20, 9]), BYTE, val_every=3, min_doc_tokens=10)
-    assert documents(tmp_path, "val") == ["b" * 9, "g" * 9]  # 9 and end-of-text are 10; of the kept, the first and fourth
+    assert documents(tmp_path, "val") == [
+        "b" * 9,
+        "g" * 9,
+    ]  # 9 and end-of-text are 10; of the kept, the first and fourth
     assert documents(tmp_path, "train") == ["d" * 10, "f" * 20]
     assert meta["left_out_as_too_short"] == 2 and "too short: 2 documents" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no text for train.bin \(2 documents were too short\)"):
         write_corpus(tmp_path, Unsplit([8, 8]), BYTE, min_doc_tokens=10)
 
 
-@pytest.mark.parametrize("most, kept", [(1, "a"), (6, "a"), (7, "ab"), (12, "ab"), (13, "abc"), (1000, "abcdefgh"), (0, "abcdefgh")])
+@pytest.mark.parametrize(
+    "most, kept", [(1, "a"), (6, "a"), (7, "ab"), (12, "ab"), (13, "abc"), (1000, "abcdefgh"), (0, "abcdefgh")]
+)
 def test_no_document_is_begun_beyond_max_tokens(tmp_path, most, kept):
     if kept == "a":
         with pytest.raises(UserError, match="no text for train.bin"):
@@ -426,8 +464,7 @@ def test_pieces_of_a_text_in_parts(size):
 
 @pytest.mark.parametrize("moves", [1, 2, 3, 4, 5])
 def test_stopped_while_it_moves(tmp_path, monkeypatch, moves):
-    """
-    Old and new files have the same sizes here, so that a mix would pass every other check; and without meta.json
+    """Old and new files have the same sizes here, so that a mix would pass every other check; and without meta.json
     they would be taken for GPT-2's ids.
     """
     write(tmp_path, TRAIN, VAL)
@@ -451,18 +488,30 @@ def test_stopped_while_it_moves(tmp_path, monkeypatch, moves):
 # -- reading text ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raw, text", [(b"\xef\xbb\xbfmark", "mark"), (b"a\r\nb\r\n", "a\nb\n"), (b"a\rb\n", "a\rb\n"),
-                                       ("größer".encode(), "größer"), (b"", "")])
+@pytest.mark.parametrize(
+    "raw, text",
+    [
+        (b"\xef\xbb\xbfmark", "mark"),
+        (b"a\r\nb\r\n", "a\nb\n"),
+        (b"a\rb\n", "a\rb\n"),
+        ("größer".encode(), "größer"),
+        (b"", ""),
+    ],
+)
 def test_read_text(tmp_path, raw, text):
     (tmp_path / "f").write_bytes(raw)
     assert read_text(tmp_path / "f") == text
 
 
-@pytest.mark.parametrize("raw, message", [
-    (b"PNG\0...", "f is not text: byte 3 is NUL"),
-    ("größer".encode("latin1"), "f is not UTF-8 text: byte 2 is 0xf6 .*iconv"),
-    ("größer".encode("utf-16"), "f is not text: byte 3 is NUL"),
-    (None, "can't read .*f: No such file")])
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (b"PNG\0...", "f is not text: byte 3 is NUL"),
+        ("größer".encode("latin1"), "f is not UTF-8 text: byte 2 is 0xf6 .*iconv"),
+        ("größer".encode("utf-16"), "f is not text: byte 3 is NUL"),
+        (None, "can't read .*f: No such file"),
+    ],
+)
 def test_read_text_refuses(tmp_path, raw, message):
     if raw is not None:
         (tmp_path / "f").write_bytes(raw)
@@ -480,7 +529,10 @@ def tree(folder, files):
 def test_files_under(tmp_path):
     tree(tmp_path, dict.fromkeys(["b.txt", "a/c.txt", "a/.hidden", ".git/x", "skip/me", "a/skip/me", "skip.txt"], "-"))
     assert [path.relative_to(tmp_path).as_posix() for path in files_under(tmp_path, ("skip",))] == [
-        "a/c.txt", "b.txt", "skip.txt"]
+        "a/c.txt",
+        "b.txt",
+        "skip.txt",
+    ]
 
 
 def test_links_are_followed_but_into_no_folder_twice(tmp_path):
@@ -488,7 +540,11 @@ def test_links_are_followed_but_into_no_folder_twice(tmp_path):
     for name, target in ("up", ".."), ("a/round", "../../here"), ("b", "a"), ("file.txt", "z.txt"), ("gone", "nowhere"):
         (tmp_path / "here" / name).symlink_to(target)
     assert [path.relative_to(tmp_path / "here").as_posix() for path in files_under(tmp_path / "here")] == [
-        "a/x.txt", "file.txt", "up/there/y.txt", "z.txt"]
+        "a/x.txt",
+        "file.txt",
+        "up/there/y.txt",
+        "z.txt",
+    ]
 
 
 # -- data/stdlib -------------------------------------------------------------------------------
@@ -510,10 +566,25 @@ def test_stdlib_of_this_python(tmp_path):
 
 @pytest.fixture
 def small_stdlib(tmp_path, monkeypatch):
-    tree(tmp_path / "lib", {f"module{i}.py": f"number = {i}\n" for i in range(400)} | dict.fromkeys(
-        ["test/test_a.py", "json/tests/b.py", "idlelib/idle_test/c.py", "site-packages/d/e.py", "dist-packages/f.py",
-         "a/__pycache__/g.py", "_sysconfigdata__linux.py", "config-3.11-x86/h.py", "readme.txt"], "left out")
-         | {"latin.py": b"# caf\xe9", "empty.py": ""})
+    tree(
+        tmp_path / "lib",
+        {f"module{i}.py": f"number = {i}\n" for i in range(400)}
+        | dict.fromkeys(
+            [
+                "test/test_a.py",
+                "json/tests/b.py",
+                "idlelib/idle_test/c.py",
+                "site-packages/d/e.py",
+                "dist-packages/f.py",
+                "a/__pycache__/g.py",
+                "_sysconfigdata__linux.py",
+                "config-3.11-x86/h.py",
+                "readme.txt",
+            ],
+            "left out",
+        )
+        | {"latin.py": b"# caf\xe9", "empty.py": ""},
+    )
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
     return tmp_path / "lib"
 
@@ -600,8 +671,18 @@ def text_corpus(tmp_path, files, **options):
 def test_text_of_a_folder(tmp_path):
     """The end of each document is validation; byte order marks and CR go; hidden and empty files don't count."""
     first, second = "ab" * 100, "größer " * 30
-    meta, folder = text_corpus(tmp_path, {"b/two.md": second, "a.txt": b"\xef\xbb\xbf" + first.encode(), ".x": "hidden",
-                                          ".git/y": b"\0", "c.txt": "one\r\ntwo\r\n", "d.txt": ""}, val_fraction=0.1)
+    meta, folder = text_corpus(
+        tmp_path,
+        {
+            "b/two.md": second,
+            "a.txt": b"\xef\xbb\xbf" + first.encode(),
+            ".x": "hidden",
+            ".git/y": b"\0",
+            "c.txt": "one\r\ntwo\r\n",
+            "d.txt": "",
+        },
+        val_fraction=0.1,
+    )
     assert documents(folder, "train") == [first[:180], second[:189], "one\ntwo\n"]
     assert documents(folder, "val") == [first[180:], second[189:]]
     assert meta["source"] == {"input": str(tmp_path / "in"), "files": 4, "val_fraction": 0.1}
@@ -614,7 +695,7 @@ def test_text_of_a_file(tmp_path):
     load_corpus(tmp_path / "book", 2048)
 
 
-def test_text_with_gpt2(tmp_path, gpt2):
+def test_text_with_gpt2(tmp_path, gpt2):  # noqa: F811
     meta, folder = text_corpus(tmp_path, {"a": "Hello world" * 10, "b": "<|endoftext|>" * 40}, tokenizer="gpt2")
     assert (meta["vocab_size"], meta["tokenizer"]) == (50304, {"name": "gpt2"})
     ids = np.fromfile(folder / "train.bin", np.uint16)
@@ -632,8 +713,10 @@ def test_text_which_is_none(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("files, message", [({".hidden": "text"}, "no files"), ({"a": ""}, "no text for train"),
-                                            ({"a": "short"}, "no text for val.bin")])
+@pytest.mark.parametrize(
+    "files, message",
+    [({".hidden": "text"}, "no files"), ({"a": ""}, "no text for train"), ({"a": "short"}, "no text for val.bin")],
+)
 def test_text_too_little(tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         text_corpus(tmp_path, files)
@@ -651,11 +734,39 @@ def test_text_without_input(tmp_path):
         script["text"].prepare("", "mine", data=tmp_path)
 
 
-@pytest.mark.parametrize("out", ["", ".", "..", "../up", "a/b", "a\\b", "/tmp/x", ".hidden", "-x", "with space",
-                                 "__pycache__", "loader.py", "a\n", "x" * 300, "stdlib", "shakespeare_char", "text"])
+@pytest.mark.parametrize(
+    "out",
+    [
+        "",
+        ".",
+        "..",
+        "../up",
+        "a/b",
+        "a\\b",
+        "/tmp/x",
+        ".hidden",
+        "-x",
+        "with space",
+        "__pycache__",
+        "loader.py",
+        "a\n",
+        "x" * 300,
+        "stdlib",
+        "shakespeare_char",
+        "text",
+    ],
+)
 def test_text_bad_name(tmp_path, out):
-    tree(tmp_path, {"data/loader.py": "", "data/stdlib/prepare.py": "", "data/shakespeare_char/prepare.py": "",
-                    "data/text/prepare.py": "", "in.txt": "text " * 100})
+    tree(
+        tmp_path,
+        {
+            "data/loader.py": "",
+            "data/stdlib/prepare.py": "",
+            "data/shakespeare_char/prepare.py": "",
+            "data/text/prepare.py": "",
+            "in.txt": "text " * 100,
+        },
+    )
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="--out=(?s:.*)(give a name|another name)"):
         script["text"].prepare(str(tmp_path / "in.txt"), out, data=tmp_path / "data")
@@ -679,10 +790,16 @@ def test_text_of_mixed_files(tmp_path):
     """A row is a document, all of it for training or for validation; a file gives its end to validation."""
     (tmp_path / "in").mkdir()
     parquet(tmp_path / "in/d.parquet", text=["seventh", "eighth"], other=[1, 2])
-    meta, folder = text_corpus(tmp_path, {
-        "a.tex": "\\section{One} " * 10, "b.jsonl": jsonl(*({"text": t, "id": 1} for t in ("first", "", "second\r\n", None, "third"))),
-        "c.jsonl.zst": compressed(jsonl({"text": "fourth"}, {"text": "fifth"})), "e.md.zst": compressed("größer ".encode() * 20)},
-        val_fraction=0.2)
+    meta, folder = text_corpus(
+        tmp_path,
+        {
+            "a.tex": "\\section{One} " * 10,
+            "b.jsonl": jsonl(*({"text": t, "id": 1} for t in ("first", "", "second\r\n", None, "third"))),
+            "c.jsonl.zst": compressed(jsonl({"text": "fourth"}, {"text": "fifth"})),
+            "e.md.zst": compressed("größer ".encode() * 20),
+        },
+        val_fraction=0.2,
+    )
     one, two = "\\section{One} " * 10, "größer " * 20
     rows = ["first", "second\n", "third", "fourth", "fifth", "seventh", "eighth"]
     train, val = documents(folder, "train"), documents(folder, "val")
@@ -692,23 +809,31 @@ def test_text_of_mixed_files(tmp_path):
 
 
 def test_text_of_a_column(tmp_path):
-    meta, folder = text_corpus(tmp_path, {"a.jsonl": jsonl({"body": "one"}, {"body": "two"}, {"body": "three"})}, column="body")
+    meta, folder = text_corpus(
+        tmp_path, {"a.jsonl": jsonl({"body": "one"}, {"body": "two"}, {"body": "three"})}, column="body"
+    )
     assert documents(folder, "train") + documents(folder, "val") == ["two", "three", "one"]
 
 
-@pytest.mark.parametrize("files, message", [
-    ({"a.jsonl": b'{"text": "x"}\n\n\n{"text": '}, "a.jsonl: row 4 is no JSON"),
-    ({"a.jsonl": jsonl({"text": "x"}, {"body": "y"})}, "a.jsonl: row 2 has no column 'text' but 'body': choose one by --column=NAME"),
-    ({"a.jsonl": jsonl({"text": "x"}, ["text"])}, "a.jsonl: row 2 has no column 'text' but list"),
-    ({"a.jsonl": jsonl({"text": "x"}, {"text": 5})}, "a.jsonl: row 2 has no text, but int"),
-    ({"a.JSONL": jsonl({"text": "x"}, {"text": "a\0"})}, "a.JSONL: row 2 has a NUL"),
-    ({"a.jsonl": b'{"text": "x"}\n{"text": "\\ud800"}'}, "a.jsonl: row 2 has half a surrogate pair"),
-    ({"a.jsonl": b'{"text": "x"}\n' + b"[" * 100_000}, "a.jsonl: row 2 is no JSON"),
-    ({"a.jsonl": b'{"text": "x"}\n{"text": "\xff"}'}, "a.jsonl: row 2 is no JSON"),
-    ({"a.parquet.zst": b"x"}, "a.parquet.zst: .parquet files are compressed by themselves"),
-    ({"a.parquet": b"PAR1 and more"}, "a.parquet is damaged, or no parquet file"),
-    ({"a.txt.zst": b"no zstd"}, "can't read .*a.txt.zst: ZSTD decompress failed"),
-])
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a.jsonl": b'{"text": "x"}\n\n\n{"text": '}, "a.jsonl: row 4 is no JSON"),
+        (
+            {"a.jsonl": jsonl({"text": "x"}, {"body": "y"})},
+            "a.jsonl: row 2 has no column 'text' but 'body': choose one by --column=NAME",
+        ),
+        ({"a.jsonl": jsonl({"text": "x"}, ["text"])}, "a.jsonl: row 2 has no column 'text' but list"),
+        ({"a.jsonl": jsonl({"text": "x"}, {"text": 5})}, "a.jsonl: row 2 has no text, but int"),
+        ({"a.JSONL": jsonl({"text": "x"}, {"text": "a\0"})}, "a.JSONL: row 2 has a NUL"),
+        ({"a.jsonl": b'{"text": "x"}\n{"text": "\\ud800"}'}, "a.jsonl: row 2 has half a surrogate pair"),
+        ({"a.jsonl": b'{"text": "x"}\n' + b"[" * 100_000}, "a.jsonl: row 2 is no JSON"),
+        ({"a.jsonl": b'{"text": "x"}\n{"text": "\xff"}'}, "a.jsonl: row 2 is no JSON"),
+        ({"a.parquet.zst": b"x"}, "a.parquet.zst: .parquet files are compressed by themselves"),
+        ({"a.parquet": b"PAR1 and more"}, "a.parquet is damaged, or no parquet file"),
+        ({"a.txt.zst": b"no zstd"}, "can't read .*a.txt.zst: ZSTD decompress failed"),
+    ],
+)
 def test_text_in_broken_files(tmp_path, files, message):
     if not all(name.lower().endswith("jsonl") for name in files):
         pytest.importorskip("pyarrow")
@@ -769,7 +894,10 @@ def test_text_without_the_package_it_needs(tmp_path, monkeypatch):
 
 
 def test_text_leaves_bad_rows_out_if_told_to(tmp_path, capsys):
-    rows = jsonl({"text": "one"}, {"text": 5}, {"body": "x"}, {"text": "a\0"}, {"text": None}, {"text": "\ufefftwo"}) + b"{\n"
+    rows = (
+        jsonl({"text": "one"}, {"text": 5}, {"body": "x"}, {"text": "a\0"}, {"text": None}, {"text": "\ufefftwo"})
+        + b"{\n"
+    )
     _, folder = text_corpus(tmp_path, {"a.jsonl": rows}, skip_bad=True)
     assert documents(folder, "train") + documents(folder, "val") == ["two", "one"]
     assert "not text: 4 rows" in capsys.readouterr().out
@@ -777,21 +905,29 @@ def test_text_leaves_bad_rows_out_if_told_to(tmp_path, capsys):
 
 def test_text_a_wrong_column_is_no_bad_file(tmp_path):
     files = {"a.jsonl": jsonl({"body": "one"}), "b.txt": "text " * 20}
-    with pytest.raises(UserError, match="1 of 2 files have no such column.*\n  .*a.jsonl: the first row has no column 'text' but 'body'"):
+    with pytest.raises(
+        UserError,
+        match="1 of 2 files have no such column.*\n  .*a.jsonl: the first row has no column 'text' but 'body'",
+    ):
         text_corpus(tmp_path, files, skip_bad=True)
 
 
 def test_text_goes_on_with_the_next_document(tmp_path):
-    tree(tmp_path, {"a.jsonl": jsonl({"text": "one"}, {"text": 5}, {"text": "two"}), "b.txt": "text " * 20, "c.md": "more " * 30})
+    tree(
+        tmp_path,
+        {"a.jsonl": jsonl({"text": "one"}, {"text": 5}, {"text": "two"}), "b.txt": "text " * 20, "c.md": "more " * 30},
+    )
     files = script["text"].Files(str(tmp_path), 0.1, "text", False, True, None)
-    read = lambda documents: [(d.split, d.name, "".join(d.texts)) for d in documents]  # noqa: E731
+    read = lambda documents: [(d.split, d.name, "".join(d.texts)) for d in documents]
     whole = read(files.documents())
     assert len(whole) == 6
     for n, _ in enumerate(files.documents(), 1):
         state = json.loads(json.dumps(files.state()))
         assert state == n
     for state in range(7):
-        assert read(script["text"].Files(str(tmp_path), 0.1, "text", False, True, None).documents(state)) == whole[state:]
+        assert (
+            read(script["text"].Files(str(tmp_path), 0.1, "text", False, True, None).documents(state)) == whole[state:]
+        )
     before = files.fingerprint
     os.utime(tmp_path / "b.txt", (1, 1))
     assert script["text"].Files(str(tmp_path), 0.1, "text", False, True, None).fingerprint != before
@@ -807,12 +943,18 @@ def test_text_a_long_line(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK", 7)
     rows = [{"text": "word " * n} for n in (0, 100, 1, 50)]
     (tmp_path / "a.jsonl").write_bytes(b"\n" + jsonl(*rows) + b"\n")
-    assert list(script["text"].rows_of(tmp_path / "a.jsonl", "text")) == [(n, row["text"], None) for n, row in enumerate(rows, 2)]
+    assert list(script["text"].rows_of(tmp_path / "a.jsonl", "text")) == [
+        (n, row["text"], None) for n, row in enumerate(rows, 2)
+    ]
 
 
 def test_text_share_of_rows_beside_files(tmp_path):
     """That files give their ends to validation does not change which rows do."""
-    files = {f"{i:02}.{kind}": content for i in range(30) for kind, content in (("txt", "text " * 20), ("jsonl", jsonl({"text": f"row {i}"})))}
+    files = {
+        f"{i:02}.{kind}": content
+        for i in range(30)
+        for kind, content in (("txt", "text " * 20), ("jsonl", jsonl({"text": f"row {i}"})))
+    }
     _, folder = text_corpus(tmp_path, files, val_fraction=0.34)
     assert sum(text.startswith("row") for text in documents(folder, "val")) == 10
 
@@ -832,8 +974,13 @@ def test_text_without_project_gutenberg(tmp_path, monkeypatch, block):
     monkeypatch.setattr(corpus, "BLOCK", block)
     head = "The Project Gutenberg EBook of X\n\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n"
     book = "\n Chapter 1\n" + "Call me Ishmael. " * 100 + "***\n* * *\nThe End of it.\n"
-    for n, end in enumerate(["End of the Project Gutenberg EBook of X\n*** END OF", "End of Project Gutenberg’s X\n\n\n*** END OF",
-                             "***END OF THE PROJECT GUTENBERG EBOOK X***\n"]):
+    for n, end in enumerate(
+        [
+            "End of the Project Gutenberg EBook of X\n*** END OF",
+            "End of Project Gutenberg’s X\n\n\n*** END OF",
+            "***END OF THE PROJECT GUTENBERG EBOOK X***\n",
+        ]
+    ):
         _, folder = text_corpus(tmp_path / f"{n}", {"x.txt": head + book + end + " more" * 300}, strip_gutenberg=True)
         assert documents(folder, "train")[0] + documents(folder, "val")[0] == book
     _, folder = text_corpus(tmp_path / "other", {"x.txt": book}, strip_gutenberg=True)
@@ -853,13 +1000,23 @@ def test_text_is_read_in_blocks(tmp_path, monkeypatch, block):
 # -- as commands -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, argument, code, output", [
-    ("stdlib", "--help", 0, "--val_fraction=0.05"),
-    ("shakespeare_char", "--input=/no/such/file", 1, "error: can't read /no/such/file: No such file or directory\n"),
-    ("text", "--inptu=x", 1, "error: --inptu=x: unknown key 'inptu'; did you mean input?\n")])
+@pytest.mark.parametrize(
+    "name, argument, code, output",
+    [
+        ("stdlib", "--help", 0, "--val_fraction=0.05"),
+        (
+            "shakespeare_char",
+            "--input=/no/such/file",
+            1,
+            "error: can't read /no/such/file: No such file or directory\n",
+        ),
+        ("text", "--inptu=x", 1, "error: --inptu=x: unknown key 'inptu'; did you mean input?\n"),
+    ],
+)
 def test_command(tmp_path, name, argument, code, output):
-    done = subprocess.run([sys.executable, ROOT / "data" / name / "prepare.py", argument], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "data" / name / "prepare.py", argument], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == code
     assert output in done.stdout if code == 0 else output == done.stderr
 

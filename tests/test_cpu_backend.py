@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, case, check_errors, check_unbiased, float64, rms, same, shaped, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sus_attention import naive
 from torch.utils.checkpoint import checkpoint
 
-from sus_backends import cpu, reference
-from sus_backends.reference import KAPPA, TILE, UNIT, tile_slots, tiles_of
+from cases import LAYOUTS, case, check_errors, check_unbiased, float64, rms, same, shaped, spoiled
 from model import GPT, GPTConfig
 from sus_attn import resolve_backend, sus_attention
+from sus_backends import cpu, reference
+from sus_backends.reference import KAPPA, TILE, UNIT, tile_slots, tiles_of
+from test_sus_attention import naive
 
 if cpu.missing():
     pytest.skip(cpu.missing(), allow_module_level=True)
@@ -66,8 +66,15 @@ def masked(monkeypatch, tensors, c=5.0, seed=1, **kwargs):
                 for tile in range(width - 1):
                     i = rows[task * ck.CHUNK * slots :][at[tile] : at[tile + 1]]
                     keys = slice(tile * TILE, (tile + 1) * TILE)
-                    assert (i[1:] > i[:-1]).all() and (first <= i).all() and (i < stop).all() and not m[b, h, i, keys].any()
-                    m[b, h, i, keys] = torch.tensor(weights[2 * task * ck.CHUNK * slots :][2 * at[tile] : 2 * at[tile + 1] : 2, None])
+                    assert (
+                        (i[1:] > i[:-1]).all()
+                        and (first <= i).all()
+                        and (i < stop).all()
+                        and not m[b, h, i, keys].any()
+                    )
+                    m[b, h, i, keys] = torch.tensor(
+                        weights[2 * task * ck.CHUNK * slots :][2 * at[tile] : 2 * at[tile + 1] : 2, None]
+                    )
         return run(kernel, tasks, *args, **options)
 
     monkeypatch.setattr(cpu, "_run", seen)
@@ -110,8 +117,14 @@ def thinned_mask(proposed, w, c, seed, grad_out):
 
 def python(code, *args, cwd=ROOT, **env):
     """Runs code in a new Python; its stdout and stderr."""
-    done = subprocess.run([sys.executable, "-c", code, *args], cwd=cwd, env={**os.environ, **env}, text=True,
-                          capture_output=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=cwd,
+        env={**os.environ, **env},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, done.stderr
 
@@ -121,23 +134,40 @@ def python(code, *args, cwd=ROOT, **env):
 CASES = [  # B, H, K, T, D, weights
     pytest.param(*x, id="B{}H{}K{}T{}D{}-{}".format(*x))
     for x in [
-        (1, 1, 1, 1, 1, "random"), (2, 4, 2, 1, 40, "random"), (1, 2, 1, 2, 3, "random"), (2, 2, 2, 2, 64, "sink"),
-        (2, 4, 2, 63, 16, "random"), (1, 4, 1, 63, 128, "peaked"), (1, 4, 1, 64, 40, "flat"),
-        (2, 2, 2, 64, 64, "high"), (1, 2, 1, 64, 17, "low"), (2, 2, 2, 65, 64, "one-hot"),
-        (1, 2, 1, 65, 128, "sink"), (1, 4, 4, 65, 3, "peaked"), (2, 2, 1, 65, 40, "high"),
-        (1, 2, 2, 127, 24, "random"), (2, 2, 1, 128, 16, "peaked"), (1, 4, 2, 129, 33, "random"), (1, 6, 2, 300, 64, "random"),
-        (1, 1, 1, 1000, 64, "random"), (1, 1, 1, 1000, 1, "random"), (1, 2, 1, 1000, 40, "peaked"),
-        (1, 1, 1, 1000, 128, "flat"), (2, 1, 1, 1000, 40, "one-hot"), (1, 2, 1, 1000, 16, "sink"),
-        (1, 1, 1, 1000, 16, "high"), (1, 1, 1, 1000, 64, "low"),
+        (1, 1, 1, 1, 1, "random"),
+        (2, 4, 2, 1, 40, "random"),
+        (1, 2, 1, 2, 3, "random"),
+        (2, 2, 2, 2, 64, "sink"),
+        (2, 4, 2, 63, 16, "random"),
+        (1, 4, 1, 63, 128, "peaked"),
+        (1, 4, 1, 64, 40, "flat"),
+        (2, 2, 2, 64, 64, "high"),
+        (1, 2, 1, 64, 17, "low"),
+        (2, 2, 2, 65, 64, "one-hot"),
+        (1, 2, 1, 65, 128, "sink"),
+        (1, 4, 4, 65, 3, "peaked"),
+        (2, 2, 1, 65, 40, "high"),
+        (1, 2, 2, 127, 24, "random"),
+        (2, 2, 1, 128, 16, "peaked"),
+        (1, 4, 2, 129, 33, "random"),
+        (1, 6, 2, 300, 64, "random"),
+        (1, 1, 1, 1000, 64, "random"),
+        (1, 1, 1, 1000, 1, "random"),
+        (1, 2, 1, 1000, 40, "peaked"),
+        (1, 1, 1, 1000, 128, "flat"),
+        (2, 1, 1, 1000, 40, "one-hot"),
+        (1, 2, 1, 1000, 16, "sink"),
+        (1, 1, 1, 1000, 16, "high"),
+        (1, 1, 1, 1000, 64, "low"),
     ]
-]  # fmt: skip
+]
 
 
 @DTYPES
 @pytest.mark.parametrize("B, H, K, T, D, weights", CASES)
 def test_forward_error_within_twice_that_of_sdpa(B, H, K, T, D, weights, dtype, poisoned):
     q, k, v, _ = shaped(weights, B, H, K, T, D, dtype)
-    sdpa = lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)  # noqa: E731
+    sdpa = lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
     drawn = forward(q, k, v)
     truth, lse = reference.forward(*float64((q, k, v)), True, D**-0.5)
     for of in (rms, lambda x: x.abs().max()):
@@ -253,9 +283,13 @@ def test_mass_that_comes_and_goes(poisoned, monkeypatch):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 400), st.integers(1, 128), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
-    st.floats(-1.5, 1).map(lambda x: 10**x), st.integers(-(2**63), 2**63 - 1), st.floats(0, 4),
-)  # fmt: skip
+    st.integers(1, 400),
+    st.integers(1, 128),
+    st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    st.floats(-1.5, 1).map(lambda x: 10**x),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(0, 4),
+)
 def test_any_shape(T, D, heads, c, seed, sharpness):
     c = float(np.float32(c))
     tensors = q, k, v, grad_out = case(1, *heads, T, D, seed=seed % 1000)
@@ -264,7 +298,7 @@ def test_any_shape(T, D, heads, c, seed, sharpness):
     with pytest.MonkeyPatch.context() as monkeypatch:
         _, ours, m = masked(monkeypatch, tensors, c, seed)
     assert torch.equal(m, thinned_mask(*proposed_of(drawn), c, seed, grad_out))
-    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]], 0)  # noqa: E731
+    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]], 0)
     theirs = reference.backward(grad_out, q, k, v, *drawn[:2], multiplier, True, D**-0.5)
     for a, b in zip(ours[:3], theirs):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * max(1, b.abs().max()))
@@ -329,7 +363,7 @@ def test_stats_equal_the_reference_under_the_same_mask(B, H, K, T, D, c, dtype, 
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case(B, H, K, T, D, dtype)]
     q, k, v, grad_out = tensors
     drawn, (*got, stats), m = masked(monkeypatch, tensors, c)
-    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]], 0)  # noqa: E731
+    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]], 0)
     want = reference.backward(grad_out, q, k, v, *drawn[:2], multiplier, True, D**-0.5, with_stats=True)[3]
     assert stats[0] == (m > 0).sum() == want[0] and stats[1] == 0
     torch.testing.assert_close(stats[2], want[2], rtol=1e-3, atol=0)
@@ -633,16 +667,22 @@ from sus_attn import sus_attention
 from sus_backends import cpu
 q = torch.randn(1, 2, 30, 16, requires_grad=True)
 """
-FORWARD = CALL + """
+FORWARD = (
+    CALL
+    + """
 with torch.no_grad():
     assert sus_attention(q, q, q, 3.0, seed=1, backend="cpu").isfinite().all()
 """
-BOTH = CALL + """
+)
+BOTH = (
+    CALL
+    + """
 sus_attention(q, q, q, 3.0, seed=1, backend="cpu").sum().backward()
 assert q.grad.isfinite().all()
 names = "forward", "thin", "tile_gradients", "query_gradients"
 print([sum(getattr(cpu.kernels(), name).stats.cache_hits.values()) for name in names])
 """
+)
 
 
 def copy_of_the_code(folder):
@@ -678,7 +718,10 @@ def test_compiled_code_is_kept_on_disk_and_needs_no_disk(tmp_path):
     assert out.strip() == "[1, 1, 1, 0]" and "Error" not in err
     with open(good / "sus_backends/reference.py", "a") as file:
         file.write("# changed\n")
-    hits = "from backends import cpu; import numba; k = cpu.kernels().query_gradients; print(len(k._cache._cache_file._load_index()))"
+    hits = (
+        "from sus_backends import cpu; import numba; k = cpu.kernels().query_gradients; "
+        "print(len(k._cache._cache_file._load_index()))"
+    )
     assert python(hits, cwd=good, NUMBA_CACHE_DIR="")[0].strip() == "0"
 
 
@@ -759,16 +802,18 @@ def test_opcheck(dtype, strided):
         torch.autograd.grad(op(q, k, v, c, seed, None, None, *rest, False)[0].sum(), q)
     drawn = op(*tensors, c, seed, None, None, *rest, True)
     # no autograd test: double backward is refused on purpose
-    torch.library.opcheck(torch.ops.nanosus.attention_backward.default,
-                          (grad_out, *tensors, *drawn, c, seed, None, *rest, True),
-                          test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.nanosus.attention_backward.default,
+        (grad_out, *tensors, *drawn, c, seed, None, *rest, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @DTYPES
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_break(dtype, dynamic):
     torch._dynamo.reset()
-    f = lambda q, k, v: 2 * sus_attention(q.sin(), k, v, 3.0, seed=2, backend="cpu")  # noqa: E731
+    f = lambda q, k, v: 2 * sus_attention(q.sin(), k, v, 3.0, seed=2, backend="cpu")
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for T in (40, 70):
         *qkv, grad_out = case(1, 4, 2, T, 8, dtype)
@@ -780,7 +825,7 @@ def test_compiles_without_a_break(dtype, dynamic):
 
 def test_a_changing_c_recompiles_nothing():
     torch._dynamo.reset()
-    f = lambda c, q, k, v: sus_attention(q, k, v, c, c_max=20.0, seed=2, backend="cpu")  # noqa: E731
+    f = lambda c, q, k, v: sus_attention(q, k, v, c, c_max=20.0, seed=2, backend="cpu")
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     *qkv, grad_out = case(1, 4, 2, 60, 8)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -791,7 +836,9 @@ def test_a_changing_c_recompiles_nothing():
 
 
 def test_a_bad_c_inside_a_compiled_function_gives_nan_gradients():
-    f = torch.compile(lambda q, k, v, c: sus_attention(q, k, v, c, c_max=9.0, seed=1, backend="cpu"), backend="aot_eager")
+    f = torch.compile(
+        lambda q, k, v, c: sus_attention(q, k, v, c, c_max=9.0, seed=1, backend="cpu"), backend="aot_eager"
+    )
     qkv = [x.requires_grad_() for x in case(1, 2, 2, 10, 4)[:3]]
     for c in (-1.0, 0.0, nan):
         assert all(x.isnan().all() for x in torch.autograd.grad(f(*qkv, torch.tensor(c)).sum(), qkv))
@@ -877,8 +924,21 @@ def test_no_entries_are_drawn_without_need(monkeypatch, grad, requires):
 
 def losses(backend):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=160, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, pos="rope",
-                          attn_backward="sus", sus_c=1.0, sus_sampler="tiles", sus_backend=backend))  # fmt: skip
+    model = GPT(
+        GPTConfig(
+            block_size=160,
+            vocab_size=61,
+            n_layer=2,
+            n_head=4,
+            n_kv_head=2,
+            n_embd=32,
+            pos="rope",
+            attn_backward="sus",
+            sus_c=1.0,
+            sus_sampler="tiles",
+            sus_backend=backend,
+        )
+    )
     optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")
     x = torch.arange(2 * 161).view(2, 161).square() % 61
     result = []

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 def inputs(device, dtype, B=2, Hq=4, Hkv=2, T=200, D=64):
     g = torch.Generator().manual_seed(0)
-    randn = lambda H: torch.randn(B, H, T, D, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
+    randn = lambda H: torch.randn(B, H, T, D, generator=g, dtype=torch.float64).to(device, dtype)
     q, k, v, grad_out = randn(Hq), randn(Hkv), randn(Hkv), randn(Hq)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad_out
 
@@ -68,9 +68,21 @@ def test_compiled_training_under_autocast(dtype):
     """Three compiled steps of a small GPT with SUS, new seeds and no recompilation; the loss equals the eager one."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    config = GPTConfig(block_size=256, vocab_size=257, n_layer=2, n_head=4, n_embd=128, pos="rope", norm="rmsnorm",
-                       qk_norm=True, n_kv_head=2, bias=False, attn_backward="sus", sus_c=0.8,
-                       activation_checkpointing=True)  # fmt: skip
+    config = GPTConfig(
+        block_size=256,
+        vocab_size=257,
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        pos="rope",
+        norm="rmsnorm",
+        qk_norm=True,
+        n_kv_head=2,
+        bias=False,
+        attn_backward="sus",
+        sus_c=0.8,
+        activation_checkpointing=True,
+    )
     model = GPT(config).cuda()
     compiled = torch.compile(model)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda")
@@ -101,8 +113,25 @@ def test_lowrank_as_on_the_cpu(approximate_forward):
 @pytest.mark.parametrize("attn_backward", ["exact", "sus"])
 def test_the_analytic_backward_gives_autograd_s_gradients(attn_backward):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=200, vocab_size=257, n_layer=2, n_head=4, n_embd=128, pos="rope", norm="rmsnorm", n_kv_head=2,
-                          bias=False, attn_backward=attn_backward, sus_c=0.8)).cuda().double()  # fmt: skip
+    model = (
+        GPT(
+            GPTConfig(
+                block_size=200,
+                vocab_size=257,
+                n_layer=2,
+                n_head=4,
+                n_embd=128,
+                pos="rope",
+                norm="rmsnorm",
+                n_kv_head=2,
+                bias=False,
+                attn_backward=attn_backward,
+                sus_c=0.8,
+            )
+        )
+        .cuda()
+        .double()
+    )
     x, seed = torch.randint(257, (2, 200), device="cuda"), torch.tensor(3)
     loss = model(x, x, sus_seed=seed)[1]
     loss.backward()

@@ -1,4 +1,6 @@
-"""What c costs: rho against brute force, the self-check against a biased estimator, tables and pictures of any figures."""
+"""What c costs: rho against brute force, the self-check against a biased estimator, tables and pictures
+of any figures.
+"""
 
 import json
 import math
@@ -12,19 +14,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
-from training import checkpoint  # noqa: E402
-import grad_variance  # noqa: E402
-import model as model_module  # noqa: E402
-from sus_backends import reference  # noqa: E402
-from configurator import UserError, load_config, run_main  # noqa: E402
-from data.corpus import Texts, write_corpus  # noqa: E402
-from data.loader import load_corpus  # noqa: E402
-from data.tokenizer import tokenizer_from_meta  # noqa: E402
-from training.device import Device  # noqa: E402
-from grad_variance import Subject, VarianceConfig, relative_variance, student_limit  # noqa: E402
-from model import GPT, GPTConfig, model_args  # noqa: E402
-from training.record import plain  # noqa: E402
-from sus_attn import fold_in, sus_attention  # noqa: E402
+import grad_variance
+import model as model_module
+from configurator import UserError, load_config, run_main
+from data.corpus import Texts, write_corpus
+from data.loader import load_corpus
+from data.tokenizer import tokenizer_from_meta
+from grad_variance import Subject, VarianceConfig, relative_variance, student_limit
+from model import GPT, GPTConfig, model_args
+from sus_attn import fold_in, sus_attention
+from sus_backends import reference
+from training import checkpoint
+from training.device import Device
+from training.record import plain
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 L, H, K, D, C = 2, 4, 2, 8, 32
@@ -63,8 +65,14 @@ def run(tmp_path_factory, corpus):
 def save_run(folder, corpus, config):
     model = tiny_model()
     config = {"dataset": str(corpus), **config}
-    state = {"model": model.state_dict(), "model_args": model_args(model.config), "iter_num": 1, "best_val_loss": 1.0,
-             "config": config, "tokenizer": {"name": "byte"}}  # fmt: skip
+    state = {
+        "model": model.state_dict(),
+        "model_args": model_args(model.config),
+        "iter_num": 1,
+        "best_val_loss": 1.0,
+        "config": config,
+        "tokenizer": {"name": "byte"},
+    }
     checkpoint.save(folder / "ckpt.pt", state)
     return folder
 
@@ -99,8 +107,12 @@ def brute_force(model, corpus, n, draws, seed, **sus):
             for h in range(H):
                 kv = h // (H // K)
                 starts = (h * D, (H + kv) * D, (H + K + kv) * D)
-                found[layer, h] = [named[f"{prefix}attn.c_attn.{name}"][i : i + D] for name in ("weight", "bias") for i in starts]
-        c_attn = [named[f"transformer.h.{layer}.attn.c_attn.{name}"] for layer in range(L) for name in ("weight", "bias")]
+                found[layer, h] = [
+                    named[f"{prefix}attn.c_attn.{name}"][i : i + D] for name in ("weight", "bias") for i in starts
+                ]
+        c_attn = [
+            named[f"transformer.h.{layer}.attn.c_attn.{name}"] for layer in range(L) for name in ("weight", "bias")
+        ]
         found["queries and keys"] = [g[: (H + K) * D] for g in c_attn]
         return {part: torch.cat([g.flatten() for g in gs]) for part, gs in found.items()}
 
@@ -150,7 +162,9 @@ def test_all_kept_adds_nothing(run):
 
 
 def test_jackknife_by_hand():
-    """g = 0, 1, 5: their mean is 2, their variance 7. Without the first it is 8, without the second 12.5, the third 0.5."""
+    """g = 0, 1, 5: their mean is 2, their variance 7. Without the first it is 8, without the second 12.5, the third
+    0.5.
+    """
     errors, deviations = torch.tensor([[1.0], [2], [3]]).double(), torch.tensor([[4.0], [1], [9]]).double()
     rho, error = relative_variance(errors, deviations)
     left_out = [2.5 / 8, 2 / 12.5, 1.5 / 0.5]
@@ -206,13 +220,18 @@ def test_the_self_check(run, monkeypatch, capsys, tmp_path, factor):
 def test_unbiased_draws_in_general(run):
     samplers = "poisson,systematic,weighted,rows,values,rows+values"
     data = measure(run, "--c=2", f"--samplers={samplers}", "--sequences=12", "--kappa=3")
-    assert [row["sampler"] for row in data["results"]] == samplers.split(",") and data["check"]["count"] == 6 * (L + 3 * L + 8)
+    assert [row["sampler"] for row in data["results"]] == samplers.split(",") and data["check"]["count"] == 6 * (
+        L + 3 * L + 8
+    )
     assert data["check"]["holds"] and reference.KAPPA == 2.0
 
 
 @pytest.mark.parametrize("sampler, c", [("weighted", 2), ("tiles", 0.3)])
 def test_kappa_is_that_of_the_proposals(run, sampler, c):
-    rows = [measure(run, f"--c={c}", f"--samplers={sampler}", "--sequences=4", f"--kappa={k}")["results"][0] for k in (0, 2, 8)]
+    rows = [
+        measure(run, f"--c={c}", f"--samplers={sampler}", "--sequences=4", f"--kappa={k}")["results"][0]
+        for k in (0, 2, 8)
+    ]
     assert rows[0]["rho"] == rows[1]["rho"] != rows[2]["rho"]
 
 
@@ -230,7 +249,11 @@ def test_even_attention():
         assert head["entropy"] == pytest.approx(16) and head["effective"] == pytest.approx(16)
         assert head["first"] == pytest.approx((1 / k).mean()) and head["distance"] == pytest.approx((k.mean() - 1) / 2)
     expected = (1 / 4 - 1 / k).clamp(min=0).mean()
-    assert found["toy"][0] == [4, pytest.approx(expected), pytest.approx(expected)] and found["toy"][1] == [math.inf, 0, 0]
+    assert found["toy"][0] == [4, pytest.approx(expected), pytest.approx(expected)] and found["toy"][1] == [
+        math.inf,
+        0,
+        0,
+    ]
     entries, mass = found["histogram"]
     assert sum(entries) == pytest.approx(1) and sum(mass) == pytest.approx(1)
     assert sum(entries[:-10]) == 0 and mass[-1] > entries[-1] > 0  # no weight is below 1/32
@@ -261,8 +284,12 @@ def test_the_model_is_left_as_it_was(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(grad_variance.Parts, "squares", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        command(monkeypatch, *arguments(run, "--c=2", "--sequences=4", "--kappa=4"), f"--json={tmp_path / 'a.json'}",
-                f"--out={tmp_path / 'a.png'}")  # fmt: skip
+        command(
+            monkeypatch,
+            *arguments(run, "--c=2", "--sequences=4", "--kappa=4"),
+            f"--json={tmp_path / 'a.json'}",
+            f"--out={tmp_path / 'a.png'}",
+        )
     assert not list(tmp_path.iterdir()) and reference.KAPPA == 2.0
     subject = Subject(tiny_model(), CPU)
     x = torch.arange(32)[None]
@@ -282,28 +309,60 @@ def made_up(Ts=(512, 2048), cs=(5.0, 25.0, 100.0), samplers=("poisson", "systema
             for c in cs:
                 half = 1 if sampler == "poisson" else 0.5
                 rho = [size * half * c**-1.5, 0.1 * size * c**-1.5]
-                rows.append({
-                    "T": T, "sampler": sampler, "c": c, "backend": "cpu", "kept_per_row": min(c, 200) ** 0.75 / half, "cut": 0.9,
-                    "rho": rho, "layers": [rho] * layers, "heads": [[rho] * heads] * layers, "queries_and_keys": rho, "layers_kept": [1.0] * layers,
-                    "layers_cut": [0.9] * layers, "layers_added": [1.0] * layers, "dropped": 0.0, "z": [1.0], "forward_ms": 1.0,
-                    "backward_ms": 2.0,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "T": T,
+                        "sampler": sampler,
+                        "c": c,
+                        "backend": "cpu",
+                        "kept_per_row": min(c, 200) ** 0.75 / half,
+                        "cut": 0.9,
+                        "rho": rho,
+                        "layers": [rho] * layers,
+                        "heads": [[rho] * heads] * layers,
+                        "queries_and_keys": rho,
+                        "layers_kept": [1.0] * layers,
+                        "layers_cut": [0.9] * layers,
+                        "layers_added": [1.0] * layers,
+                        "dropped": 0.0,
+                        "z": [1.0],
+                        "forward_ms": 1.0,
+                        "backward_ms": 2.0,
+                    }
+                )
     head = {"entropy": 9.0, "effective": 5.0, "first": 0.1, "distance": 77.0}
     toy = [[c, max(0, 1 / c - 0.02), max(0, 1 / c - 0.005)] for c in cs]
     bins = [[1 / grad_variance.BINS] * grad_variance.BINS] * 2
-    return plain({
-        "benchmark": "grad_variance", "config": {"sequences": 32, "dtype": "float32", "times": True},
-        "environment": {"device": "cpu: made up", "threads": 2},
-        "idle": {"product_ms": [10.0, 10.1], "drift": 0.01, "idle": True},
-        "model": {"from": "nowhere", "dataset": "made up", "parameters": 1000, "layers": layers, "heads": heads}, "results": rows,
-        "exact": [{"T": T, "windows": {"val": 30, "train": 2}, "variance": 1.0, "layers_variance": [1.0] * layers, "square": 2.0,
-                   "forward_ms": 3.0, "backward_ms": 7.0} for T in Ts],
-        "attention": [{"T": T, "heads": [[head] * heads] * layers, "toy": toy, "histogram": bins} for T in Ts],
-        "estimates": [{"T": Ts[0], "layer": 1, "sampler": s, "c": cs[0], "estimate": 1.0, "measured": 0.8, "ratio": 1.25}
-                      for s in samplers],
-        "check": {"largest": 2.0, "count": 100, "limit": 5.0, "holds": True, "place": "T = 512"},
-        "fits": grad_variance.fits(rows),
-    }, nonfinite=str)  # fmt: skip
+    return plain(
+        {
+            "benchmark": "grad_variance",
+            "config": {"sequences": 32, "dtype": "float32", "times": True},
+            "environment": {"device": "cpu: made up", "threads": 2},
+            "idle": {"product_ms": [10.0, 10.1], "drift": 0.01, "idle": True},
+            "model": {"from": "nowhere", "dataset": "made up", "parameters": 1000, "layers": layers, "heads": heads},
+            "results": rows,
+            "exact": [
+                {
+                    "T": T,
+                    "windows": {"val": 30, "train": 2},
+                    "variance": 1.0,
+                    "layers_variance": [1.0] * layers,
+                    "square": 2.0,
+                    "forward_ms": 3.0,
+                    "backward_ms": 7.0,
+                }
+                for T in Ts
+            ],
+            "attention": [{"T": T, "heads": [[head] * heads] * layers, "toy": toy, "histogram": bins} for T in Ts],
+            "estimates": [
+                {"T": Ts[0], "layer": 1, "sampler": s, "c": cs[0], "estimate": 1.0, "measured": 0.8, "ratio": 1.25}
+                for s in samplers
+            ],
+            "check": {"largest": 2.0, "count": 100, "limit": 5.0, "holds": True, "place": "T = 512"},
+            "fits": grad_variance.fits(rows),
+        },
+        nonfinite=str,
+    )
 
 
 def test_the_tables(capsys, monkeypatch, tmp_path):
@@ -329,9 +388,14 @@ SHAPES = {
     "inf": made_up(cs=(5.0, math.inf)),
     "only-inf": made_up(cs=(math.inf,), size=0.0),
     "toy-of-0": made_up(cs=(300.0, 400.0)),
-    "many": made_up(Ts=(512, 1024, 2048, 4096), cs=(5.0, 10.0, 20.0, 25.0, 30.0, 50.0, 100.0),
-                    samplers=grad_variance.SAMPLERS, layers=12, heads=12),
-}  # fmt: skip
+    "many": made_up(
+        Ts=(512, 1024, 2048, 4096),
+        cs=(5.0, 10.0, 20.0, 25.0, 30.0, 50.0, 100.0),
+        samplers=grad_variance.SAMPLERS,
+        layers=12,
+        heads=12,
+    ),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -343,7 +407,9 @@ def test_a_picture_and_a_table_of_every_shape(tmp_path, recwarn, capsys, shape):
     figure = grad_variance.draw(data)
     grad_variance.save_picture(figure, tmp_path / "a.png", dpi=40)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert len(figure.axes) == 6 and all(math.isfinite(x) for ax in figure.axes for x in (*ax.get_xlim(), *ax.get_ylim()))
+    assert len(figure.axes) == 6 and all(
+        math.isfinite(x) for ax in figure.axes for x in (*ax.get_xlim(), *ax.get_ylim())
+    )
     empty = [text.get_text() for ax in figure.axes for text in ax.texts].count("no variance was added")
     assert empty == (4 if shape in ("rho-0", "only-inf") else 0)
     assert not [str(warning.message) for warning in recwarn]
@@ -351,11 +417,15 @@ def test_a_picture_and_a_table_of_every_shape(tmp_path, recwarn, capsys, shape):
 
 def test_a_whole_run(run, monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    argv = [*arguments(run, "--c=2,8", "--sequences=4", "--T=16,32", "--samplers=poisson,systematic", "--times=True"),
-            f"--json={tmp_path / 'a.json'}"]  # fmt: skip
+    argv = [
+        *arguments(run, "--c=2,8", "--sequences=4", "--T=16,32", "--samplers=poisson,systematic", "--times=True"),
+        f"--json={tmp_path / 'a.json'}",
+    ]
     command(monkeypatch, *argv)
     out = capsys.readouterr().out
-    assert "poisson, c = 2, 8: the reference backend (asked for)" in out and f"every figure: {tmp_path / 'a.json'}" in out
+    assert (
+        "poisson, c = 2, 8: the reference backend (asked for)" in out and f"every figure: {tmp_path / 'a.json'}" in out
+    )
     command(monkeypatch, f"--from_json={tmp_path / 'a.json'}", f"--out={tmp_path / 'a.svg'}")
     again = capsys.readouterr().out.partition("picture:")[0]
     assert again and again in out and "<svg" in (tmp_path / "a.svg").read_text()
@@ -419,7 +489,9 @@ def test_gpt2_on_a_corpus_of_nanogpt(run, monkeypatch, tmp_path):
     for split in ("train", "val"):
         ids = torch.randint(50257, (200,), generator=torch.Generator().manual_seed(0))
         (tmp_path / f"{split}.bin").write_bytes(ids.to(torch.uint16).numpy().tobytes())
-    monkeypatch.setattr(grad_variance, "load_pretrained", lambda name: tiny_model(vocab_size=50257, pos="learned", n_kv_head=0))
+    monkeypatch.setattr(
+        grad_variance, "load_pretrained", lambda name: tiny_model(vocab_size=50257, pos="learned", n_kv_head=0)
+    )
     data = measure(run, "--init_from=gpt2", f"--dataset={tmp_path}", "--c=4", "--samplers=poisson", "--sequences=8")
     assert data["exact"][0]["windows"] == {"val": 6, "train": 2} and data["model"]["from"] == "gpt2"
     assert data["results"][0]["rho"][0] > 0

@@ -1,5 +1,6 @@
 """data/hub.py and its four scripts, on small copies of the data sets' files: what lands in the corpus, going on after a
-kill, what is refused. Through the same calls of the `datasets` library as from the hub itself."""
+kill, what is refused. Through the same calls of the `datasets` library as from the hub itself.
+"""
 
 import importlib
 import json
@@ -46,9 +47,18 @@ def text(name, i, size=600):
 def pg19_copy(folder):
     for split, files in ("validation", 1), ("train", 3):
         for i in range(files):
-            parquet(folder / f"data/{split}-0000{i}-of-0000{files}-ab12.parquet",
-                    [{"short_book_title": f"{split} {i}.{j}", "publication_date": 1900, "url": "u", "text": text(split, 10 * i + j)}
-                     for j in range(7)])  # fmt: skip
+            parquet(
+                folder / f"data/{split}-0000{i}-of-0000{files}-ab12.parquet",
+                [
+                    {
+                        "short_book_title": f"{split} {i}.{j}",
+                        "publication_date": 1900,
+                        "url": "u",
+                        "text": text(split, 10 * i + j),
+                    }
+                    for j in range(7)
+                ],
+            )
     parquet(folder / "data/test-00000-of-00001-ab12.parquet", [{"short_book_title": "t", "text": "a test text " * 50}])
 
 
@@ -56,22 +66,46 @@ def arxiv_copy(folder):
     for split, files in ("validation", 1), ("train", 3), ("test", 1):
         for i in range(files):
             # The fields of meta differ from row to row, as they do there.
-            zst(folder / f"arxiv/{split}/arXiv_00{i}.jsonl.zst", frames=1 + i, lines=[
-                json.dumps({"text": text(split, 10 * i + j), "meta": {("yymm" if j % 2 else "id"): j if i else str(j)}}) for j in range(7)])
+            zst(
+                folder / f"arxiv/{split}/arXiv_00{i}.jsonl.zst",
+                frames=1 + i,
+                lines=[
+                    json.dumps(
+                        {"text": text(split, 10 * i + j), "meta": {("yymm" if j % 2 else "id"): j if i else str(j)}}
+                    )
+                    for j in range(7)
+                ],
+            )
 
 
 def code_copy(folder):
     """Files of five projects, in turns."""
     for i in range(2):
-        parquet(folder / f"data/train-0000{i}-of-00002.parquet", [
-            {"code": f"code {i}.{j}\n" + "x = 1\n" * 60, "repo_name": f"user/project{(7 * i + j) % 5}", "path": f"src/{chr(122 - j)}.py",
-             "language": "C" if j % 4 == 3 else "Python", "license": "mit", "size": 9} for j in range(12)])  # fmt: skip
+        parquet(
+            folder / f"data/train-0000{i}-of-00002.parquet",
+            [
+                {
+                    "code": f"code {i}.{j}\n" + "x = 1\n" * 60,
+                    "repo_name": f"user/project{(7 * i + j) % 5}",
+                    "path": f"src/{chr(122 - j)}.py",
+                    "language": "C" if j % 4 == 3 else "Python",
+                    "license": "mit",
+                    "size": 9,
+                }
+                for j in range(12)
+            ],
+        )
 
 
 def fineweb_edu_copy(folder):
     for i in range(3):
-        parquet(folder / f"sample/10BT/00{i}_00000.parquet", [
-            {"text": text("page", 10 * i + j, 300 * (1 + j % 4)), "id": "i", "token_count": 100 * (1 + j % 4)} for j in range(8)])
+        parquet(
+            folder / f"sample/10BT/00{i}_00000.parquet",
+            [
+                {"text": text("page", 10 * i + j, 300 * (1 + j % 4)), "id": "i", "token_count": 100 * (1 + j % 4)}
+                for j in range(8)
+            ],
+        )
     parquet(folder / "sample/100BT/000_00000.parquet", [{"text": text("other", 1), "token_count": 100}] * 3)
 
 
@@ -99,7 +133,10 @@ def documents(folder, split):
 
 
 def content(folder):
-    return {name: (folder / name).read_bytes() for name in ("train.bin", "val.bin", "train_ends.bin", "val_ends.bin", "meta.json")}
+    return {
+        name: (folder / name).read_bytes()
+        for name in ("train.bin", "val.bin", "train_ends.bin", "val_ends.bin", "meta.json")
+    }
 
 
 def taken(documents):
@@ -114,8 +151,11 @@ def test_pg19(tmp_path, capfd):
     meta = prepare(config("pg19", tmp_path / "copy"), tmp_path / "pg19")
     assert documents(tmp_path / "pg19", "val") == [text("validation", j) for j in range(7)]
     assert documents(tmp_path / "pg19", "train") == [text("train", 10 * i + j) for i in range(3) for j in range(7)]
-    assert meta["source"] == {"hub": str(tmp_path / "copy"), "revision": None,
-                              "files": ["data/validation-*.parquet", "data/train-*.parquet"]}
+    assert meta["source"] == {
+        "hub": str(tmp_path / "copy"),
+        "revision": None,
+        "files": ["data/validation-*.parquet", "data/train-*.parquet"],
+    }
     out, err = capfd.readouterr()
     assert out.endswith("now: python train.py config/long_ctx.py --dataset=pg19\n") and err == ""
 
@@ -176,18 +216,36 @@ def test_max_tokens(tmp_path):
     assert meta["val_documents"] == 1 and 5000 < meta["train_tokens"] + meta["val_tokens"] < 7500
     many = config("pg19", tmp_path / "copy", max_tokens=20 * 1500)
     assert prepare(many, tmp_path / "out")["val_documents"] == 4
-    assert [len(validation) for validation in documents(tmp_path / "out", "val")] == [321, 511, 566, 583]  # 1500 is in the last
+    assert [len(validation) for validation in documents(tmp_path / "out", "val")] == [
+        321,
+        511,
+        566,
+        583,
+    ]  # 1500 is in the last
 
 
 def test_text_is_normalised_or_left_out(tmp_path, capfd):
-    """NUL, half a surrogate pair, and in parquet bytes that are no UTF-8: the row goes. CRLF and byte order marks go."""
-    bad = pyarrow.StringArray.from_buffers(5, *pyarrow.array([b"one\r\ntwo", b"\xed\xa0\x80", b"N\0L", None, b""]).buffers()[1:])
+    """NUL, half a surrogate pair, and in parquet bytes that are no UTF-8: the row goes. CRLF and byte
+    order marks go.
+    """
+    bad = pyarrow.StringArray.from_buffers(
+        5, *pyarrow.array([b"one\r\ntwo", b"\xed\xa0\x80", b"N\0L", None, b""]).buffers()[1:]
+    )
     table = pyarrow.table({"text": bad, "short_book_title": list("abcde")})
     for split in "validation", "train":
         (tmp_path / "copy/data").mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(table, tmp_path / f"copy/data/{split}-0.parquet")
-        zst(tmp_path / f"copy/arxiv/{split}/a.jsonl.zst", [
-            r'{"text": "\ufeffone\r\ntwo"}', r'{"text": "\ud800"}', r'{"text": "N\u0000L"}', '{"text": null}', '{"text": ""}', ""])
+        zst(
+            tmp_path / f"copy/arxiv/{split}/a.jsonl.zst",
+            [
+                r'{"text": "\ufeffone\r\ntwo"}',
+                r'{"text": "\ud800"}',
+                r'{"text": "N\u0000L"}',
+                '{"text": null}',
+                '{"text": ""}',
+                "",
+            ],
+        )
     for name in "pg19", "arxiv":
         prepare(config(name, tmp_path / "copy"), tmp_path / "out")
         assert documents(tmp_path / "out", "train") == documents(tmp_path / "out", "val") == ["one\ntwo"]
@@ -253,7 +311,9 @@ def test_killed(tmp_path, name, capfd):
     """kill -9 in the midst of the second file, then the same command: the same bytes as if it had not been."""
     copy[name](tmp_path / "copy")
     prepare_small(name, tmp_path / "copy", tmp_path / "whole")
-    killed = subprocess.run([sys.executable, "-c", KILLED, ROOT, name, tmp_path / "copy", tmp_path / "out", "18"], capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, ROOT, name, tmp_path / "copy", tmp_path / "out", "18"], capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert json.loads((tmp_path / "out/unfinished/journal.json").read_bytes())["sizes"]["train.bin"] > 0
     capfd.readouterr()
@@ -299,10 +359,17 @@ def test_no_network(tmp_path):
     """As a command, by the data set's name: one line, and nothing is left."""
     folder = ROOT / "data/pg19"
     before = sorted(folder.rglob("*"))
-    done = subprocess.run([sys.executable, folder / "prepare.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, folder / "prepare.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: emozilla/pg19 can't be read from the hub (OfflineModeIsEnabled")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(
+        "error: emozilla/pg19 can't be read from the hub (OfflineModeIsEnabled"
+    )
     assert "the same command goes on" in done.stderr
     assert sorted(folder.rglob("*")) == before
 
@@ -315,24 +382,42 @@ def test_no_network_for_any(name):
 
 def answer(status):
     import httpx2
+
     return httpx2.Response(status, request=httpx2.Request("GET", "http://localhost"))
 
 
 def errors():
     import httpx2
     from huggingface_hub import errors as of_hub
-    return {"gated": (of_hub.GatedRepoError("x", response=answer(403)), UserError, "accept them on the data set's page.*hf auth login"),
-            "unknown": (of_hub.RepositoryNotFoundError("x", response=answer(401)), UserError, "no such data set on the hub, or it is private"),
-            "refused": (of_hub.HfHubHTTPError("x", response=answer(403)), UserError, "the hub refuses.*hf auth login"),
-            "busy": (of_hub.HfHubHTTPError("x", response=answer(503)), UserError, "the same command goes on"),
-            "too many": (of_hub.HfHubHTTPError("x", response=answer(429)), UserError, "the same command goes on"),
-            "not cached": (of_hub.LocalEntryNotFoundError("x"), UserError, "the same command goes on"),
-            "gone": (of_hub.RemoteEntryNotFoundError("x", response=answer(404)), UserError, "a file is missing"),
-            "connection": (httpx2.ConnectError("[Errno -2] Name or service not known"), UserError, "Name or service not known"),
-            "slow": (httpx2.ReadTimeout("x"), UserError, "the same command goes on")}  # fmt: skip
+
+    return {
+        "gated": (
+            of_hub.GatedRepoError("x", response=answer(403)),
+            UserError,
+            "accept them on the data set's page.*hf auth login",
+        ),
+        "unknown": (
+            of_hub.RepositoryNotFoundError("x", response=answer(401)),
+            UserError,
+            "no such data set on the hub, or it is private",
+        ),
+        "refused": (of_hub.HfHubHTTPError("x", response=answer(403)), UserError, "the hub refuses.*hf auth login"),
+        "busy": (of_hub.HfHubHTTPError("x", response=answer(503)), UserError, "the same command goes on"),
+        "too many": (of_hub.HfHubHTTPError("x", response=answer(429)), UserError, "the same command goes on"),
+        "not cached": (of_hub.LocalEntryNotFoundError("x"), UserError, "the same command goes on"),
+        "gone": (of_hub.RemoteEntryNotFoundError("x", response=answer(404)), UserError, "a file is missing"),
+        "connection": (
+            httpx2.ConnectError("[Errno -2] Name or service not known"),
+            UserError,
+            "Name or service not known",
+        ),
+        "slow": (httpx2.ReadTimeout("x"), UserError, "the same command goes on"),
+    }
 
 
-@pytest.mark.parametrize("case", ["gated", "unknown", "refused", "busy", "too many", "not cached", "gone", "connection", "slow"])
+@pytest.mark.parametrize(
+    "case", ["gated", "unknown", "refused", "busy", "too many", "not cached", "gone", "connection", "slow"]
+)
 def test_what_the_hub_answers(tmp_path, monkeypatch, case):
     error, kind, message = errors()[case]
     pg19_copy(tmp_path / "copy")
@@ -405,20 +490,27 @@ def test_parquet_spoiled_inside(tmp_path):
 
 def test_room_for_a_copy_is_guessed_by_what_is_in_it(tmp_path, monkeypatch):
     """Not by max_tokens alone, a billion."""
+
     class Usage:
         free = 100_000
 
     for name in "pg19", "arxiv", "code":
         copy[name](tmp_path / name)
-    bytes_of_books = sum(len(text("train", 10 * i + j)) for i in range(3) for j in range(7)) + sum(len(text("validation", j)) for j in range(7))
+    bytes_of_books = sum(len(text("train", 10 * i + j)) for i in range(3) for j in range(7)) + sum(
+        len(text("validation", j)) for j in range(7)
+    )
     total = source(config("pg19", tmp_path / "pg19")).total_bytes
     assert bytes_of_books <= total <= 2 * bytes_of_books  # with lengths, and the first and last of short texts
     assert source(config("pg19", tmp_path / "pg19", max_tokens=50)).total_bytes == 50
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     for name in "pg19", "arxiv":
         prepare(config(name, tmp_path / name), tmp_path / f"made-{name}")
-    prepare(config("code", tmp_path / "code", languages="C", max_tokens=0), tmp_path / "made-code")  # who knows how much it is
-    with pytest.raises(UserError, match="needs about 0.2 MB more, and .* has 0.1 MB free; a smaller --max_tokens needs less"):
+    prepare(
+        config("code", tmp_path / "code", languages="C", max_tokens=0), tmp_path / "made-code"
+    )  # who knows how much it is
+    with pytest.raises(
+        UserError, match="needs about 0.2 MB more, and .* has 0.1 MB free; a smaller --max_tokens needs less"
+    ):
         prepare(config("pg19", tmp_path / "pg19", min_doc_tokens=10, max_tokens=100_000), tmp_path / "other")
     Usage.free = 10_000
     for name in "pg19", "arxiv":

@@ -29,8 +29,19 @@ MAY_IMPORT = {
     "training.probe": {"training.device", "lowrank_attn", "model", "sus_attn"},
     "training.retention": {"sus_attn"},
 }
-LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton",
-        "datasets", "huggingface_hub", "pyarrow", "zstandard"}  # fmt: skip
+LAZY = {
+    "wandb",
+    "tiktoken",
+    "transformers",
+    "matplotlib",
+    "numba",
+    "llvmlite",
+    "triton",
+    "datasets",
+    "huggingface_hub",
+    "pyarrow",
+    "zstandard",
+}
 KERNELS = {"cpu_kernels.py", "triton_kernels.py"}  # themselves imported where they are used
 OURS = {"train", "sample", "experiments"} | {name.partition(".")[0] for name in MAY_IMPORT}
 
@@ -57,8 +68,10 @@ def files():
 def test_optional_packages_are_imported_where_they_are_used():
     assert len(files()) > 15
     for path in files():
-        body = ast.Module(body=[n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)],
-                          type_ignores=[])  # fmt: skip
+        body = ast.Module(
+            body=[n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)],
+            type_ignores=[],
+        )
         lazy = LAZY | {path.removesuffix(".py") for path in KERNELS}
         names = {part for name in imports(body) for part in name.split(".")}
         assert path.name in KERNELS or not names & lazy, path

@@ -19,8 +19,13 @@ def make(folder, train=1000, val=300, dtype="uint16", vocab_size=1000, **changes
     folder.mkdir(parents=True, exist_ok=True)
     np.arange(train).astype(dtype).tofile(folder / "train.bin")
     np.arange(500, 500 + val).astype(dtype).tofile(folder / "val.bin")
-    meta = {"vocab_size": vocab_size, "dtype": dtype, "tokenizer": {"name": "byte"}, "train_tokens": train,
-            "val_tokens": val} | changes
+    meta = {
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+        "tokenizer": {"name": "byte"},
+        "train_tokens": train,
+        "val_tokens": val,
+    } | changes
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -37,7 +42,9 @@ def test_batch_is_windows_and_the_same_shifted(tmp_path, dtype):
     for tokens in x, y:
         assert tokens.shape == (5, 16) and tokens.dtype == torch.int64 and tokens.is_contiguous()
     assert torch.equal(y, x + 1)
-    assert sum(torch.equal(row, row[:1] + torch.arange(16)) for row in x) >= 4  # all but the one that an epoch ends with
+    assert (
+        sum(torch.equal(row, row[:1] + torch.arange(16)) for row in x) >= 4
+    )  # all but the one that an epoch ends with
     assert len(set(x[:, 0].tolist())) == 5
 
 
@@ -61,30 +68,41 @@ def test_an_epoch_takes_each_token_once(tmp_path):
     corpus = load_corpus(make(tmp_path), 16)
     epochs = []
     for epoch in range(3):
-        batches = [corpus.batch(3, 5, iteration, micro, 7)[0] for iteration in range(3 * epoch, 3 * epoch + 3) for micro in range(7)]
+        batches = [
+            corpus.batch(3, 5, iteration, micro, 7)[0]
+            for iteration in range(3 * epoch, 3 * epoch + 3)
+            for micro in range(7)
+        ]
         seen = torch.cat(batches).flatten().bincount()  # 63 windows: 62 whole ones, and the rest
         assert len(seen) == 999 and seen.min() == 1 and (seen - 1).sum() == 63 * 16 - 999
         epochs.append(sorted(torch.cat(batches)[:, 0].tolist()))
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     straddling = corpus.batch(4, 5, 15, 0)[0]  # windows 60 to 63: the last is of another epoch
-    assert torch.equal(straddling[:3], corpus.batch(3, 5, 20, 0)[0]) and torch.equal(straddling[3:], corpus.batch(1, 5, 63, 0)[0])
+    assert torch.equal(straddling[:3], corpus.batch(3, 5, 20, 0)[0]) and torch.equal(
+        straddling[3:], corpus.batch(1, 5, 63, 0)[0]
+    )
 
 
 def test_order_does_not_depend_on_the_number_of_processes(tmp_path):
     corpus = load_corpus(make(tmp_path), 16)
     one_by_one = [corpus.batch(1, 5, n, 0)[0] for n in range(24)]
-    assert torch.equal(torch.cat([corpus.batch(2, 5, it, micro, 4)[0] for it in range(3) for micro in range(4)]), torch.cat(one_by_one))
+    assert torch.equal(
+        torch.cat([corpus.batch(2, 5, it, micro, 4)[0] for it in range(3) for micro in range(4)]), torch.cat(one_by_one)
+    )
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_windows_lie_within_documents(seed):
-    """Of documents of any lengths: each token is once in an epoch, but for less than one window; a window is of stretches of
-    single documents; and a document has as many windows of its own as it has room for."""
+    """Of documents of any lengths: each token is once in an epoch, but for less than one window; a window is of
+    stretches of single documents; and a document has as many windows of its own as it has room for.
+    """
     draw = np.random.default_rng(seed)
     lengths = draw.integers(0, 60, draw.integers(1, 8))
     T = int(draw.integers(1, 1 + min(40, lengths.sum()))) if lengths.sum() else 1
     documents, owner = np.concatenate([[0], lengths.cumsum()]), np.repeat(np.arange(len(lengths)), lengths)
-    windows = [list(Epoch(documents, T, seed, epoch)[n] for n in range(len(Epoch(documents, T, seed, epoch)))) for epoch in (0, 1)]
+    windows = [
+        [Epoch(documents, T, seed, epoch)[n] for n in range(len(Epoch(documents, T, seed, epoch)))] for epoch in (0, 1)
+    ]
     assert len(windows[0]) == len(windows[1]) == -(-lengths.sum() // T) if lengths.sum() else not windows[0]
     for epoch in windows:
         seen = np.zeros(lengths.sum(), int)
@@ -102,7 +120,10 @@ def test_windows_lie_within_documents(seed):
 def test_what_is_left_of_documents_is_shuffled():
     """Else a window of short documents would always have the same neighbours."""
     documents = np.arange(0, 3001, 3)  # none is long enough for a window
-    orders = [[start for n in range(len(epoch)) for start, _ in epoch[n]] for epoch in (Epoch(documents, 100, 1, n) for n in (0, 1))]
+    orders = [
+        [start for n in range(len(epoch)) for start, _ in epoch[n]]
+        for epoch in (Epoch(documents, 100, 1, n) for n in (0, 1))
+    ]
     assert sorted(set(orders[0])) != orders[0] != orders[1]
     for epoch in Epoch(documents, 100, 1, 0), Epoch(documents, 100, 1, 1):
         neighbours = [b[0] - a[0] == 3 for n in range(len(epoch)) for a, b in zip(epoch[n], epoch[n][1:])]
@@ -132,7 +153,9 @@ def test_batches_within_documents(tmp_path):
     assert not any(row[0] < end <= row[-1] for row in whole for end in (100, 107, 607, 610))
 
 
-@pytest.mark.parametrize("lengths, starts", [((300,), [0, 64, 192]), ((70, 60, 170), [0, 130, 194]), ((60,) * 5, [0, 117, 235])])
+@pytest.mark.parametrize(
+    "lengths, starts", [((300,), [0, 64, 192]), ((70, 60, 170), [0, 130, 194]), ((60,) * 5, [0, 117, 235])]
+)
 def test_validation_within_documents(tmp_path, lengths, starts):
     """Evenly spread over the windows that documents have; over the stream where no document has one."""
     corpus = load_corpus(documents_of(tmp_path, [200], lengths), 64, "document")
@@ -159,8 +182,10 @@ def test_seeds_up_to_63_bits(tmp_path):
 # -- validation --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count, starts", [(1, [0]), (2, [0, 283]), (5, [0, 70, 141, 212, 283]),
-                                           (284, list(range(284))), (10**6, list(range(284)))])
+@pytest.mark.parametrize(
+    "count, starts",
+    [(1, [0]), (2, [0, 283]), (5, [0, 70, 141, 212, 283]), (284, list(range(284))), (10**6, list(range(284)))],
+)
 def test_val_windows_are_spread_evenly(tmp_path, count, starts):
     assert load_corpus(make(tmp_path), 16).val_windows(count).tolist() == starts
 
@@ -222,7 +247,8 @@ def test_missing_data_set_tells_what_there_is(tmp_path):
         load_corpus(tmp_path / "book", 16)
     assert str(error.value) == (
         f"{tmp_path}/book has no train.bin and no val.bin: run python {tmp_path}/text/prepare.py "
-        f"--input=FILE_OR_FOLDER --out=book; or choose another data set of {tmp_path}: books, stdlib")
+        f"--input=FILE_OR_FOLDER --out=book; or choose another data set of {tmp_path}: books, stdlib"
+    )
     with pytest.raises(UserError, match=r"run python \S+/stdlib/prepare.py; or .*: books$"):
         load_corpus(tmp_path / "stdlib", 16)
     with pytest.raises(UserError, match=r"run python \S+/text/prepare.py --input=FILE_OR_FOLDER --out=NAME"):
@@ -259,8 +285,9 @@ def test_meta_which_is_none(tmp_path, text):
         load_corpus(tmp_path, 16)
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"vocab_size": "many"}, {"tokenizer": "gpt2"},
-                                     {"train_tokens": None}])
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float32"}, {"vocab_size": "many"}, {"tokenizer": "gpt2"}, {"train_tokens": None}]
+)
 def test_meta_with_a_bad_value(tmp_path, changes):
     with pytest.raises(UserError, match="meta.json is no corpus's meta data"):
         load_corpus(make(tmp_path, **changes), 16)
@@ -268,7 +295,10 @@ def test_meta_with_a_bad_value(tmp_path, changes):
 
 def with_checksums(folder):
     make(folder)
-    sums = {f"{split}_sha256": hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest() for split in ("train", "val")}
+    sums = {
+        f"{split}_sha256": hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+        for split in ("train", "val")
+    }
     return make(folder, **sums)
 
 
@@ -287,7 +317,9 @@ def test_a_file_that_is_not_what_was_written(tmp_path, split):
 def test_checksums_are_looked_at_once(tmp_path, monkeypatch):
     looked = []
     checksums = corpus_module._checksums
-    monkeypatch.setattr(corpus_module, "_checksums", lambda folder, sizes: looked.extend(sizes) or checksums(folder, sizes))
+    monkeypatch.setattr(
+        corpus_module, "_checksums", lambda folder, sizes: looked.extend(sizes) or checksums(folder, sizes)
+    )
     with_checksums(tmp_path)
     for _ in range(3):
         load_corpus(tmp_path, 16)

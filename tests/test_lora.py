@@ -8,17 +8,16 @@ import sys
 
 import pytest
 import torch
-from test_model import ARCHITECTURES, GPT2_LIKE, LONG, gradient, tiny, tokens
-from test_train import TORCHRUN, corpus, curve, run, same, start, weights  # noqa: F401  (fixtures)
 
-from training import checkpoint
-from training import lora
 import merge_lora
 import sample
 import train
 from configurator import UserError
-from training.lora import LoRALinear, adapter_state, add_adapters, fingerprint, merge
 from model import GPT, GPTConfig, model_from_checkpoint
+from test_model import ARCHITECTURES, GPT2_LIKE, LONG, tiny, tokens
+from test_train import TORCHRUN, corpus, curve, run, same, start, weights  # noqa: F401  (fixtures)
+from training import checkpoint
+from training.lora import LoRALinear, adapter_state, add_adapters, fingerprint, merge
 from training.record import read_record
 
 ALL = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
@@ -29,7 +28,7 @@ def adapted(targets="c_attn,c_proj,c_fc", dropout=0.0, dtype=torch.float64, **ke
     model = tiny(**keys).to(dtype)
     add_adapters(model, 3, 6.0, targets, dropout)
     with torch.no_grad():
-        for name, p in adapter_state(model).items():
+        for p in adapter_state(model).values():
             p.add_(0.1 * torch.randn_like(p))
     return model
 
@@ -69,11 +68,17 @@ def test_the_layers_dropout_is_before_the_adapter_only():
 # -- adapters on a model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets, layers", [
-    ("c_attn", {"attn.c_attn"}), ("c_proj", {"attn.c_proj", "mlp.c_proj"}), ("mlp.c_proj", {"mlp.c_proj"}),
-    ("attn.c_attn, mlp.c_fc", {"attn.c_attn", "mlp.c_fc"}), ("c_attn,c_proj,c_fc", set(ALL)),
-    ("c_proj,mlp.c_proj", {"attn.c_proj", "mlp.c_proj"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "targets, layers",
+    [
+        ("c_attn", {"attn.c_attn"}),
+        ("c_proj", {"attn.c_proj", "mlp.c_proj"}),
+        ("mlp.c_proj", {"mlp.c_proj"}),
+        ("attn.c_attn, mlp.c_fc", {"attn.c_attn", "mlp.c_fc"}),
+        ("c_attn,c_proj,c_fc", set(ALL)),
+        ("c_proj,mlp.c_proj", {"attn.c_proj", "mlp.c_proj"}),
+    ],
+)
 def test_targets(targets, layers):
     model = tiny()
     add_adapters(model, 2, 4.0, targets)
@@ -87,7 +92,9 @@ def test_targets(targets, layers):
 @pytest.mark.parametrize("targets", ["", ",", "c_atn", "attn", "lm_head", "h.0.attn.c_attn", "q_norm", "proj"])
 def test_unknown_targets_are_refused_with_what_there_is(targets):
     model = tiny(**LONG)
-    with pytest.raises(UserError, match=r"lora_targets: '.*' is none of .*c_attn, attn.c_proj, .*\(c_attn, c_proj, c_fc\)"):
+    with pytest.raises(
+        UserError, match=r"lora_targets: '.*' is none of .*c_attn, attn.c_proj, .*\(c_attn, c_proj, c_fc\)"
+    ):
         add_adapters(model, 2, 4.0, targets)
     assert all(p.requires_grad for p in model.parameters())  # nothing was changed
 
@@ -138,7 +145,9 @@ def test_the_adapters_gradient_is_the_weights_projected():
             torch.testing.assert_close(layer.lora_b.grad, layer.scale * dW @ layer.lora_a.T, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("targets", ["c_attn,c_proj,c_fc", "mlp.c_proj"])  # of the latter layer 0's attention has no gradient
+@pytest.mark.parametrize(
+    "targets", ["c_attn,c_proj,c_fc", "mlp.c_proj"]
+)  # of the latter layer 0's attention has no gradient
 def test_activation_checkpointing_sus_and_compilation(targets):
     x, y, seed = tokens(), tokens(seed=1), torch.tensor(5)
     sus = dict(**LONG, attn_backward="sus", sus_c=0.4)
@@ -150,7 +159,9 @@ def test_activation_checkpointing_sus_and_compilation(targets):
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     want = adapters_gradient(adapted(targets, dtype=torch.float32, **sus))
-    assert torch.equal(adapters_gradient(adapted(targets, dtype=torch.float32, activation_checkpointing=True, **sus)), want)
+    assert torch.equal(
+        adapters_gradient(adapted(targets, dtype=torch.float32, activation_checkpointing=True, **sus)), want
+    )
     torch._dynamo.reset()
     model = adapted(targets, dtype=torch.float32, **sus)
     got = adapters_gradient(model, torch.compile(model, backend="aot_eager", fullgraph=True))
@@ -211,7 +222,9 @@ def fine_tune(run, out_dir="lora", base="base", **keys):  # noqa: F811
 def base(corpus, tmp_path_factory):  # noqa: F811
     """The folder of a model trained at 64 tokens."""
     out_dir = tmp_path_factory.mktemp("base") / "base"
-    process = start(corpus, out_dir, max_iters=200, lr_decay_iters=200, eval_interval=200, learning_rate=1e-2, log_interval=200)
+    process = start(
+        corpus, out_dir, max_iters=200, lr_decay_iters=200, eval_interval=200, learning_rate=1e-2, log_interval=200
+    )
     assert process.wait(120) == 0, process.stderr.read()
     return out_dir
 
@@ -246,7 +259,11 @@ def test_only_adapters_are_trained_and_saved(based, tmp_path, capsys):
         assert sum(s["exp_avg"].numel() for s in state["optimizer"]["state"].values()) == trained
         assert state["model_args"]["block_size"] == 128 and state["model_args"]["rope_scaling"] == 2
         assert {k: v for k, v in state["lora"].items() if k != "fingerprint"} == {
-            "rank": 4, "alpha": 8.0, "targets": "c_attn,c_proj,c_fc", "base": os.path.join("..", "base", "ckpt.pt")}  # fmt: skip
+            "rank": 4,
+            "alpha": 8.0,
+            "targets": "c_attn,c_proj,c_fc",
+            "base": os.path.join("..", "base", "ckpt.pt"),
+        }
     assert (tmp_path / "lora" / "ckpt.pt").stat().st_size < len(before)
 
 
@@ -264,22 +281,30 @@ def test_adapters_resume_bit_for_bit(based, tmp_path):
     whole = fine_tune(based, "whole", **keys)
     fine_tune(based, "parts", max_iters=4, **keys)
     capture = based("parts", init_from="resume", block_size=128, rope_scaling=2, **keys, **LORA)
-    assert curve([l for l in capture if l["iter"] > 4]) == curve([l for l in whole if l["iter"] > 4])  # noqa: E741
+    assert curve([l for l in capture if l["iter"] > 4]) == curve([l for l in whole if l["iter"] > 4])
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert load(tmp_path / "parts")["lora"] == load(tmp_path / "whole")["lora"]
-    assert not same(weights(tmp_path / "whole"), {k: torch.zeros_like(v) for k, v in weights(tmp_path / "whole").items()})
+    assert not same(
+        weights(tmp_path / "whole"), {k: torch.zeros_like(v) for k, v in weights(tmp_path / "whole").items()}
+    )
 
 
 def test_resume_takes_the_adapters_keys_from_the_checkpoint(based, tmp_path, monkeypatch):
     fine_tune(based, max_iters=4)
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--out_dir={tmp_path / 'lora'}", "--init_from=resume", "--max_iters=6"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"--out_dir={tmp_path / 'lora'}", "--init_from=resume", "--max_iters=6"]
+    )
     train.main()
     assert load(tmp_path / "lora")["iter_num"] == 6 and load(tmp_path / "lora")["config"]["lora_rank"] == 4
     for key, value in (("lora_rank", 8), ("lora_alpha", 3.0), ("lora_targets", "c_attn"), ("rope_scaling", 4)):
-        monkeypatch.setattr(sys, "argv", ["train.py", f"--out_dir={tmp_path / 'lora'}", "--init_from=resume", f"--{key}={value}"])
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", f"--out_dir={tmp_path / 'lora'}", "--init_from=resume", f"--{key}={value}"]
+        )
         with pytest.raises(UserError, match=f"{key}={value}.* conflicts with the checkpoint"):
             train.main()
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--out_dir={tmp_path / 'base'}", "--init_from=resume", "--lora_rank=4"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"--out_dir={tmp_path / 'base'}", "--init_from=resume", "--lora_rank=4"]
+    )
     with pytest.raises(UserError, match="lora_rank=4 conflicts with the checkpoint, which has 0"):
         train.main()
 
@@ -307,7 +332,9 @@ def test_c_sets_itself_by_the_adapters(based):
 
 
 def test_targets_above_the_probed_layer(based):
-    """In a model of one layer, attention below the first adapters has no gradient of its own: it is measured all the same."""
+    """In a model of one layer, attention below the first adapters has no gradient of its own: it is measured all the
+    same.
+    """
     based("small", n_layer=1, max_iters=4)
     lines = fine_tune(based, base="small", n_layer=1, lora_targets="mlp.c_proj", max_iters=4)
     assert lines[0]["attn/backward_ms"] > 0 and lines[0]["sus/kept_per_row"] > 0
@@ -323,7 +350,9 @@ def resume(run, **keys):  # noqa: F811
 def test_another_base_is_refused(based, tmp_path):
     fine_tune(based, max_iters=4)
     based("base", max_iters=20, lr_decay_iters=20, eval_interval=20, seed=2)  # in its place
-    with pytest.raises(UserError, match="adapters of other weights than those in .*base.ckpt.pt.*expected.*found") as caught:
+    with pytest.raises(
+        UserError, match="adapters of other weights than those in .*base.ckpt.pt.*expected.*found"
+    ) as caught:
         resume(based)
     assert str(tmp_path / "lora" / "ckpt.pt") in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="adapters of other weights"):
@@ -413,8 +442,11 @@ def test_a_truncated_or_spoiled_adapter_checkpoint(based, tmp_path):
     path.write_bytes(whole[:-1000])
     with pytest.raises(UserError, match="truncated"):
         resume(based)
-    for lora_, message in [(True, "rank, alpha"), ({**state["lora"], "fingerprint": None}, "wrong type: fingerprint"),
-                           ({**state["lora"], "rank": 0, "alpha": math.nan}, "wrong type: rank, alpha")]:  # fmt: skip
+    for lora_, message in [
+        (True, "rank, alpha"),
+        ({**state["lora"], "fingerprint": None}, "wrong type: fingerprint"),
+        ({**state["lora"], "rank": 0, "alpha": math.nan}, "wrong type: rank, alpha"),
+    ]:
         torch.save({**state, "lora": lora_}, path)
         with pytest.raises(UserError, match=f"no adapter checkpoint.*{message}"):
             resume(based)
@@ -464,8 +496,14 @@ def test_sampling_merges_and_reads_beyond_the_base_s_context(based, tmp_path, mo
     model, _ = sample.load_model(path)
     assert type(model.transformer.h[0].attn.c_attn) is torch.nn.Linear and model.config.block_size == 128
     (tmp_path / "prompt.txt").write_text("import os\n" * 11)
-    argv = ["sample.py", f"--out_dir={path.parent}", "--device=cpu", "--num_samples=1", "--max_new_tokens=40",
-            f"--start=FILE:{tmp_path / 'prompt.txt'}"]  # fmt: skip
+    argv = [
+        "sample.py",
+        f"--out_dir={path.parent}",
+        "--device=cpu",
+        "--num_samples=1",
+        "--max_new_tokens=40",
+        f"--start=FILE:{tmp_path / 'prompt.txt'}",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
     sample.main()
@@ -482,10 +520,14 @@ def test_sampling_merges_and_reads_beyond_the_base_s_context(based, tmp_path, mo
     sample.main()
     assert capsys.readouterr().out == drawn.out
     assert fine_tune(based, "again", base="merged", max_iters=4)[-1]["iter"] == 4
-    monkeypatch.setattr(sys, "argv", ["merge_lora.py", f"--out_dir={tmp_path / 'merged'}", f"--merged={tmp_path / 'twice'}"])
+    monkeypatch.setattr(
+        sys, "argv", ["merge_lora.py", f"--out_dir={tmp_path / 'merged'}", f"--merged={tmp_path / 'twice'}"]
+    )
     with pytest.raises(UserError, match="nothing to merge"):
         merge_lora.main()
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--out_dir={tmp_path / 'merged'}", "--init_from=resume", "--max_iters=99"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"--out_dir={tmp_path / 'merged'}", "--init_from=resume", "--max_iters=99"]
+    )
     with pytest.raises(UserError, match="no optimizer's state to go on with: fine-tune it by --init_from=.*merged"):
         train.main()
 

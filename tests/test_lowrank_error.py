@@ -10,11 +10,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
-import lowrank_error  # noqa: E402
-import model as model_module  # noqa: E402
-from configurator import UserError  # noqa: E402
-from lowrank_attn import CHUNK, lowrank_attention, score_bound  # noqa: E402
-from test_grad_variance import corpus, run  # noqa: E402, F401
+import lowrank_error
+import model as model_module
+from configurator import UserError
+from lowrank_attn import CHUNK, lowrank_attention, score_bound
+from test_grad_variance import corpus, run  # noqa: F401
 
 
 @pytest.fixture
@@ -65,10 +65,15 @@ def test_sides(main, run):  # noqa: F811
     assert exact == 0 and lowrank < 1e-3 < c_half and "in the time of low-rank g=2: " in out
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--parts=all"], "'all' is none of errors, model, scaling, sides"), (["--parts=sides"], "needs a trained model: --out_dir=FOLDER"),
-    (["--degrees=2,3"], "3 is odd"), (["--parts=errors", "--out=a.png"], "the picture needs --parts=errors,model,scaling"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--parts=all"], "'all' is none of errors, model, scaling, sides"),
+        (["--parts=sides"], "needs a trained model: --out_dir=FOLDER"),
+        (["--degrees=2,3"], "3 is odd"),
+        (["--parts=errors", "--out=a.png"], "the picture needs --parts=errors,model,scaling"),
+    ],
+)
 def test_mistakes(main, arguments, message):
     with pytest.raises(UserError, match=message):
         main(*arguments)

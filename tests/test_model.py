@@ -80,7 +80,7 @@ def test_gpt2_has_124_million_parameters():
 def test_rope_depends_on_distance_only_and_keeps_lengths():
     table = rope_table(16, 100_000, 10000.0)
     q, k = torch.randn(2, 1, 1, 1, 16)
-    score = lambda i, j: (rotate(q, table[:, i : i + 1]) * rotate(k, table[:, j : j + 1])).sum()  # noqa: E731
+    score = lambda i, j: (rotate(q, table[:, i : i + 1]) * rotate(k, table[:, j : j + 1])).sum()
     torch.testing.assert_close(score(7, 3), score(99_004, 99_000), rtol=1e-4, atol=1e-4)
     assert abs(score(7, 3) - score(7, 5)) > 1e-3
     torch.testing.assert_close(rotate(q, table[:, 9999:10000]).norm(), q.norm())
@@ -188,7 +188,8 @@ def test_batched_cache():
 @pytest.mark.parametrize("keys", ARCHITECTURES)
 def test_generate_forgets_what_does_not_fit(keys):
     """Greedy tokens against a plain loop without a cache: the last block_size tokens of a long prompt are read, and a
-    full context drops its older half."""
+    full context drops its older half.
+    """
     model = tiny(**keys).eval()
     prompt = tokens(B=1, T=100)[0].tolist()
     got = list(model.generate(prompt, 70, temperature=0))
@@ -202,7 +203,7 @@ def test_generate_forgets_what_does_not_fit(keys):
 
 def test_generate_is_repeatable_and_respects_n_vocab():
     model = tiny().eval()
-    draw = lambda seed: list(model.generate([1, 2], 60, n_vocab=5, generator=torch.Generator().manual_seed(seed)))  # noqa: E731
+    draw = lambda seed: list(model.generate([1, 2], 60, n_vocab=5, generator=torch.Generator().manual_seed(seed)))
     assert draw(1) == draw(1) != draw(2)
     assert set(draw(1)) == set(range(5))
 
@@ -210,7 +211,7 @@ def test_generate_is_repeatable_and_respects_n_vocab():
 def test_sample_token():
     logits = torch.tensor([0.1, 0.5, 0.2, 0.05, 0.15]).log()
     g = torch.Generator().manual_seed(0)
-    draw = lambda n=300, t=1.0, k=None, p=None: {sample_token(logits, t, k, p, g) for _ in range(n)}  # noqa: E731
+    draw = lambda n=300, t=1.0, k=None, p=None: {sample_token(logits, t, k, p, g) for _ in range(n)}
     assert draw() == {0, 1, 2, 3, 4}
     assert draw(t=0) == draw(k=1) == draw(p=0.4) == draw(p=1e-9) == {1}
     assert draw(k=2) == draw(p=0.6) == {1, 2}
@@ -242,7 +243,9 @@ def test_forward_is_exact_and_evaluation_does_not_draw():
 
 @pytest.mark.parametrize("sampler", ["tiles", "systematic", "poisson"])
 def test_whole_model_gradient_is_unbiased_with_the_seeds_of_training(sampler):
-    """z-scores of random projections of the mean gradient over 400 (iteration, micro-batch) seeds as train.py makes them."""
+    """z-scores of random projections of the mean gradient over 400 (iteration, micro-batch) seeds as train.py makes
+    them.
+    """
     assert max_z(sampler) < 4.5
 
 
@@ -254,8 +257,18 @@ def test_one_seed_for_all_layers_would_be_seen(monkeypatch):
 
 def max_z(sampler):
     torch.manual_seed(1)
-    config = GPTConfig(block_size=24, vocab_size=13, n_layer=2, n_head=1, n_embd=16, attn_backward="sus", sus_c=0.4 if sampler == "tiles" else 1.0,
-                       sus_sampler=sampler, pos="rope", bias=False)  # fmt: skip
+    config = GPTConfig(
+        block_size=24,
+        vocab_size=13,
+        n_layer=2,
+        n_head=1,
+        n_embd=16,
+        attn_backward="sus",
+        sus_c=0.4 if sampler == "tiles" else 1.0,
+        sus_sampler=sampler,
+        pos="rope",
+        bias=False,
+    )
     model = GPT(config).double()
     with torch.no_grad():  # layers that do much, and peaked attention
         for name, p in model.named_parameters():

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from training import record
 from configurator import UserError
 from training.record import Record, flatten, make_id, read_record
 
@@ -21,8 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_record(out_dir, **changes):
-    arguments = {"config": {"seed": 1, "sus_c": 25.0}, "run_name": "sus-c25-ab12", "run_id": None, "group": "g",
-                 "wandb_log": False, "wandb_project": "nanosus", "resume_iter": None}
+    arguments = {
+        "config": {"seed": 1, "sus_c": 25.0},
+        "run_name": "sus-c25-ab12",
+        "run_id": None,
+        "group": "g",
+        "wandb_log": False,
+        "wandb_project": "nanosus",
+        "resume_iter": None,
+    }
     return Record(out_dir, **arguments | changes)
 
 
@@ -35,15 +41,25 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path):
     rec.log({"iter": 1, "train/loss": 0.1 + 0.2, "train/mfu": None})
     header, lines = read_record(tmp_path / "new" / "out" / "metrics.jsonl")
     assert header == {"config": {"seed": 1, "sus_c": 25.0}, "run_id": "sus-c25-ab12", "run_name": "sus-c25-ab12"}
-    assert lines == [{"iter": 0, "val/loss": 5.5, "val/loss_by_position": {"0-63": 6.0, "64-127": 5.0}},
-                     {"iter": 1, "train/loss": 0.1 + 0.2, "train/mfu": None}]
+    assert lines == [
+        {"iter": 0, "val/loss": 5.5, "val/loss_by_position": {"0-63": 6.0, "64-127": 5.0}},
+        {"iter": 1, "train/loss": 0.1 + 0.2, "train/mfu": None},
+    ]
 
 
 def test_every_line_is_strict_json(tmp_path):
     """Python's json writes NaN and Infinity, which other readers refuse; tensors and numpy scalars it doesn't write."""
     rec = make_record(tmp_path, config={"sus_c": math.inf})
-    rec.log({"iter": np.int64(3), "a": math.nan, "b": {"c": -math.inf}, "d": torch.tensor(0.5),
-             "e": np.float32("nan"), "f": torch.tensor(math.inf)})
+    rec.log(
+        {
+            "iter": np.int64(3),
+            "a": math.nan,
+            "b": {"c": -math.inf},
+            "d": torch.tensor(0.5),
+            "e": np.float32("nan"),
+            "f": torch.tensor(math.inf),
+        }
+    )
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -113,19 +129,31 @@ def test_full_disk_is_a_clear_error(tmp_path):
 HEADER = b'{"config": {}, "run_id": "a", "run_name": "a"}\n'
 
 
-@pytest.mark.parametrize("tail", [b'{"iter": 2, "a": 1', b'{"it', b"\0\0\0\0", b"\n\0", b"12"],
-                         ids=["in-a-number", "in-a-name", "zeros", "zeros-line", "number"])
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"iter": 2, "a": 1', b'{"it', b"\0\0\0\0", b"\n\0", b"12"],
+    ids=["in-a-number", "in-a-name", "zeros", "zeros-line", "number"],
+)
 def test_torn_last_line_is_left_out(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(HEADER + b'{"iter": 1}\n' + tail.lstrip(b"\n"))
     assert read_record(path)[1] == [{"iter": 1}]
 
 
-@pytest.mark.parametrize("content, match", [
-    (None, "No such file"), (b"", "empty"), (b"hello\n", "line 1"), (b"\x80\x04\x95\n", "line 1"), (b"[1]\n", "line 1"),
-    (b'{"iter": 1}\n', "line 1"), (HEADER + b'junk\n{"iter": 1}\n', "line 2"),
-    (HEADER + b'{"a": 1}\n{"iter": 1}\n', "line 2"),
-], ids=["missing", "empty", "text", "pickle", "list", "no-header", "junk-inside", "no-iter"])
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b"hello\n", "line 1"),
+        (b"\x80\x04\x95\n", "line 1"),
+        (b"[1]\n", "line 1"),
+        (b'{"iter": 1}\n', "line 1"),
+        (HEADER + b'junk\n{"iter": 1}\n', "line 2"),
+        (HEADER + b'{"a": 1}\n{"iter": 1}\n', "line 2"),
+    ],
+    ids=["missing", "empty", "text", "pickle", "list", "no-header", "junk-inside", "no-iter"],
+)
 def test_foreign_file_is_a_clear_error(tmp_path, content, match):
     path = tmp_path / "metrics.jsonl"
     if content is not None:
@@ -230,8 +258,14 @@ def test_offline_without_a_login(tmp_path, use_fake, capsys):
     assert settings["init_timeout"] == 15 and settings["finish_timeout"] > 0 and settings["finish_timeout_raises"]
     assert settings["silent"] and settings["console"] == "off"
     assert fake.metrics == [("iter", {}), ("*", {"step_metric": "iter"})]
-    assert fake.started == {"project": "nanosus", "name": "sus-c25-ab12", "id": "sus-c25-ab12", "group": "g",
-                            "config": {"seed": 1, "sus_c": 25.0}, "resume": "never"}
+    assert fake.started == {
+        "project": "nanosus",
+        "name": "sus-c25-ab12",
+        "id": "sus-c25-ab12",
+        "group": "g",
+        "config": {"seed": 1, "sus_c": 25.0},
+        "resume": "never",
+    }
     assert fake.logged == [{"iter": 1, "val/loss_by_position/0-63": 2.0}]
     assert fake.calls[-1] == "finish"
     out = capsys.readouterr().out
@@ -256,8 +290,9 @@ def test_offline_when_online_fails(tmp_path, use_fake, capsys, broken):
     rec.log({"iter": 1})
     assert fake.calls.index("teardown") < fake.calls.index("init offline") and fake.logged == [{"iter": 1}]
     assert sorted(path.name for path in earlier.parent.iterdir()) == [
-        "offline-run-20260101_120000-sus-c25-ab12", earlier.name,
-    ]  # fmt: skip
+        "offline-run-20260101_120000-sus-c25-ab12",
+        earlier.name,
+    ]
     assert f"offline ({broken} is broken);" in capsys.readouterr().out
 
 
@@ -269,8 +304,9 @@ def test_settings_of_wandb_are_honoured(tmp_path, use_fake, capsys, mode):
     assert mode in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("broken", ["Settings", "setup", "init offline", "define_metric", "log", "finish",
-                                    "log teardown"])
+@pytest.mark.parametrize(
+    "broken", ["Settings", "setup", "init offline", "define_metric", "log", "finish", "log teardown"]
+)
 def test_broken_wandb_never_stops_a_run(tmp_path, use_fake, capsys, broken):
     names = broken.split() if broken == "log teardown" else [broken]
     fake = use_fake(fail=names)
@@ -324,8 +360,15 @@ def test_real_wandb_offline(tmp_path, login):
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {"HOME": str(tmp_path)}
     if login:
         env |= {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}  # nothing listens there
-    result = subprocess.run([sys.executable, "-c", PROGRAM, str(ROOT)], cwd=tmp_path, env=env, text=True,
-                            stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(ROOT)],
+        cwd=tmp_path,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+    )
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.count("\n") == 1 and "wandb is offline (" in result.stdout
     assert ("(not logged in)" in result.stdout) == (not login)

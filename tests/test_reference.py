@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from sus_attn import SAMPLERS
 from sus_backends import reference
 from sus_backends.reference import UNIT, UNIT_BITS
-from sus_attn import SAMPLERS
 
 inf = math.inf
 
@@ -40,8 +40,11 @@ def test_row_uniforms_follow_the_specification(seed):
 def test_known_answers():
     """Frozen: a change here changes every run, and every kernel that repeats the hash."""
     assert reference.row_uniforms(torch.tensor(1337), 1, 2, range(2), "cpu").flatten().tolist() == [
-        6969893, 112482, 7644470, 7617135,
-    ]  # fmt: skip
+        6969893,
+        112482,
+        7644470,
+        7617135,
+    ]
     assert reference.fold_in(1337, 10, 3, 2) == 116009758
 
 
@@ -94,8 +97,14 @@ def test_inclusion_units_of_nan_are_zero():
 
 def test_slot_bound():
     assert [reference.slot_bound(c, 1000) for c in (0.5, 1.0, 25.0, 25.5, 999.5, 5000.0, inf)] == [
-        2, 2, 26, 27, 1000, 1000, 1000,
-    ]  # fmt: skip
+        2,
+        2,
+        26,
+        27,
+        1000,
+        1000,
+        1000,
+    ]
 
 
 # -- systematic sampling -----------------------------------------------------------------------
@@ -112,7 +121,12 @@ def test_systematic_inclusion_is_exact(T, sharpness, c):
         if units[j] == UNIT:
             continue
         first = -int(total[j]) % UNIT  # the first u for which the sum crosses an integer at j
-        for u, kept in [(first, True), (first - 1, False), (first + int(units[j]) - 1, True), (first + int(units[j]), False)]:
+        for u, kept in [
+            (first, True),
+            (first - 1, False),
+            (first + int(units[j]) - 1, True),
+            (first + int(units[j]), False),
+        ]:
             keep, dropped = reference.keep_systematic(units[None], torch.tensor([u % UNIT]), slots)
             assert keep[0, j] == kept and dropped == 0
 
@@ -140,7 +154,9 @@ def test_systematic_never_keeps_more_than_its_bound(T, kind, c):
 
 
 def test_fixed_point_sums_do_not_depend_on_the_tiling():
-    """At T = 131072 a float32 running sum stalls; the integer one is the same in one scan, in tiles, in int32 and int64."""
+    """At T = 131072 a float32 running sum stalls; the integer one is the same in one scan, in tiles, in int32 and
+    int64.
+    """
     T, c = 131072, 25.0
     units = reference.inclusion_units(softmax_rows(4, T, 1.0), torch.tensor(c))
     whole = units.cumsum(-1, dtype=torch.int64)
@@ -183,7 +199,7 @@ def test_inclusion_frequencies_match_q(sampler):
 
 def test_systematic_keeps_fewer_at_most_than_poisson():
     w = torch.full((1, 4, 400, 400), 1 / 400)
-    draw = lambda sampler: reference.sus_multiplier(torch.tensor(25.0), 25.0, sampler, torch.tensor(5), None, 400)  # noqa: E731
+    draw = lambda sampler: reference.sus_multiplier(torch.tensor(25.0), 25.0, sampler, torch.tensor(5), None, 400)
     counts = {s: (draw(s)(w, range(400))[0] > 0).sum(-1) for s in ("systematic", "poisson")}
     assert set(counts["systematic"].unique().tolist()) <= {24, 25, 26}
     assert counts["poisson"].max() > 35 and abs(counts["poisson"].double().mean() - 25) < 0.6
@@ -192,9 +208,12 @@ def test_systematic_keeps_fewer_at_most_than_poisson():
 @pytest.mark.parametrize("sampler", ["systematic", "poisson"])
 def test_draws_differ_between_seeds_batches_heads_and_rows(sampler):
     w = torch.full((2, 2, 8, 64), 1 / 64)
-    m = torch.stack([
-        reference.sus_multiplier(torch.tensor(8.0), 8.0, sampler, torch.tensor(s), None, 64)(w, range(8))[0] for s in (0, 1)
-    ])  # fmt: skip
+    m = torch.stack(
+        [
+            reference.sus_multiplier(torch.tensor(8.0), 8.0, sampler, torch.tensor(s), None, 64)(w, range(8))[0]
+            for s in (0, 1)
+        ]
+    )
     masks = {tuple(row.tolist()) for row in (m > 0).reshape(-1, 64)}
     # flat rows at c = 8 have 8 different systematic masks; Poisson rows nearly never repeat
     assert len(masks) == 8 if sampler == "systematic" else len(masks) > 60
@@ -230,7 +249,9 @@ def test_thinning_aims_at_c_times_what_a_contribution_weighs(sampler):
     assert 0.2 < (want[proposed] < 1).double().mean() < 1
 
 
-@pytest.mark.parametrize("sampler", [name for name in reference.THINNED if name != "tiles"])  # which is rows, of other weights
+@pytest.mark.parametrize(
+    "sampler", [name for name in reference.THINNED if name != "tiles"]
+)  # which is rows, of other weights
 def test_thinning_is_unbiased_given_the_proposals(sampler):
     """Whatever it looks at, also at which entries were proposed: the mean over its own draws is the proposals' 1/q."""
     N, T, c = 4000, 40, 5.0
@@ -238,7 +259,7 @@ def test_thinning_is_unbiased_given_the_proposals(sampler):
     about = known((1, 1, 1, T))
     about = about._replace(row_weight=about.row_weight.expand(N, 1, 1, 1))
     u = torch.full((N, 1, 1), 4_000_000)  # the same proposals in all rows
-    draw = lambda s: reference.sus_multiplier(torch.tensor(c), c, s, torch.tensor(3), u, T)  # noqa: E731
+    draw = lambda s: reference.sus_multiplier(torch.tensor(c), c, s, torch.tensor(3), u, T)
     m, dropped = draw(sampler)(w.expand(N, 1, 1, T), range(1), about)
     q_units = reference.inclusion_units(w, torch.tensor(2 * c))
     proposed = reference.keep_systematic(q_units, u[0], T)[0].flatten()
@@ -251,10 +272,17 @@ def test_thinning_is_unbiased_given_the_proposals(sampler):
     assert torch.allclose(m.mean(0)[proposed][error <= 1e-6], want[proposed][error <= 1e-6], rtol=1e-5)
 
 
-@pytest.mark.parametrize("grad, want", [
-    ([[1.0, 3.0]], [0.5, 1.5]), ([[0.0, 0.0]], [1, 1]), ([[0.0] + [1.0] * 20], [0.125] + [1.05] * 20),
-    ([[100.0] + [1.0] * 99], [4] + [1 / 1.99] * 99), ([[math.nan, 1.0]], [1, 1]), ([[math.inf, 1.0]], [1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "grad, want",
+    [
+        ([[1.0, 3.0]], [0.5, 1.5]),
+        ([[0.0, 0.0]], [1, 1]),
+        ([[0.0] + [1.0] * 20], [0.125] + [1.05] * 20),
+        ([[100.0] + [1.0] * 99], [4] + [1 / 1.99] * 99),
+        ([[math.nan, 1.0]], [1, 1]),
+        ([[math.inf, 1.0]], [1, 1]),
+    ],
+)
 def test_row_weights(grad, want):
     """Relative to the mean over the rows of the same batch and head, within bounds, and 1 where there is no number."""
     rows = torch.tensor(grad)[..., None]  # (1, T, 1): the norms

@@ -5,24 +5,35 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import TORCHRUN, corpus, run, start  # noqa: F401  (fixtures)
 
-from training import retention
 from configurator import TrainConfig, UserError, load_config
 from data.loader import load_corpus
-from training.device import Device
 from model import GPT, GPTConfig
+from sus_attn import fold_in
+from test_train import TORCHRUN, corpus, run, start  # noqa: F401  (fixtures)
+from training import retention
+from training.device import Device
 from training.record import read_record
 from training.retention import HIGH, LOW, START, STEER, Retention, collect_stats
-from sus_attn import fold_in
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 
 
 def tiny(block_size=64, **keys):
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=block_size, vocab_size=257, n_layer=2, n_head=2, n_embd=32, pos="rope", attn_backward="sus",
-                         sus_c=START, **keys))  # fmt: skip
+    return GPT(
+        GPTConfig(
+            block_size=block_size,
+            vocab_size=257,
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            pos="rope",
+            attn_backward="sus",
+            sus_c=START,
+            **keys,
+        )
+    )
 
 
 @pytest.mark.parametrize("target, want", [(0.01, 16.0), (0.08, 4.0), (1e-6, HIGH), (0.9, LOW)])
@@ -79,13 +90,19 @@ def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):  # 
         x, y = text.batch(2, 5, it, 0)
         loss = model(x, y, sus_seed=torch.tensor(seed))[1]
         weights = [block.attn.c_attn.weight for block in model.transformer.h]
-        return torch.cat([g[:64].flatten() for g in torch.autograd.grad(loss, weights)])  # of 32 rows for q, k and v each
+        return torch.cat(
+            [g[:64].flatten() for g in torch.autograd.grad(loss, weights)]
+        )  # of 32 rows for q, k and v each
 
     found = []
     for it in range(40):
         held.calibrate(cfg, model, text, CPU, it, loss_scale=8.0)
         found.append((held.amplification, held.own))
-    a, again, other = gradient(0, fold_in(5, 0, 0, 1)), gradient(0, fold_in(5, 0, 0, 2)), gradient(1, fold_in(5, 0, 0, 3))
+    a, again, other = (
+        gradient(0, fold_in(5, 0, 0, 1)),
+        gradient(0, fold_in(5, 0, 0, 2)),
+        gradient(1, fold_in(5, 0, 0, 3)),
+    )
     added, both = ((a - x).square().sum().item() / 2 for x in (again, other))
     assert found[0][1] == pytest.approx(both - added, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())
@@ -127,7 +144,11 @@ def test_one_odd_batch_does_not_upset_c():
         if it % STEER == 0:
             held.steer()
             seen.append(held.c.item())
-    assert 0.5 < min(seen) / START < 0.9 and seen[19] == pytest.approx(START, rel=0.01) and seen[-1] == pytest.approx(START, rel=0.25)
+    assert (
+        0.5 < min(seen) / START < 0.9
+        and seen[19] == pytest.approx(START, rel=0.01)
+        and seen[-1] == pytest.approx(START, rel=0.25)
+    )
 
 
 def test_where_all_is_kept_c_falls():
@@ -166,13 +187,22 @@ def test_a_compiled_model_needs_no_compilation_when_c_moves():
 
 
 def test_a_run_sets_c_by_itself_and_resumes_the_same(run, tmp_path):  # noqa: F811
-    keys = dict(sus_c="auto", sus_rho=0.05, block_size=512, max_iters=60, lr_decay_iters=60, eval_interval=30, log_interval=1, seed=3)
+    keys = dict(
+        sus_c="auto",
+        sus_rho=0.05,
+        block_size=512,
+        max_iters=60,
+        lr_decay_iters=60,
+        eval_interval=30,
+        log_interval=1,
+        seed=3,
+    )
     whole = run("whole", **keys)
     run("parts", **{**keys, "max_iters": 25})
     parts = run("parts", init_from="resume", **keys)
-    pick = lambda lines: [(l["iter"], l["sus/c"], l["train/loss"]) for l in lines if "sus/c" in l and l["iter"] > 25]  # noqa: E731, E741
+    pick = lambda lines: [(l["iter"], l["sus/c"], l["train/loss"]) for l in lines if "sus/c" in l and l["iter"] > 25]
     assert pick(parts) == pick(whole) and len(pick(whole)) == 35
-    line = next(l for l in whole if l["iter"] == 59)  # noqa: E741
+    line = next(l for l in whole if l["iter"] == 59)
     assert line["sus/c"] != START and 0 < line["sus/rho"] and set(line["sus/added_variance"]) == {"0", "1"}
 
 

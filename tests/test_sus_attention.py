@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sus_backends import cpu, reference
 from backprop import attention_backward
 from sus_attn import SAMPLERS, UNIT, fold_in, resolve_backend, sus_attention
+from sus_backends import cpu, reference
 
 SHAPES = [  # B, Hq, Hkv, T, D
     pytest.param(*shape, id="B{}H{}K{}T{}D{}".format(*shape))
@@ -19,13 +19,15 @@ SHAPES = [  # B, Hq, Hkv, T, D
 
 def inputs(B, Hq, Hkv, T, D, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    randn = lambda H: torch.randn(B, H, T, D, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    randn = lambda H: torch.randn(B, H, T, D, generator=g, dtype=torch.float64).to(dtype)
     q, k, v, grad_out = randn(Hq), randn(Hkv), randn(Hkv), randn(Hq)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad_out
 
 
 def naive(q, k, v, grad_out, m=None, is_causal=True):
-    """(out, dq, dk, dv, W): the formulas with whole T x T matrices, all in q's dtype. m multiplies W in the backward."""
+    """(out, dq, dk, dv, W): the formulas with whole T x T matrices, all in q's dtype. m multiplies W in
+    the backward.
+    """
     G, T = q.shape[1] // k.shape[1], q.shape[2]
     scale = q.shape[3] ** -0.5
     with torch.no_grad():
@@ -40,7 +42,7 @@ def naive(q, k, v, grad_out, m=None, is_causal=True):
         dv = w_cut.mT @ grad_out
         ds = w_cut * (grad_out @ v_.mT - delta)
         dq, dk = scale * ds @ k_, scale * ds.mT @ q
-        ungroup = lambda x: x.unflatten(1, (-1, G)).sum(2)  # noqa: E731
+        ungroup = lambda x: x.unflatten(1, (-1, G)).sum(2)
         return out, dq, ungroup(dk), ungroup(dv), w
 
 
@@ -74,7 +76,7 @@ def test_infinite_c_is_exact(B, Hq, Hkv, T, D, is_causal, sampler):
 @pytest.mark.parametrize("Hkv", [1, 2])
 def test_gradcheck_of_the_exact_path(Hkv, is_causal):
     q, k, v, _ = inputs(2, 2, Hkv, 6, 3)
-    f = lambda q, k, v: sus_attention(q, k, v, math.inf, is_causal=is_causal, scale=0.7, seed=0)  # noqa: E731
+    f = lambda q, k, v: sus_attention(q, k, v, math.inf, is_causal=is_causal, scale=0.7, seed=0)
     assert torch.autograd.gradcheck(f, (q, k, v))
 
 
@@ -89,7 +91,7 @@ def test_error_within_twice_that_of_naive_pytorch(dtype, c, is_causal):
     truth = naive(*(x.double() for x in (q, k, v, grad_out)), m, is_causal)
     plain = naive(q, k, v, grad_out, m.to(dtype), is_causal)
     out, lse = reference.forward(q, k, v, is_causal, 16**-0.5)
-    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]].to(w.dtype), 0)  # noqa: E731
+    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]].to(w.dtype), 0)
     ours = (out, *reference.backward(grad_out, q, k, v, out, lse, multiplier, is_causal, 16**-0.5)[:3])
     for name, a, b, t in zip(("out", "dq", "dk", "dv"), ours, plain, truth):
         assert a.dtype == dtype
@@ -143,13 +145,17 @@ def test_strided_inputs():
 @pytest.mark.parametrize("T", [100, 128])
 @pytest.mark.parametrize("backend, sampler", [("cpu", "tiles"), *(("reference", sampler) for sampler in SAMPLERS)])
 def test_dq_and_dk_are_the_closed_form_s_with_the_w_that_dv_shows(backend, sampler, T):
-    """dV = W~^T G: with a diagonal G the operator tells its own W~, whatever drew it, and dQ and dK must be made of the same."""
+    """dV = W~^T G: with a diagonal G the operator tells its own W~, whatever drew it, and dQ and dK must be made of the
+    same.
+    """
     if backend == "cpu" and cpu.missing():
         pytest.skip(cpu.missing())
     q, k, v, _ = inputs(1, 2, 2, T, T, torch.float32)
     g = torch.linspace(0.3, 2, T)  # rows of different weight, which thinning looks at
     grad_out = g.diag().expand(1, 2, T, T).contiguous()
-    _, dq, dk, dv = grads(q, k, v, grad_out, 0.5 if sampler == "tiles" else 3.0, seed=3, backend=backend, sampler=sampler)
+    _, dq, dk, dv = grads(
+        q, k, v, grad_out, 0.5 if sampler == "tiles" else 3.0, seed=3, backend=backend, sampler=sampler
+    )
     q, k, v, grad_out, shown = (x.detach().double() for x in (q, k, v, grad_out, (dv / g).mT))
     m = shown / naive(q, k, v, grad_out)[-1].where(shown != 0, 1)
     assert 0.01 < (m != 0).double().mean() < 0.4
@@ -169,11 +175,9 @@ def test_unbiased_over_seeds(sampler, Hkv, is_causal):
     exact = naive(q, k, v, grad_out, is_causal=is_causal)[1:4]
     g = torch.Generator().manual_seed(1)
     projections = [torch.randn(12, x.numel(), generator=g, dtype=torch.float64) for x in exact]
-    project = lambda gradients: torch.cat([x.flatten(1) @ p.mT for p, x in zip(projections, gradients)], 1)  # noqa: E731
+    project = lambda gradients: torch.cat([x.flatten(1) @ p.mT for p, x in zip(projections, gradients)], 1)
     many = [x.expand(40, -1, -1, -1) for x in (q, k, v, grad_out)]
-    draws = torch.cat([
-        project(grads(*many, c, seed=s, sampler=sampler, is_causal=is_causal)[1:]) for s in range(50)
-    ])  # fmt: skip
+    draws = torch.cat([project(grads(*many, c, seed=s, sampler=sampler, is_causal=is_causal)[1:]) for s in range(50)])
     z = (draws.mean(0) - project(exact)[0]) / (draws.std(0) / math.sqrt(len(draws)))
     assert z.abs().max() < 4.5
     assert 0.4 < z.square().mean() < 2.0  # below: the draws are no draws; above: biased
@@ -195,7 +199,9 @@ def test_unbiased_by_integrating_over_u(is_causal):
 def test_u_is_taken_by_row():
     q, k, v, grad_out = inputs(1, 2, 2, 30, 4)
     u = reference.row_uniforms(torch.tensor(4), 1, 2, range(30), "cpu").double() / UNIT
-    for a, b in zip(*(grads(q, k, v, grad_out, 2.0, sampler="systematic", **given) for given in (dict(u=u), dict(seed=4)))):
+    for a, b in zip(
+        *(grads(q, k, v, grad_out, 2.0, sampler="systematic", **given) for given in (dict(u=u), dict(seed=4)))
+    ):
         assert torch.equal(a, b)
 
 
@@ -222,7 +228,9 @@ def test_a_tile_is_kept_or_cut_as_one():
     mass = reference.tile_masses(w)
     seen = torch.zeros_like(mass)
     for seed in range(400):
-        m = reference.sus_multiplier(torch.tensor(0.9), 0.9, "tiles", torch.tensor(seed), None, 200)(w, range(200), known)[0]
+        m = reference.sus_multiplier(torch.tensor(0.9), 0.9, "tiles", torch.tensor(seed), None, 200)(
+            w, range(200), known
+        )[0]
         first = m[..., ::64]  # of each tile
         assert torch.equal(m, first.repeat_interleave(64, -1)[..., :200].tril())
         seen += first > 0
@@ -401,7 +409,11 @@ T = torch.tensor
 BAD_ARGUMENTS = [
     (dict(q=torch.randn(4, 8, 6)), ValueError, "q must have 4 dims"),
     (dict(k=torch.randn(2, 4, 9, 6)), ValueError, "k and v must be"),
-    (dict(k=torch.randn(2, 3, 8, 6), v=torch.randn(2, 3, 8, 6)), ValueError, "4 heads, which is not a multiple of the 3"),
+    (
+        dict(k=torch.randn(2, 3, 8, 6), v=torch.randn(2, 3, 8, 6)),
+        ValueError,
+        "4 heads, which is not a multiple of the 3",
+    ),
     (dict(v=torch.randn(2, 4, 8, 5)), ValueError, "k and v must be"),
     (dict(v=torch.randn(2, 4, 8, 6).double()), TypeError, "share dtype and device"),
     (dict(q=torch.ones(2, 4, 8, 6, dtype=torch.int64)), TypeError, "q must be float64"),

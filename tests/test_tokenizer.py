@@ -14,8 +14,16 @@ from configurator import UserError
 from data.corpus import pieces
 from data.tokenizer import ENCODINGS, tokenizer_from_meta
 
-TEXTS = ["", "a", "Hello world\n", "<|endoftext|>", "tab\tCRLF\r\nNUL\0", "naïve, 漢字, 🙂, e\u0301", " " * 50,
-         "\ufeffmark"]
+TEXTS = [
+    "",
+    "a",
+    "Hello world\n",
+    "<|endoftext|>",
+    "tab\tCRLF\r\nNUL\0",
+    "naïve, 漢字, 🙂, e\u0301",
+    " " * 50,
+    "\ufeffmark",
+]
 CHARS = "".join(sorted(set("".join(TEXTS))))
 
 
@@ -98,7 +106,31 @@ def test_pieces_end_where_tokens_do(name, monkeypatch):
     pattern = regex.compile(openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"])
     draw, cuts = random.Random(1), 0
     for _ in range(3000):
-        text = "".join(draw.choices(["a", "B", "é", "漢", "1", "23", " ", "  ", "\n", "\r\n", "\t", ".", ",", "_", "'s", "🙂", "\u0301", "/"], k=30))
+        text = "".join(
+            draw.choices(
+                [
+                    "a",
+                    "B",
+                    "é",
+                    "漢",
+                    "1",
+                    "23",
+                    " ",
+                    "  ",
+                    "\n",
+                    "\r\n",
+                    "\t",
+                    ".",
+                    ",",
+                    "_",
+                    "'s",
+                    "🙂",
+                    "\u0301",
+                    "/",
+                ],
+                k=30,
+            )
+        )
         found = list(pieces(text, 3))
         starts, at = [], 0
         for piece in found:
@@ -114,8 +146,11 @@ def test_where_there_is_nowhere_to_cut_it_is_cut_all_the_same():
     assert [len(piece) for piece in pieces(("x" * 7 for _ in range(100)), 10)] == [160] * 4 + [60]
 
 
-@pytest.mark.parametrize("text", ["x" * 1_000_000, " " * 1_000_000, "\n" * 1_000_000, "漢字" * 300_000],
-                         ids=["letters", "spaces", "lines", "han"])
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 1_000_000, " " * 1_000_000, "\n" * 1_000_000, "漢字" * 300_000],
+    ids=["letters", "spaces", "lines", "han"],
+)
 def test_long_runs(tokenizer, text):
     """One run without a break must neither overflow the regex engine nor take quadratic time."""
     if tokenizer.name == "char":
@@ -146,7 +181,12 @@ def test_another_encoding(gpt2, tmp_path, monkeypatch):
     (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"".join(lines))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     tokenizer = tokenizer_from_meta({"name": "r50k_base"})
-    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.vocab_size, tokenizer.eot) == ("r50k_base", 50257, 50304, 50256)
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.vocab_size, tokenizer.eot) == (
+        "r50k_base",
+        50257,
+        50304,
+        50256,
+    )
     text = "".join(TEXTS)
     assert tokenizer.encode(text).tolist() == gpt2.encode(text).tolist()
 
@@ -187,8 +227,19 @@ def test_text_without_utf8_form(tokenizer):
         tokenizer.encode("ok\udcff")
 
 
-@pytest.mark.parametrize("meta", [{"name": "bpe"}, {}, {"name": "char"}, {"name": "char", "chars": "ba"},
-                                  {"name": "char", "chars": ""}, {"name": "char", "chars": "aab"}, "gpt2", None])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"name": "bpe"},
+        {},
+        {"name": "char"},
+        {"name": "char", "chars": "ba"},
+        {"name": "char", "chars": ""},
+        {"name": "char", "chars": "aab"},
+        "gpt2",
+        None,
+    ],
+)
 def test_bad_meta(meta):
     with pytest.raises(UserError, match="unknown tokenizer|distinct characters in sorted order"):
         tokenizer_from_meta(meta)

@@ -27,17 +27,37 @@ STDLIB = Path(os.__file__).parent
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A small corpus of real text: four modules of the standard library, in bytes."""
-    text = lambda *names: [(n, (STDLIB / n).read_text(encoding="utf-8")) for n in names]  # noqa: E731
+    text = lambda *names: [(n, (STDLIB / n).read_text(encoding="utf-8")) for n in names]
     folder = tmp_path_factory.mktemp("data") / "small"
-    write_corpus(folder, Texts(text("argparse.py", "ast.py", "inspect.py"), text("enum.py"), {}), tokenizer_from_meta({"name": "byte"}))
+    write_corpus(
+        folder,
+        Texts(text("argparse.py", "ast.py", "inspect.py"), text("enum.py"), {}),
+        tokenizer_from_meta({"name": "byte"}),
+    )
     return folder
 
 
 TINY = dict(
-    n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=2, gradient_accumulation_steps=2, pos="rope",
-    max_iters=12, eval_interval=4, eval_iters=3, learning_rate=3e-3, warmup_iters=3, lr_decay_iters=12, min_lr=3e-4,
-    attn_backward="sus", sus_c=0.4, wandb_log=False, device="cpu", dtype="float32",
-)  # fmt: skip
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    block_size=64,
+    batch_size=2,
+    gradient_accumulation_steps=2,
+    pos="rope",
+    max_iters=12,
+    eval_interval=4,
+    eval_iters=3,
+    learning_rate=3e-3,
+    warmup_iters=3,
+    lr_decay_iters=12,
+    min_lr=3e-4,
+    attn_backward="sus",
+    sus_c=0.4,
+    wandb_log=False,
+    device="cpu",
+    dtype="float32",
+)
 
 
 def arguments(corpus, out_dir, **keys):
@@ -63,8 +83,9 @@ def start(corpus, out_dir, *prefix, **keys):
     """The same as a process of its own."""
     command = [sys.executable, *prefix, ROOT / "train.py", *arguments(corpus, out_dir, **keys)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -121,7 +142,7 @@ def test_validation_is_the_same_for_every_run(run):
 
 def test_evaluation_does_not_disturb_training(run):
     often, seldom = run("often", eval_interval=1), run("seldom", eval_interval=12)
-    losses = lambda lines: [line["train/loss"] for line in lines if "train/loss" in line]  # noqa: E731
+    losses = lambda lines: [line["train/loss"] for line in lines if "train/loss" in line]
     assert losses(often) == losses(seldom)
 
 
@@ -134,11 +155,17 @@ def test_infinite_c_follows_exact(run):
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"attn_backward": "exact", "activation_checkpointing": True}, *({"attn_backward": "exact", "dtype": d} for d in ("bfloat16", "float16"))],
+    [
+        {},
+        {"attn_backward": "exact", "activation_checkpointing": True},
+        *({"attn_backward": "exact", "dtype": d} for d in ("bfloat16", "float16")),
+    ],
     ids=["sus", "exact-recomputed", "exact-bfloat16", "exact-float16"],
-)  # fmt: skip
+)
 def test_the_analytic_backward_trains_as_autograd_does(run, capsys, keys):
-    """The same weights at first, so the same bits of the first loss; then the same to what gradients' rounding makes of it."""
+    """The same weights at first, so the same bits of the first loss; then the same to what gradients' rounding makes of
+    it.
+    """
     a, b = run("autograd", **keys), run("analytic", backprop="analytic", **keys)
     assert "gradients without autograd" in capsys.readouterr().out
     assert a[0]["val/loss"] == b[0]["val/loss"] and a[1]["train/loss"] == b[1]["train/loss"]
@@ -181,19 +208,30 @@ def test_lowrank_warns_once_where_the_polynomial_is_meaningless(run, capsys):
     keys = dict(attn_backward="lowrank", max_iters=4, eval_interval=2)
     run("a", **keys, qk_norm=True)
     out = capsys.readouterr().out
-    assert out.count("WARNING: at iteration 0 scores of attention reach") == 1 == out.count("lowrank_degree=2 is off by more than 1000%")
+    assert (
+        out.count("WARNING: at iteration 0 scores of attention reach")
+        == 1
+        == out.count("lowrank_degree=2 is off by more than 1000%")
+    )
     run("b", **keys, qk_norm=True, qk_norm_scale=0.5)
     assert "WARNING: at iteration" not in capsys.readouterr().out
 
 
 def test_lowrank_with_too_many_features_is_refused_at_once(run, tmp_path):
-    with pytest.raises(UserError, match=r"lowrank_degree=10 means 13,037,895 features a token with heads of 16.*lower --lowrank_degree"):
+    with pytest.raises(
+        UserError, match=r"lowrank_degree=10 means 13,037,895 features a token with heads of 16.*lower --lowrank_degree"
+    ):
         run(attn_backward="lowrank", lowrank_degree=10)
     assert not (tmp_path / "out").exists()
 
 
 def test_position_buckets():
-    assert train.position_buckets(torch.arange(300.0)) == {"0-63": 31.5, "64-127": 95.5, "128-255": 191.5, "256-299": 277.5}
+    assert train.position_buckets(torch.arange(300.0)) == {
+        "0-63": 31.5,
+        "64-127": 95.5,
+        "128-255": 191.5,
+        "256-299": 277.5,
+    }
     assert train.position_buckets(torch.zeros(10)) == {"0-9": 0.0}
 
 
@@ -209,9 +247,7 @@ def test_learning_rate():
 # -- resume ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"attn_backward": "exact", "dropout": 0.2}], ids=["sus", "exact-with-dropout"]
-)
+@pytest.mark.parametrize("keys", [{}, {"attn_backward": "exact", "dropout": 0.2}], ids=["sus", "exact-with-dropout"])
 def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, keys):
     """kill -9 somewhere after the first checkpoint; the record and the weights must equal an uninterrupted run's."""
     keys = {**keys, "max_iters": 60, "lr_decay_iters": 60, "eval_interval": 10}
@@ -296,7 +332,9 @@ def test_resume_on_other_text_says_so(run, tmp_path, corpus, capsys):
     text = (STDLIB / "enum.py").read_text(encoding="utf-8")
     write_corpus(tmp_path / "other", Texts([("a", text)], [("b", text)], {}), tokenizer_from_meta({"name": "byte"}))
     run(max_iters=4, init_from="resume", dataset=tmp_path / "other")
-    assert f"the training text in {tmp_path / 'other'} is not the one that the run began with" in capsys.readouterr().out
+    assert (
+        f"the training text in {tmp_path / 'other'} is not the one that the run began with" in capsys.readouterr().out
+    )
 
 
 def test_resume_applies_changed_hyperparameters(run, tmp_path):
@@ -337,7 +375,9 @@ def test_a_new_run_keeps_the_earlier_one_aside(run, tmp_path, capsys):
 def test_always_save_checkpoint_off_keeps_the_best_until_the_end(run, tmp_path, monkeypatch):
     saved = []
     real = train.checkpoint.save
-    monkeypatch.setattr(train.checkpoint, "save", lambda path, state: (saved.append((path.name, state["iter_num"])), real(path, state)))
+    monkeypatch.setattr(
+        train.checkpoint, "save", lambda path, state: (saved.append((path.name, state["iter_num"])), real(path, state))
+    )
     # a wild learning rate after a good start: validation gets worse
     run(always_save_checkpoint=False, decay_lr=False, learning_rate=0.3, grad_clip=0.0, max_iters=8, eval_interval=1)
     lines = [l for l in read_record(tmp_path / "out" / "metrics.jsonl")[1] if "val/loss" in l]
@@ -356,8 +396,11 @@ def test_always_save_checkpoint_off_keeps_the_best_until_the_end(run, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [{}, {"attn_backward": "exact", "dropout": 0.1}, {"backprop": "analytic"}],
-                         ids=["sus", "exact-with-dropout", "analytic"])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"attn_backward": "exact", "dropout": 0.1}, {"backprop": "analytic"}],
+    ids=["sus", "exact-with-dropout", "analytic"],
+)
 def test_two_processes_follow_one(corpus, tmp_path, keys):
     """The same global micro-batches, seeds and draws: the same losses to rounding, wherever they are computed."""
     one = start(corpus, tmp_path / "one", **keys)
@@ -394,7 +437,7 @@ def test_ctrl_c_under_torchrun_saves(corpus, tmp_path):
 def test_sus_reaches_the_loss_of_exact_within_the_seed_to_seed_gap(run):
     """A tiny GPT, 200 steps: the mean over three seeds of each, compared by the spread between seeds."""
     keys = dict(max_iters=200, lr_decay_iters=200, eval_interval=200, eval_iters=24, log_interval=200, block_size=128)
-    final = lambda **kw: run("out", **keys, **kw)[-1]["val/loss"]  # noqa: E731
+    final = lambda **kw: run("out", **keys, **kw)[-1]["val/loss"]
     exact = torch.tensor([final(attn_backward="exact", seed=s) for s in (1, 2, 3)])
     sus = torch.tensor([final(sus_c=0.8, seed=s) for s in (1, 2, 3)])
     assert exact.mean() < 2.7  # they did learn
@@ -418,7 +461,16 @@ def test_init_from_gpt2(run, corpus, tmp_path, monkeypatch):
     bpe.mkdir()
     for name in ("train.bin", "val.bin"):
         (bpe / name).write_bytes((corpus / name).read_bytes())
-    run(init_from="gpt2", pos="learned", bias=True, block_size=64, max_iters=2, learning_rate=1e-12, min_lr=0, dataset=bpe)
+    run(
+        init_from="gpt2",
+        pos="learned",
+        bias=True,
+        block_size=64,
+        max_iters=2,
+        learning_rate=1e-12,
+        min_lr=0,
+        dataset=bpe,
+    )
     state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     torch.testing.assert_close(state["model"]["transformer.wte.weight"], small.transformer.wte.weight.detach())
     assert state["model_args"]["block_size"] == 64 and state["model"]["transformer.wpe.weight"].shape == (64, 32)
@@ -445,7 +497,10 @@ MISTAKES = [
     (dict(sus_backend="fastest"), "sus_backend must be one of"),
     (dict(backprop="analytic", sus_c="auto"), "sus_c=auto .* not covered by backprop=analytic: give a number"),
     (dict(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
-    (dict(learning_rate=1e30, grad_clip=0.0, decay_lr=False), "(loss|norm).* is (nan|inf).*Try a lower --learning_rate"),
+    (
+        dict(learning_rate=1e30, grad_clip=0.0, decay_lr=False),
+        "(loss|norm).* is (nan|inf).*Try a lower --learning_rate",
+    ),
 ]
 
 

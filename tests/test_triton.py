@@ -1,26 +1,27 @@
-"""The Triton backend: its kernels on a GPU or else interpreted on the CPU, and compiled for GPUs that need not be there."""
+"""The Triton backend: its kernels on a GPU or else interpreted on the CPU, and compiled for GPUs that need not be
+there.
+"""
 
 import json
 import math
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, case, check_errors, check_unbiased, float64, inf, nan, rms, same, shaped, spoiled
-from test_sus_attention import naive
 from torch import Tensor
 
+from cases import LAYOUTS, case, check_errors, check_unbiased, float64, inf, nan, rms, same, shaped, spoiled
+from model import GPT, GPTConfig
+from sus_attn import resolve_backend, sus_attention
 from sus_backends import reference, triton
 from sus_backends.reference import KAPPA, TILE, UNIT
 from sus_backends.triton import cdiv
-from model import GPT, GPTConfig
-from sus_attn import resolve_backend, sus_attention
+from test_sus_attention import naive
 
 pytest.importorskip("triton")
 
@@ -32,7 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 
 class Result(NamedTuple):
-    """All on the CPU. tiles, masses: the proposals. kept: what their tiles weigh after thinning, else 0. m: that as a mask."""
+    """All on the CPU. tiles, masses: the proposals. kept: what their tiles weigh after thinning, else 0. m: that as a
+    mask.
+    """
 
     out: Tensor
     lse: Tensor
@@ -60,19 +63,24 @@ def run(tensors, c=1.5, seed=1, c_max=None, u=None) -> Result:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(triton, "_launch", spy)
         out, lse, tiles, masses = triton.forward(q, k, v, scale, True, torch.tensor(c), c_max, torch.tensor(seed), u)
-        grads = triton.backward(grad_out, q, k, v, out, lse, tiles, masses, scale, torch.tensor(c), c_max, torch.tensor(seed), True)
+        grads = triton.backward(
+            grad_out, q, k, v, out, lse, tiles, masses, scale, torch.tensor(c), c_max, torch.tensor(seed), True
+        )
     T, (kept,) = q.shape[2], seen
     tiles, kept = tiles.cpu(), kept.view(tiles.shape)
     proposed = tiles >= 0
     assert torch.equal(proposed, proposed.cumprod(-1).bool()) and (tiles.diff(dim=-1)[proposed[..., 1:]] > 0).all()
-    assert (tiles[proposed] <= (torch.arange(T) // TILE)[:, None].expand_as(tiles)[proposed]).all() and not kept[~proposed].any()
+    assert (tiles[proposed] <= (torch.arange(T) // TILE)[:, None].expand_as(tiles)[proposed]).all()
+    assert not kept[~proposed].any()
     return Result(out.cpu(), lse.cpu(), *(x.cpu() for x in grads), tiles, masses.cpu(), kept, mask_of(tiles, kept, T))
 
 
 def mask_of(tiles, values, T):
     """(B, H, T, T): a tile's value on all keys of it which the row sees."""
     of_tiles = torch.zeros(*tiles.shape[:3], -(-T // TILE) + 1)
-    of_tiles.scatter_(-1, tiles.long() % of_tiles.shape[-1], torch.where(tiles >= 0, values, 0))  # -1: the last, which is none
+    of_tiles.scatter_(
+        -1, tiles.long() % of_tiles.shape[-1], torch.where(tiles >= 0, values, 0)
+    )  # -1: the last, which is none
     return of_tiles.repeat_interleave(TILE, -1)[..., :T].tril()
 
 
@@ -89,8 +97,8 @@ CASES = [  # B, H, K, T, D, weights
     pytest.param(*x, id="B{}H{}K{}T{}D{}-{}".format(*x))
     for x in [
         (1, 1, 1, 1, 32, "random"), (1, 2, 2, 63, 32, "peaked"), (1, 2, 1, 64, 64, "flat"), (1, 1, 1, 65, 64, "sink"),
-        (2, 2, 1, 131, 32, "random"), (1, 1, 1, 300, 64, "one-hot"), (1, 2, 1, 330, 32, "flat"), (1, 1, 1, 200, 32, "sink"),
-        (1, 1, 1, 150, 64, "high"), (1, 1, 1, 150, 64, "low"),
+        (2, 2, 1, 131, 32, "random"), (1, 1, 1, 300, 64, "one-hot"), (1, 2, 1, 330, 32, "flat"),
+        (1, 1, 1, 200, 32, "sink"), (1, 1, 1, 150, 64, "high"), (1, 1, 1, 150, 64, "low"),
     ]
 ]  # fmt: skip
 
@@ -147,7 +155,9 @@ def check_draw(ours, tensors, c, seed=1, u=None, c_max=None):
     assert (got & want).sum() >= 0.95 * (got | want).sum()
     assert ours.tiles.shape[-1] == reference.tile_slots(c_max or c, T)
     rows = (ours.tiles >= 0).nonzero()[:, :3].T
-    torch.testing.assert_close(ours.masses[ours.tiles >= 0], mass[*rows, ours.tiles[ours.tiles >= 0].long()], rtol=0.02, atol=1e-30)
+    torch.testing.assert_close(
+        ours.masses[ours.tiles >= 0], mass[*rows, ours.tiles[ours.tiles >= 0].long()], rtol=0.02, atol=1e-30
+    )
 
 
 @pytest.mark.parametrize("c, c_max", [(0.3, None), (1.5, 2.5), (8.0, None), (1.2, inf)])
@@ -168,7 +178,11 @@ def test_draws_follow_the_whole_seed():
     found = [run(tensors, 0.7, seed) for seed in seeds]
     for seed, ours in zip(seeds, found):
         check_draw(ours, tensors, 0.7, seed)
-    assert len({tuple(ours.tiles.flatten().tolist()) for ours in found}) == len({tuple(ours.kept.flatten().tolist()) for ours in found}) == 5
+    assert (
+        len({tuple(ours.tiles.flatten().tolist()) for ours in found})
+        == len({tuple(ours.kept.flatten().tolist()) for ours in found})
+        == 5
+    )
 
 
 def test_infinite_c_is_exact():
@@ -204,12 +218,17 @@ def test_thinning_is_that_of_the_reference():
     units = reference.inclusion_units(mass, torch.tensor(KAPPA * c))
     known = reference.Known(reference.row_weights(tensors[3]).unsqueeze(-1), None, None)
     r = reference.thinning_units(proposed, mass, units, torch.tensor(c), "tiles", known)
-    keep, _ = reference.keep_systematic(r, reference.row_uniforms(torch.tensor(1), 1, 2, range(T), "cpu", reference.STREAM_THINNING), T)
+    keep, _ = reference.keep_systematic(
+        r, reference.row_uniforms(torch.tensor(1), 1, 2, range(T), "cpu", reference.STREAM_THINNING), T
+    )
     both = keep & (ours.kept > 0)
     assert both.sum() >= 0.99 * (keep | (ours.kept > 0)).sum() and both.sum() < 0.8 * proposed.sum()
     torch.testing.assert_close(ours.kept[both], (UNIT / units * (UNIT / r))[both], rtol=1e-4, atol=0)
-    theirs = reference.backward(tensors[3], *tensors[:3], ours.out, ours.lse, lambda w, rows, known: (ours.m[:, :, rows.start : rows.stop, : w.shape[-1]], 0), True,
-                                32**-0.5, with_stats=True)  # fmt: skip
+
+    def drawn(w, rows, known):
+        return ours.m[:, :, rows.start : rows.stop, : w.shape[-1]], 0
+
+    theirs = reference.backward(tensors[3], *tensors[:3], ours.out, ours.lse, drawn, True, 32**-0.5, with_stats=True)
     torch.testing.assert_close(ours.stats, theirs[3], rtol=1e-3, atol=0)
 
 
@@ -257,7 +276,9 @@ def test_rounds_and_repetition_change_no_bit(monkeypatch, poisoned):
     monkeypatch.setattr(triton, "ROUND", 1)  # one key/value head at a time
     monkeypatch.setattr(triton, "TABLE", 1), monkeypatch.setattr(triton, "PROGRAMS", 1)  # 128 rows at a time
     rounds, launch = [], triton._launch
-    monkeypatch.setattr(triton, "_launch", lambda name, *args, **kwargs: (rounds.append(name), launch(name, *args, **kwargs)))
+    monkeypatch.setattr(
+        triton, "_launch", lambda name, *args, **kwargs: (rounds.append(name), launch(name, *args, **kwargs))
+    )
     stats = torch.empty(3, device=DEVICE)
     assert same(grads(tensors, stats=stats), whole)
     assert rounds.count("forward") == rounds.count("draw") == 12 and rounds.count("thin") == 2 and stats[0] > 0
@@ -284,7 +305,9 @@ def test_lists_of_rows_at_a_long_context():
     ends = counts.cumsum(0, dtype=torch.int32)
     listed = torch.full((int(ends[-1]) + 1,), -1, dtype=torch.int32, device=DEVICE)
     q = torch.zeros(1, 1, T, 32, device=DEVICE)
-    triton._launch("list_rows", q, regions, bits.int().to(DEVICE), counts.to(DEVICE), ends.to(DEVICE), listed, T, bits.shape[1])
+    triton._launch(
+        "list_rows", q, regions, bits.int().to(DEVICE), counts.to(DEVICE), ends.to(DEVICE), listed, T, bits.shape[1]
+    )
     assert listed.tolist() == torch.cat([*(column.nonzero()[:, 0] for column in keeps.T), torch.tensor([-1])]).tolist()
 
 
@@ -321,7 +344,9 @@ def test_what_is_kept_for_the_backward():
         sus_attention(q, k, v, 1.2, seed=1, backend="triton")
     sizes = sorted(x.numel() for x in saved if x.numel() > 1)
     rows, slots = 2 * 330, math.ceil(2 * 1.2) + 1
-    assert sizes == sorted([q.numel(), k.numel(), v.numel(), q.numel(), rows, rows * slots, rows * slots])  # q, k, v, out, lse, the proposals
+    assert sizes == sorted(
+        [q.numel(), k.numel(), v.numel(), q.numel(), rows, rows * slots, rows * slots]
+    )  # q, k, v, out, lse, the proposals
     with torch.no_grad():
         assert not triton.forward(q, k, v, 1.0, False, torch.tensor(1.2), 1.2, torch.tensor(1), None)[2].numel()
 
@@ -392,8 +417,21 @@ def test_a_model_trains_as_with_the_reference():
     losses = {}
     for backend in ("triton", "reference"):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=160, vocab_size=65, n_layer=2, n_head=2, n_embd=64, bias=False, pos="rope", norm="rmsnorm",
-                              attn_backward="sus", sus_c=0.8, sus_backend=backend)).to(DEVICE)  # fmt: skip
+        model = GPT(
+            GPTConfig(
+                block_size=160,
+                vocab_size=65,
+                n_layer=2,
+                n_head=2,
+                n_embd=64,
+                bias=False,
+                pos="rope",
+                norm="rmsnorm",
+                attn_backward="sus",
+                sus_c=0.8,
+                sus_backend=backend,
+            )
+        ).to(DEVICE)
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
         x = torch.randint(65, (1, 161)).to(DEVICE)
         losses[backend] = []
@@ -415,15 +453,32 @@ def test_a_model_trains_as_with_the_reference():
 def test_every_configuration_compiles_and_spills_nothing(capability, shared, tmp_path):
     """Its registers suffice, and a block's shared memory is there. Prints what each takes (pytest -s)."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, ROOT / "tests" / "compile_triton.py", str(capability)], text=True, capture_output=True,
-                          env={**env, "TRITON_CACHE_DIR": str(tmp_path)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "compile_triton.py", str(capability)],
+        text=True,
+        capture_output=True,
+        env={**env, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    print(f"\nsm_{capability}: kernel, dtype, D, warps, stages: registers a thread, bytes of stack, bytes of shared memory; "
-          "instructions of loops; constants")
+    print(
+        f"\nsm_{capability}: kernel, dtype, D, warps, stages: registers a thread, bytes of stack, bytes of shared "
+        "memory; instructions of loops; constants"
+    )
     for x in lines:
-        print(f"{x['kernel']:16}{x['dtype']:9}{x['D']:4}{x['warps']:3}{x['stages']:3}:{x['registers']:4}{x['stack']:4}{x['shared']:8}  {x['loops']}  "
-              + ", ".join(f"{k}={v}" for k, v in x["constants"].items()))  # fmt: skip
-    assert {x["kernel"] for x in lines} == {"forward", "draw", "thin", "list_rows", "tile_gradients", "query_gradients", "key_gradients"}
+        constants = ", ".join(f"{k}={v}" for k, v in x["constants"].items())
+        print(
+            f"{x['kernel']:16}{x['dtype']:9}{x['D']:4}{x['warps']:3}{x['stages']:3}:{x['registers']:4}{x['stack']:4}"
+            f"{x['shared']:8}  {x['loops']}  {constants}"
+        )
+    assert {x["kernel"] for x in lines} == {
+        "forward",
+        "draw",
+        "thin",
+        "list_rows",
+        "tile_gradients",
+        "query_gradients",
+        "key_gradients",
+    }
     assert not [x for x in lines if x["stack"]], "spills"
     assert not [x for x in lines if x["shared"] > shared]

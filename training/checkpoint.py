@@ -1,13 +1,13 @@
-"""
-Checkpoints: one file each, whole or not there at all.
+"""Checkpoints: one file each, whole or not there at all.
 
 A checkpoint is a dict under nanoGPT's names (model, optimizer, model_args, iter_num, best_val_loss, config) plus
 whatever else train.py keeps. It holds tensors, Python scalars and strings, and dicts, lists and tuples of them: nothing
 that needs code to be read back. So load() can refuse to run any (weights_only=True), and a checkpoint from a stranger
 is data.
 
-Of a LoRA fine-tuning, model holds the adapters only, and `lora` says what they are and whose: rank, alpha and targets (see
-add_adapters), the base (its file, as seen from the checkpoint's folder, or GPT-2's name) and the fingerprint of its weights.
+Of a LoRA fine-tuning, model holds the adapters only, and `lora` says what they are and whose: rank, alpha and targets
+(see add_adapters), the base (its file, as seen from the checkpoint's folder, or GPT-2's name) and the fingerprint of
+its weights.
 
 save() writes aside in the same folder, syncs to the disk, then renames onto the name: whenever the process or the
 machine dies, the name holds either the former checkpoint or the new one. What it leaves aside then, FILE.aside, the
@@ -25,14 +25,18 @@ import torch
 
 from configurator import UserError
 
-REQUIRED = {"model": dict, "model_args": dict, "iter_num": int, "best_val_loss": (int, float, torch.Tensor),
-            "config": dict}
+REQUIRED = {
+    "model": dict,
+    "model_args": dict,
+    "iter_num": int,
+    "best_val_loss": (int, float, torch.Tensor),
+    "config": dict,
+}
 LORA = {"rank": int, "alpha": float, "targets": str, "base": str, "fingerprint": str}
 
 
 def save(path: Path, state: dict) -> None:
-    """
-    Put state at path, replacing the file there in one step. UserError if the disk is full or can't be written to;
+    """Put state at path, replacing the file there in one step. UserError if the disk is full or can't be written to;
     the file at path is then what it was. TypeError if state holds something else than the kinds of data named above.
     """
     _check_plain(state, "state")
@@ -48,15 +52,16 @@ def save(path: Path, state: dict) -> None:
         cause = _os_error(error)
         if cause is None:
             raise
-        raise UserError(f"can't save {path}: {cause.strerror}; make room, or choose another --out_dir "
-                        "(a checkpoint saved there earlier is intact)") from error
+        raise UserError(
+            f"can't save {path}: {cause.strerror}; make room, or choose another --out_dir "
+            "(a checkpoint saved there earlier is intact)"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
 def load(path: Path, map_location="cpu") -> dict:
-    """
-    The state saved at path, its tensors on map_location. Runs no code from the file. nanoGPT's checkpoints are read
+    """The state saved at path, its tensors on map_location. Runs no code from the file. nanoGPT's checkpoints are read
     too, those of a compiled or DDP model under their plain names. UserError if the file is missing, truncated,
     damaged or something else.
     """
@@ -72,19 +77,25 @@ def load(path: Path, map_location="cpu") -> dict:
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file can fail at any point of the unpickler
-        raise UserError(f"{path} is not a checkpoint, or a truncated or damaged one: copy another over it, such "
-                        "as ckpt_best.pt of the same run") from error
+        raise UserError(
+            f"{path} is not a checkpoint, or a truncated or damaged one: copy another over it, such "
+            "as ckpt_best.pt of the same run"
+        ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     wrong = [name for name, kind in REQUIRED.items() if not isinstance(state.get(name), kind)]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}")
     if lora := state.get("lora"):  # None: not of a LoRA fine-tuning
-        wrong = [name for name, kind in LORA.items() if not (isinstance(lora, dict) and isinstance(lora.get(name), kind))]
+        wrong = [
+            name for name, kind in LORA.items() if not (isinstance(lora, dict) and isinstance(lora.get(name), kind))
+        ]
         wrong += [] if wrong else [name for name in ("rank", "alpha") if not 0 < lora[name] < math.inf]
         wrong += [] if isinstance(state["model_args"].get("block_size"), int) else ["block_size"]
         if wrong:
-            raise UserError(f"{path} is no adapter checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}")
+            raise UserError(
+                f"{path} is no adapter checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}"
+            )
     # torch.compile and DDP put these prefixes before the names of the weights
     state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): weight for name, weight in state["model"].items()}
     state["best_val_loss"] = float(state["best_val_loss"])  # a tensor in nanoGPT's
@@ -106,7 +117,10 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 def restore_optimizer(saved: dict, path: Path, optimizer, scaler) -> None:
     """The optimizer's and the scaler's state from a checkpoint; weight decay and betas stay those of this run."""
     if "optimizer" not in saved:
-        raise UserError(f"{path} has no optimizer's state to go on with: fine-tune it by --init_from={path.parent} and another out_dir")
+        raise UserError(
+            f"{path} has no optimizer's state to go on with: fine-tune it by --init_from={path.parent} and another "
+            "out_dir"
+        )
     hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved["optimizer"])
@@ -126,7 +140,10 @@ def keep_earlier_run(out_dir: Path) -> None:
         (out_dir / f"earlier-{n}").mkdir()
         for f in files:
             f.rename(out_dir / f"earlier-{n}" / f.name)
-        print(f"the earlier run in {out_dir} is kept in {out_dir / f'earlier-{n}'} (--init_from=resume goes on with a run)")
+        print(
+            f"the earlier run in {out_dir} is kept in {out_dir / f'earlier-{n}'} (--init_from=resume goes on with a "
+            "run)"
+        )
 
 
 def _check_plain(value, where):

@@ -10,9 +10,22 @@ from configurator import UserError
 
 # Dense bfloat16/float16 tensor-core peaks with float32 accumulation, TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200 NVL": 836, "H200": 989, "H100 NVL": 836, "H100 PCIe": 756, "H100": 989, "A100": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
-}  # fmt: skip
+    "B200": 2250,
+    "H200 NVL": 836,
+    "H200": 989,
+    "H100 NVL": 836,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A10G": 70,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "V100": 125,
+    "T4": 65,
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,9 @@ def memory_errors(advice: str):
 
 
 def resolve_device(device: str, dtype: str, local_rank: int | None = None) -> Device:
-    """The Device that the keys `device` and `dtype` mean here. local_rank: of this process under torchrun, else None."""
+    """The Device that the keys `device` and `dtype` mean here. local_rank: of this process under
+    torchrun, else None.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         why = "the fastest here"

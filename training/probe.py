@@ -1,4 +1,6 @@
-"""What attention costs in a run: one layer's real q, k, v and output gradient, timed alone, exact beside SUS or low-rank."""
+"""What attention costs in a run: one layer's real q, k, v and output gradient, timed alone, exact beside SUS or
+low-rank.
+"""
 
 import statistics
 import time
@@ -7,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from training.device import Device
 from lowrank_attn import lowrank_attention, score_bound, worst_error
 from model import GPT
 from sus_attn import sus_attention
+from training.device import Device
 
 
 def capture(model: GPT, layer: int, x, y, device: Device, sus_seed):
@@ -39,8 +41,10 @@ def capture(model: GPT, layer: int, x, y, device: Device, sus_seed):
 def largest_score(model: GPT, x, device: Device) -> float:
     """The largest absolute score, q . k / sqrt(D), of all heads and layers on x (B, T)."""
     found = []
-    handles = [block.attn.attend.register_forward_hook(lambda module, args, out: found.append(score_bound(args[0], args[1])))
-               for block in model.transformer.h]  # fmt: skip
+    handles = [
+        block.attn.attend.register_forward_hook(lambda module, args, out: found.append(score_bound(args[0], args[1])))
+        for block in model.transformer.h
+    ]
     try:
         with device.autocast():
             model(x)
@@ -85,8 +89,9 @@ def time_attention(functions: dict, q, k, v, grad_out, device: Device, repeats: 
 
 def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
     """The probe's line for the record, from the batch (x, y): milliseconds of the middle layer's attention, and, for
-    SUS, how many entries a query row keeps and which fraction of the causal ones that is; for low-rank, the largest score
-    of all layers, and the largest relative error that its polynomial has up to there."""
+    SUS, how many entries a query row keeps and which fraction of the causal ones that is; for low-rank, the largest
+    score of all layers, and the largest relative error that its polynomial has up to there.
+    """
     config = model.config
     q, k, v, grad_out = capture(model, config.n_layer // 2, x, y, device, sus_seed)
     B, H, T, _ = q.shape
@@ -107,7 +112,9 @@ def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
         result["sus/kept_fraction"] = kept / (B * H * T * (T + 1) / 2)
     if config.attn_backward == "lowrank":
         approximate = config.lowrank_forward == "approximate"
-        functions["lowrank"] = lambda q, k, v: lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=approximate)
+        functions["lowrank"] = lambda q, k, v: lowrank_attention(
+            q, k, v, config.lowrank_degree, approximate_forward=approximate
+        )
         result["lowrank/bound"] = largest_score(model, x, device)
         result["lowrank/worst_error"] = worst_error(result["lowrank/bound"], config.lowrank_degree)
     times = time_attention(functions, q, k, v, grad_out, device)

@@ -1,5 +1,4 @@
-"""
-The record of a run: out_dir/metrics.jsonl, mirrored to wandb.
+"""The record of a run: out_dir/metrics.jsonl, mirrored to wandb.
 
 The file is the truth. Its first line holds the run's configuration, every further one what was logged at one iteration:
 
@@ -34,14 +33,23 @@ say = tqdm.write  # print, but above a progress bar if there is one
 
 
 class Record:
-    """
-    The record of one run. config: plain values, of the first line. run_id: of the run to go on with, from its
+    """The record of one run. config: plain values, of the first line. run_id: of the run to go on with, from its
     checkpoint; None makes one from run_name. group: what wandb overlays by. resume_iter: the checkpoint's iteration,
     after which the lines are cut off; None starts a new file. UserError if the file can't be read or written.
     """
 
-    def __init__(self, out_dir: Path, config: dict, *, run_name: str, run_id: str | None, group: str, wandb_log: bool,
-                 wandb_project: str, resume_iter: int | None):
+    def __init__(
+        self,
+        out_dir: Path,
+        config: dict,
+        *,
+        run_name: str,
+        run_id: str | None,
+        group: str,
+        wandb_log: bool,
+        wandb_project: str,
+        resume_iter: int | None,
+    ):
         self.path = Path(out_dir) / "metrics.jsonl"
         self.run_id = run_id or make_id(run_name)
         config = plain(config, nonfinite=str)
@@ -52,8 +60,9 @@ class Record:
         self.mirror, self.look = None, ""  # look: where wandb shows the curves
         if wandb_log:
             resume = "allow" if run_id else "never"
-            self.mirror, self.look = start_wandb(project=wandb_project, name=run_name, id=self.run_id, group=group,
-                                      config=config, resume=resume)
+            self.mirror, self.look = start_wandb(
+                project=wandb_project, name=run_name, id=self.run_id, group=group, config=config, resume=resume
+            )
 
     def log(self, metrics: dict) -> None:
         """Add a line. metrics holds "iter", and numbers, None, or dicts of them ('a': {'b': 1} is 'a/b' in wandb)."""
@@ -104,8 +113,7 @@ class Record:
 
 
 def read_record(path: Path) -> tuple[dict, list[dict]]:
-    """
-    (first line, other lines) of a metrics.jsonl, which may still be growing: a torn last line is left out.
+    """(first line, other lines) of a metrics.jsonl, which may still be growing: a torn last line is left out.
     UserError if it can't be read or isn't a record.
     """
     try:
@@ -138,8 +146,13 @@ def start_wandb(**run):
         say(f"wandb isn't to be had ({reason(error)}); the record is kept without it")
         return None, ""
     try:
-        settings = Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT,
-                            finish_timeout_raises=True)
+        settings = Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT,
+            finish_timeout_raises=True,
+        )
         known = setup(settings).settings  # with those of the environment and of wandb's own files
         if known.mode == "disabled":
             say("wandb is disabled by its own settings (WANDB_MODE)")

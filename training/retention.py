@@ -1,10 +1,12 @@
-"""A c that sets itself: SUS's retention parameter, steered so that its draws add a chosen share to the gradient's noise.
+"""A c that sets itself: SUS's retention parameter, steered so that its draws add a chosen share to the gradient's
+noise.
 
-rho = E|ghat - g|^2 / E|g - gbar|^2 is the variance which the draws add to the gradient of a micro-batch, over the variance
-which it has anyway, from micro-batch to micro-batch. Both are of one micro-batch, so their ratio is that of a whole step too.
-Here g is the gradient of the weights that make queries and keys, of all layers. They get most of the noise, several times as much of
-it, beside their own, as the model as a whole; and AdamW, which scales each weight's steps by its own gradient's size, gives
-them steps as large as any. A rho of 1 % of the whole model did cost loss (README, "Compare").
+rho = E|ghat - g|^2 / E|g - gbar|^2 is the variance which the draws add to the gradient of a micro-batch, over the
+variance which it has anyway, from micro-batch to micro-batch. Both are of one micro-batch, so their ratio is that of a
+whole step too. Here g is the gradient of the weights that make queries and keys, of all layers. They get most of the
+noise, several times as much of it, beside their own, as the model as a whole; and AdamW, which scales each weight's
+steps by its own gradient's size, gives them steps as large as any. A rho of 1 % of the whole model did cost loss
+(README, "Compare").
 
 From the kept entries each backward estimates what its draw adds to dQ, dK and dV (sus_attention's stats). That is
 nearly free, but falls short of what arrives in the parameters' gradients by a factor, the amplification, which hardly
@@ -22,8 +24,9 @@ from sus_attn import fold_in
 
 START, LOW, HIGH = 4.0, 1.0, 32.0  # of c
 STEER, CALIBRATE = 10, 50  # iterations
-# Of the running means, a calibration. They are of logarithms: a batch's gradient may be ten times another's, and all fall a
-# hundredfold as training begins. So c follows the usual batch; rho, a quotient of means, is what odd ones make of it.
+# Of the running means, a calibration. They are of logarithms: a batch's gradient may be ten times another's, and all
+# fall a hundredfold as training begins. So c follows the usual batch; rho, a quotient of means, is what odd ones make
+# of it.
 DECAY = 0.8
 POWER, GAIN = 1.6, 0.3  # rho falls as c^-POWER; the share of the way, on a log scale, that one step goes
 
@@ -31,26 +34,34 @@ POWER, GAIN = 1.6, 0.3  # rho falls as c^-POWER; the share of the way, on a log 
 def collect_stats(model) -> list[torch.Tensor]:
     """A float32 tensor (3,) for each layer, from now on filled by each backward, see sus_attention."""
     stats = []
-    for block in model.transformer.h:  # rows of one tensor would share a version, which autograd checks in compiled code
+    for (
+        block
+    ) in model.transformer.h:  # rows of one tensor would share a version, which autograd checks in compiled code
         block.attn.attend.stats = torch.zeros(3, device=block.attn.c_attn.weight.device)
         stats.append(block.attn.attend.stats)
     return stats
 
 
 class Retention:
-    """c, what it is steered by, and how. The model reads c through its config; state is what a checkpoint keeps of it."""
+    """c, what it is steered by, and how. The model reads c through its config; state is what a checkpoint
+    keeps of it.
+    """
 
     def __init__(self, model, stats: list[torch.Tensor], target: float):
         """stats: of `collect_stats`. target: of rho."""
         self.config, self.stats, self.target = model.config, stats, target
         layers = [block.attn for block in model.transformer.h]
-        # With LoRA c_attn.weight is frozen. lora_b's gradient, of the same rows, is what its own would be, projected by lora_a.
+        # With LoRA c_attn.weight is frozen. lora_b's gradient, of the same rows, is what its own would be, projected by
+        # lora_a.
         self.weights = [getattr(layer.c_attn, "lora_b", layer.c_attn.weight) for layer in layers]
         self.rows = (layers[0].n_head + layers[0].n_kv_head) * layers[0].D  # of these: those of queries and keys
         self.c = torch.tensor(START)  # a tensor, so that a compiled model needs no compilation when it changes
         self.rho = math.nan  # as last estimated
         self.amplification = self.own = math.nan  # running means of the calibrations: added / estimated, own variance
-        self.seen, self.n = torch.zeros((), device=stats[0].device), 0  # estimates since c last moved: their sum, and how many
+        self.seen, self.n = (
+            torch.zeros((), device=stats[0].device),
+            0,
+        )  # estimates since c last moved: their sum, and how many
         self._set(START)
 
     def _set(self, c: float) -> None:
@@ -60,8 +71,14 @@ class Retention:
 
     @property
     def state(self) -> dict[str, float]:
-        return {"c": self.c.item(), "rho": self.rho, "amplification": self.amplification, "own": self.own,
-                "seen": self.seen.item(), "n": self.n}  # fmt: skip
+        return {
+            "c": self.c.item(),
+            "rho": self.rho,
+            "amplification": self.amplification,
+            "own": self.own,
+            "seen": self.seen.item(),
+            "n": self.n,
+        }
 
     @state.setter
     def state(self, state: dict[str, float]) -> None:
@@ -74,8 +91,9 @@ class Retention:
         return torch.stack([of_layer[2] for of_layer in self.stats]).sum()
 
     def calibrate(self, cfg, model, corpus, device, it: int, rank=0, world=1, loss_scale=1.0) -> None:
-        """Three micro-batches' gradients; the model's own (.grad) stay what they are. model: compiled or not, not in DDP.
-        loss_scale: for float16, see GradScaler."""
+        """Three micro-batches' gradients; the model's own (.grad) stay what they are. model: compiled or not, not in
+        DDP. loss_scale: for float16, see GradScaler.
+        """
 
         def gradient(batch: int, draw: int) -> list[torch.Tensor]:
             tokens = corpus.batch(cfg.batch_size, cfg.seed, batch, rank, cfg.gradient_accumulation_steps)

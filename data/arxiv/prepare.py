@@ -1,5 +1,4 @@
-"""
-Papers: LaTeX sources from arXiv, about 1.5 million, 10,000 to 20,000 GPT-2 tokens each, 29 billion in all.
+"""Papers: LaTeX sources from arXiv, about 1.5 million, 10,000 to 20,000 GPT-2 tokens each, 29 billion in all.
 
     python data/arxiv/prepare.py
     python data/arxiv/prepare.py --max_tokens=0 --min_doc_tokens=16384      all of the long ones

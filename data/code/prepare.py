@@ -1,5 +1,4 @@
-"""
-Code: projects from GitHub, the files of one kept together, so that a long context has something to look back to.
+"""Code: projects from GitHub, the files of one kept together, so that a long context has something to look back to.
 
     python data/code/prepare.py
     python data/code/prepare.py --languages=Python,C --min_doc_tokens=16384
@@ -41,8 +40,14 @@ class Projects(Hub):
     def __init__(self, config):
         self.wanted = {name.strip().lower() for name in config.languages.split(",") if name.strip()}
         self.seen = Counter()
-        super().__init__(config, [(None, "data/*.parquet")], ("code", "repo_name", "path", "language"), keep=self._is_wanted if self.wanted else None,
-                         languages=sorted(self.wanted), buffer_mb=config.buffer_mb)  # fmt: skip
+        super().__init__(
+            config,
+            [(None, "data/*.parquet")],
+            ("code", "repo_name", "path", "language"),
+            keep=self._is_wanted if self.wanted else None,
+            languages=sorted(self.wanted),
+            buffer_mb=config.buffer_mb,
+        )
         self.buffer = config.buffer_mb << 20
 
     def documents(self, state=None):
@@ -73,8 +78,11 @@ class Projects(Hub):
 
     def _check_languages(self):
         if self.seen and not self.wanted & self.seen.keys():
-            raise UserError(f"--languages={','.join(sorted(self.wanted))}: none of the first {self.seen.total():,} files is in these, but "
-                            f"in {', '.join(sorted(self.seen))}")  # fmt: skip
+            raise UserError(
+                f"--languages={','.join(sorted(self.wanted))}: none of the first {self.seen.total():,} files is in "
+                "these, but "
+                f"in {', '.join(sorted(self.seen))}"
+            )
 
     def state(self):
         return self.place

@@ -1,5 +1,4 @@
-"""
-Long web pages: those of FineWeb-Edu, pages of educational value, that have at least min_doc_tokens tokens.
+"""Long web pages: those of FineWeb-Edu, pages of educational value, that have at least min_doc_tokens tokens.
 
     python data/fineweb_edu/prepare.py
     python data/fineweb_edu/prepare.py --min_doc_tokens=32768 --sample=100BT
@@ -7,7 +6,8 @@ Long web pages: those of FineWeb-Edu, pages of educational value, that have at l
 
 Each page is one document. Most pages are short: of a sample's tokens, only a small share is in long ones, so this reads
 far more than it keeps. One page in 1 / val_fraction is for validation.
-FOLDER has sample/10BT/*.parquet (or that of another --sample), with the columns text and token_count. Needs: pip install -r requirements-data.txt
+FOLDER has sample/10BT/*.parquet (or that of another --sample), with the columns text and token_count. Needs: pip
+install -r requirements-data.txt
 """
 
 import sys
@@ -30,6 +30,7 @@ class Config(HubConfig):
 
 def source(config):
     """The pages, as a Hub, without most of those that are too short."""
+
     def keep(row):  # what is surely too short needn't be encoded
         if config.tokenizer == "gpt2":  # token_count is by GPT-2's tokenizer: half of it is on the safe side
             return (row["token_count"] or 0) >= config.min_doc_tokens / 2

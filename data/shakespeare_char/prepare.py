@@ -1,8 +1,7 @@
-"""
-Tiny Shakespeare by characters, as in nanoGPT: the first 90 % are for training, and the ids are nanoGPT's.
+"""Tiny Shakespeare by characters, as in nanoGPT: the first 90 % are for training, and the ids are nanoGPT's.
 
-    python data/shakespeare_char/prepare.py                   downloads 1 MB
-    python data/shakespeare_char/prepare.py --input=FILE      takes a file instead: the same one, or any text
+python data/shakespeare_char/prepare.py                   downloads 1 MB
+python data/shakespeare_char/prepare.py --input=FILE      takes a file instead: the same one, or any text
 """
 
 import hashlib
@@ -48,8 +47,10 @@ def _download():
         if hashlib.sha256(raw).hexdigest() == SHA256:
             return raw.decode()
         problem = f"the {len(raw):,} bytes which came are not that text"
-    raise UserError(f"can't download {URL}: {problem}. Get that file in another way (any copy of "
-                    "nanoGPT's tiny Shakespeare will do), then: python data/shakespeare_char/prepare.py --input=FILE")
+    raise UserError(
+        f"can't download {URL}: {problem}. Get that file in another way (any copy of "
+        "nanoGPT's tiny Shakespeare will do), then: python data/shakespeare_char/prepare.py --input=FILE"
+    )
 
 
 def main():

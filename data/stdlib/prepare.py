@@ -1,5 +1,4 @@
-"""
-A long-context corpus which every machine already has: the sources of Python's standard library, about 12 MB.
+"""A long-context corpus which every machine already has: the sources of Python's standard library, about 12 MB.
 
     python data/stdlib/prepare.py
 
@@ -47,8 +46,10 @@ def prepare(folder=Path(__file__).parent, val_fraction=0.05):
         splits["val" if place < val_fraction else "train"].append((name, text))
         total += len(text)
     if not total:
-        raise UserError(f"{stdlib} has no Python sources: this Python comes without them; use another, "
-                        "or your own text by data/text/prepare.py")
+        raise UserError(
+            f"{stdlib} has no Python sources: this Python comes without them; use another, "
+            "or your own text by data/text/prepare.py"
+        )
     version = platform.python_version()
     source = {"stdlib of Python": version, "skipped": skipped, "val_fraction": val_fraction}
     meta = write_corpus(folder, Texts(splits["train"], splits["val"], source), tokenizer_from_meta({"name": "byte"}))

@@ -1,11 +1,11 @@
-"""
-A corpus of your own text: data/NAME/ from one file, or from all files of a folder but hidden ones.
+"""A corpus of your own text: data/NAME/ from one file, or from all files of a folder but hidden ones.
 
     python data/text/prepare.py --input=FILE_OR_FOLDER --out=NAME
     python data/text/prepare.py --input=books/ --out=books --tokenizer=gpt2 --strip_gutenberg=True
     python data/text/prepare.py --input=papers/ --out=papers --column=article
 
-    .jsonl, .parquet    a document a row: its text is in the column --column. One row in 1 / val_fraction is for validation
+    .jsonl, .parquet    a document a row: its text is in the column --column. One row in 1 / val_fraction is for
+                        validation
     any other           text in UTF-8 (.txt, .md, .tex, source code, ...), a document a file; its end is for validation
     .zst                one of these, compressed: .txt.zst, .jsonl.zst
 
@@ -23,14 +23,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import (Document, Source, bytes_of_text, compressed, files_under, open_parquet, pieces, raw_blocks, row_text,
-                         text_blocks, why_not_text, write_corpus)  # fmt: skip
+from data.corpus import (
+    Document,
+    Source,
+    bytes_of_text,
+    compressed,
+    files_under,
+    open_parquet,
+    pieces,
+    raw_blocks,
+    row_text,
+    text_blocks,
+    why_not_text,
+    write_corpus,
+)
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
 ROWS = ".jsonl", ".ndjson", ".parquet"
 NO_COLUMN = "has no column"
 GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*[^\n]*\n", re.DOTALL)
-GUTENBERG_END = re.compile(r"^(?:End of (?:The |the )?Project Gutenberg|\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG)", re.MULTILINE)
+GUTENBERG_END = re.compile(
+    r"^(?:End of (?:The |the )?Project Gutenberg|\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG)", re.MULTILINE
+)
 GUTENBERG_LONGEST = 400  # characters that such a line has at most
 
 
@@ -38,7 +52,9 @@ GUTENBERG_LONGEST = 400  # characters that such a line has at most
 class Config:
     input: str = key("", "file, or folder of files")
     out: str = key("", "name of the data set")
-    tokenizer: str = key("byte", "byte: no vocabulary to fetch; the others are tiktoken's: 4 times fewer tokens", choices=TOKENIZERS)
+    tokenizer: str = key(
+        "byte", "byte: no vocabulary to fetch; the others are tiktoken's: 4 times fewer tokens", choices=TOKENIZERS
+    )
     val_fraction: float = key(0.05, "share of each document, or of the rows, that is for validation", above=0, below=1)
     column: str = key("text", "of .jsonl and .parquet files: where the text is")
     strip_gutenberg: bool = key(False, "leave out what Project Gutenberg puts before and behind a book")
@@ -46,8 +62,17 @@ class Config:
     num_proc: int = key(0, "threads that encode; 0: one for each CPU", low=0)
 
 
-def prepare(input, out, tokenizer="byte", val_fraction=0.05, column="text", strip_gutenberg=False, skip_bad=False, num_proc=0,
-            data=Path(__file__).parents[1]):  # fmt: skip
+def prepare(
+    input,
+    out,
+    tokenizer="byte",
+    val_fraction=0.05,
+    column="text",
+    strip_gutenberg=False,
+    skip_bad=False,
+    num_proc=0,
+    data=Path(__file__).parents[1],
+):
     """Write data/out/ from the file or folder input. UserError: no such input, a file that isn't text, a bad name."""
     folder = data / out
     if not input:
@@ -58,7 +83,10 @@ def prepare(input, out, tokenizer="byte", val_fraction=0.05, column="text", stri
         raise UserError(f"--out={out}: this data set has a prepare.py of its own; give another name")
     encoder = tokenizer_from_meta({"name": tokenizer})
     if folder.resolve() in [Path(input).resolve(), *Path(input).resolve().parents]:
-        raise UserError(f"--input={input} is in {folder}, which is where the corpus goes: keep texts elsewhere, or give another --out")
+        raise UserError(
+            f"--input={input} is in {folder}, which is where the corpus goes: keep texts elsewhere, or give another "
+            "--out"
+        )
     source = Files(input, val_fraction, column, strip_gutenberg, skip_bad, without=folder)
     meta = write_corpus(folder, source, encoder, val_every=max(2, round(1 / val_fraction)), workers=num_proc)
     if source.bad_rows:
@@ -69,8 +97,9 @@ def prepare(input, out, tokenizer="byte", val_fraction=0.05, column="text", stri
 
 
 class Files(Source):
-    """The documents of a file, or of a folder's files but those in the folder `without`. Texts are looked through beforehand,
-    so that a stray picture stops an hour's work before it begins."""
+    """The documents of a file, or of a folder's files but those in the folder `without`. Texts are looked through
+    beforehand, so that a stray picture stops an hour's work before it begins.
+    """
 
     def __init__(self, input, val_fraction, column, strip_gutenberg, skip_bad, without):
         where = Path(os.path.expanduser(input))
@@ -79,7 +108,12 @@ class Files(Source):
         self.paths = files_under(where, without=without) if os.path.isdir(where) else [where]
         if not self.paths:
             raise UserError(f"--input={input}: this folder has no files (hidden ones don't count)")
-        self.column, self.strip_gutenberg, self.val_fraction, self.skip_bad = column, strip_gutenberg, val_fraction, skip_bad
+        self.column, self.strip_gutenberg, self.val_fraction, self.skip_bad = (
+            column,
+            strip_gutenberg,
+            val_fraction,
+            skip_bad,
+        )
         self.count, self.bad_rows, self.cut_off = 0, 0, []
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg, skip_bad]).encode()).hexdigest()
@@ -91,20 +125,30 @@ class Files(Source):
                 columns.append(str(mistake))
             except UserError as mistake:
                 mistakes.append((path, str(mistake)))
-        listed = lambda messages: "".join(f"\n  {message}" for message in [*messages[:10], *["..."] * (len(messages) > 10)])  # noqa: E731
+        listed = lambda messages: "".join(
+            f"\n  {message}" for message in [*messages[:10], *["..."] * (len(messages) > 10)]
+        )
         if columns:
-            raise UserError(f"{len(columns)} of {len(self.paths)} files have no such column; choose another, or move them:{listed(columns)}")
+            raise UserError(
+                f"{len(columns)} of {len(self.paths)} files have no such column; choose another, or move "
+                f"them:{listed(columns)}"
+            )
         if mistakes:
             what, messages = f"{len(mistakes)} of {len(self.paths)} files", listed([message for _, message in mistakes])
             if not skip_bad:
-                raise UserError(f"{what} can't be used; convert or move them, or leave them out by --skip_bad=True:{messages}")
+                raise UserError(
+                    f"{what} can't be used; convert or move them, or leave them out by --skip_bad=True:{messages}"
+                )
             print(f"{what} are left out:{messages}")
         bad = {path for path, _ in mistakes}
         self.paths = [path for path in self.paths if path not in bad]
         if not self.paths:
             raise UserError(f"--input={input}: there is no text; the first file that can't be used: {mistakes[0][1]}")
-        super().__init__({"input": input, "files": len(self.paths), "val_fraction": val_fraction}
-                         | ({"left_out": len(bad)} if bad else {}) | ({"strip_gutenberg": True} if strip_gutenberg else {}))  # fmt: skip
+        super().__init__(
+            {"input": input, "files": len(self.paths), "val_fraction": val_fraction}
+            | ({"left_out": len(bad)} if bad else {})
+            | ({"strip_gutenberg": True} if strip_gutenberg else {})
+        )
 
     def _look_at(self, path):
         """About how many bytes of text a file has; counts a text's characters. UserError if it can't be used."""
@@ -159,7 +203,9 @@ class Files(Source):
         if problem is None:
             return Document(None, f"{path.name}, row {number:,}", pieces(row_text(text))) if text else None
         if not self.skip_bad:
-            raise UserError(f"{path}: row {number:,} {problem} (rows that are not text are left out by --skip_bad=True)")
+            raise UserError(
+                f"{path}: row {number:,} {problem} (rows that are not text are left out by --skip_bad=True)"
+            )
         self.bad_rows += 1
         return None
 
@@ -198,8 +244,9 @@ def _span(blocks, start, stop):
 
 
 def rows_of(path, column):
-    """(number, value in column, None) of each row of a .jsonl or .parquet file, or (number, None, what is wrong with the row).
-    UserError: truncated, or not such a file."""
+    """(number, value in column, None) of each row of a .jsonl or .parquet file, or (number, None, what is wrong with
+    the row). UserError: truncated, or not such a file.
+    """
     if kind(path) == ".parquet":
         yield from _parquet_rows(path, column)
         return
@@ -235,8 +282,10 @@ def _parquet_rows(path, column):
         raise UserError(f"{path}: .parquet files are compressed by themselves; unpack it first (unzstd)")
     with open_parquet(path) as file:
         if column not in file.schema_arrow.names:
-            raise NoColumn(f"{path} {NO_COLUMN} {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
-                           "by --column=NAME")  # fmt: skip
+            raise NoColumn(
+                f"{path} {NO_COLUMN} {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
+                "by --column=NAME"
+            )
         number = 0
         for batch in file.iter_batches(batch_size=64, columns=[column]):
             for value in batch.column(0):
@@ -250,8 +299,16 @@ def _parquet_rows(path, column):
 
 def main():
     config = load_config(Config, sys.argv[1:], usage=__doc__)
-    meta = prepare(config.input, config.out, config.tokenizer, config.val_fraction, config.column, config.strip_gutenberg,
-                   config.skip_bad, config.num_proc)
+    meta = prepare(
+        config.input,
+        config.out,
+        config.tokenizer,
+        config.val_fraction,
+        config.column,
+        config.strip_gutenberg,
+        config.skip_bad,
+        config.num_proc,
+    )
     shortest = min(meta["train_tokens"], meta["val_tokens"])
     block_size = f" --block_size={shortest // 2}" if shortest <= 2048 else ""
     print(f"now: python train.py config/long_ctx.py --dataset={config.out} --out_dir=out-{config.out}{block_size}")
