@@ -12,6 +12,8 @@ and what they made is written in order: the files don't depend on how many there
 A corpus is whole or it isn't one. It grows in the folder `unfinished` aside, with a journal, and is moved into place at
 the end; while it moves, meta.json says so. A preparation that was killed is continued by the same command, with the
 same bytes as if it never had been; an earlier corpus stays as it was until then.
+
+Dims: D, the documents of a split.
 """
 
 import codecs
@@ -26,15 +28,26 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from configurator import UserError
+from data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+    from pyarrow.parquet import ParquetFile
+
+Json = Any  # what the module json writes, and reads back as it was
+Meta = dict[str, Any]  # what is in meta.json
 
 ASIDE, JOURNAL, LOCK = "unfinished", "journal.json", "lock"  # the folder aside, and what is in it
 SPLITS = "train", "val"
@@ -45,7 +58,7 @@ TOKEN_START = re.compile(r"(?<=\S)(?= \S)|(?<=[^\W_])(?=\s)")
 BLOCK = 1 << 20  # bytes read at once
 PIECE = 1 << 20  # characters
 LONGEST = (
-    16  # pieces: where there is nowhere to cut for so long, it is cut all the same, which may change a token or two
+    16  # pieces: where there is nowhere to cut for so long, it is cut all the same: that may change a token or two
 )
 ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
 BATCH = 1 << 18  # characters that a thread encodes at once, or a piece if that is more
@@ -57,69 +70,63 @@ ROOM = 1.1  # of the disk space that a corpus is guessed to need
 
 
 class Document(NamedTuple):
-    """split: train or val; or None: of those kept, the first and every n-th after it are for validation.
-    texts: the text, in pieces that end where a token does, see `pieces`.
-    """
+    """A text, and where it goes."""
 
-    split: str | None
+    split: str | None  # train or val; or None: of those kept, the first and every n-th after it are for validation
     name: str
-    texts: Iterable[str]
+    texts: Iterable[str]  # the text, in pieces that end where a token does, see `pieces`
 
 
 class Source:
-    """Where documents come from, in an order that is always the same.
+    """Where documents come from, in an order that is always the same."""
 
-    describe       a dict for meta.json
-    fingerprint    what else must be the same for an unfinished preparation to be continued
-    total_bytes    about how many bytes of text there are, or None
-    """
+    describe: dict[str, Json]  # for meta.json
+    fingerprint: str = ""  # what else must be the same for an unfinished preparation to be continued
+    total_bytes: int | None = None  # about how many bytes of text there are, or None
 
-    fingerprint = ""
-    total_bytes = None
-
-    def __init__(self, describe):
+    def __init__(self, describe: dict[str, Json]):
         self.describe = describe
 
-    def documents(self, state=None) -> Iterator[Document]:
+    def documents(self, state: Json = None) -> Iterator[Document]:
         """All documents; or those after the one that had come when `state` was asked for."""
         raise NotImplementedError
 
-    def state(self):
-        """Where the iteration stands, as JSON."""
+    def state(self) -> Json:
+        """Where the iteration stands."""
         raise NotImplementedError
 
 
 class Texts(Source):
     """Documents at hand: train and val are lists of (name, text)."""
 
-    def __init__(self, train, val, describe):
+    def __init__(self, train: Iterable[tuple[str, str]], val: Iterable[tuple[str, str]], describe: dict[str, Json]):
         super().__init__(describe)
         self.all = [(split, name, text) for split, pairs in zip(SPLITS, (train, val)) for name, text in pairs]
         raw = [text.encode("utf-8", "surrogatepass") for _, _, text in self.all]
         self.total_bytes = sum(map(len, raw))
         self.fingerprint = hashlib.sha256(b"\0".join(raw)).hexdigest()
 
-    def documents(self, state=None):
+    def documents(self, state: int | None = None) -> Iterator[Document]:
         for self.count in range((state or 0) + 1, len(self.all) + 1):
             split, name, text = self.all[self.count - 1]
             yield Document(split, name, pieces(text))
 
-    def state(self):
+    def state(self) -> int:
         return self.count
 
 
 # -- reading text ------------------------------------------------------------------------------
 
 
-def files_under(folder, skip=(), without=None):
+def files_under(folder: Path, skip: Collection[str] = (), without: Path | None = None) -> list[Path]:
     """Sorted paths of the regular files below folder, but for hidden ones, for folders whose name is in skip, and for
     the folder `without`. Links are followed, but into no folder twice.
     """
 
-    def refuse(error):
+    def refuse(error: OSError) -> NoReturn:
         raise UserError(f"can't read {error.filename}: {error.strerror}")
 
-    def is_file(path):  # to read a pipe would wait for ever
+    def is_file(path: Path) -> bool:  # to read a pipe would wait for ever
         try:
             return path.is_file()
         except OSError as error:
@@ -127,22 +134,22 @@ def files_under(folder, skip=(), without=None):
 
     found, seen = [], {os.path.realpath(path) for path in (folder, without) if path}
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        wanted = {
-            name: os.path.realpath(Path(parent, name))
-            for name in sorted(folders)
-            if not name.startswith(".") and name not in skip
-        }
-        folders[:] = [name for name, real in wanted.items() if not (real in seen or seen.add(real))]
+        candidates = sorted(name for name in folders if not name.startswith(".") and name not in skip)
+        folders.clear()  # os.walk goes into those that are put back
+        for name in candidates:
+            if (real := os.path.realpath(Path(parent, name))) not in seen:
+                seen.add(real)
+                folders.append(name)
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(filter(is_file, found))
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without byte order mark and with LF line ends. UserError: unreadable, or not text."""
     return "".join(text_blocks(path))
 
 
-def why_not_text(value):
+def why_not_text(value: object) -> str | None:
     """What is wrong with a row's text, or None."""
     if not isinstance(value, str):
         return f"has no text, but {type(value).__name__}"
@@ -155,12 +162,12 @@ def why_not_text(value):
     return None
 
 
-def row_text(value):
+def row_text(value: str) -> str:
     """A row's text as read_text would have it, of a file."""
     return value.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def bytes_of_text(path, column):
+def bytes_of_text(path: Path, column: str) -> int:
     """How many bytes of text are in a file, about; column is where, in those of rows. UserError: a .parquet file is
     damaged.
     """
@@ -173,25 +180,25 @@ def bytes_of_text(path, column):
 
 
 @contextlib.contextmanager
-def open_parquet(path):
+def open_parquet(path: Path) -> "Iterator[ParquetFile]":
     """A pyarrow ParquetFile; also what is read within the block. UserError: not such a file, or damaged."""
     pyarrow = import_pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(
-            path, pre_buffer=False, buffer_size=BLOCK
-        ) as file:  # or all rows of a group are in memory at once
+        # Without these options all rows of a group are in memory at once.
+        with ParquetFile(path, pre_buffer=False, buffer_size=BLOCK) as file:
             yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is damaged, or no parquet file ({error}): fetch it again") from None
 
 
-def compressed(path):
+def compressed(path: Path) -> bool:
+    """Whether it is a .zst file."""
     return path.suffix.lower() == ".zst"
 
 
-def raw_blocks(path):
+def raw_blocks(path: Path) -> Iterator[bytes]:
     """The bytes of a file, decompressed, block by block. UserError: unreadable, truncated."""
     try:
         if compressed(path) and not path.stat().st_size:
@@ -207,7 +214,7 @@ def raw_blocks(path):
         raise UserError(f"can't read {path}: {error.strerror or error}") from None
 
 
-def import_pyarrow(path):
+def import_pyarrow(path: Path) -> ModuleType:
     """pyarrow, to read this file with. UserError: it isn't installed."""
     try:
         import pyarrow
@@ -216,7 +223,7 @@ def import_pyarrow(path):
     return pyarrow
 
 
-def text_blocks(path):
+def text_blocks(path: Path) -> Iterator[str]:
     """The text of a UTF-8 file in blocks, as read_text gives it in one. UserError: unreadable, or not text."""
     decoder, begun, rest = codecs.getincrementaldecoder("utf-8")(), 0, ""
     for raw in itertools.chain(raw_blocks(path), [b""]):
@@ -237,7 +244,7 @@ def text_blocks(path):
         yield block.removesuffix(rest)
 
 
-def pieces(text, size=PIECE):
+def pieces(text: str | Iterable[str], size: int = PIECE) -> Iterator[str]:
     """text in pieces of about size characters, so that a huge document needs little memory. Cuts are made where every
     tokenizer begins a token, see TOKEN_START and LONGEST: the pieces' ids are the whole text's ids.
     text: a string, or an iterable of strings, which are joined.
@@ -265,18 +272,25 @@ def pieces(text, size=PIECE):
 
 
 class Batch(NamedTuple):
-    """items: (document, piece of its text), and (document, None) where it ends. Then the source's state after its last
-    whole document, and how many pieces of the next one have come.
-    """
+    """What one thread encodes at a time."""
 
-    items: list
-    state: object
-    count: int
+    items: list[tuple[Document, str | None]]  # (document, piece of its text), and (document, None) where it ends
+    state: Json  # the source's, after its last whole document
+    skip: int  # how many pieces of the next one have come
 
 
-def _batches(source, state, skip):
+class Encoded(NamedTuple):
+    """What became of a Batch."""
+
+    batch: Batch
+    ids: list[bytes | None]  # of each item, as in the file; None where a document ends
+    size: int  # bytes of text
+
+
+def _batches(source: Source, state: Json, skip: int) -> Iterator[Batch]:
     """What comes after state, without the first `skip` pieces."""
-    items, size, done = [], 0, state
+    items: list[tuple[Document, str | None]] = []
+    size, done = 0, state
     for document in source.documents(state):
         count = 0
         for count, text in enumerate(document.texts, 1):
@@ -296,9 +310,9 @@ def _batches(source, state, skip):
         yield Batch(items, done, 0)
 
 
-def _encode(batch, tokenizer, dtype):
-    """(batch, the ids of each item as bytes or None, how many bytes of text)"""
-    found, size = [], 0
+def _encode(batch: Batch, tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
+    found: list[bytes | None] = []
+    size = 0
     for _, text in batch.items:
         if text is None:
             found.append(None)
@@ -308,13 +322,15 @@ def _encode(batch, tokenizer, dtype):
             raise ValueError(f"ids from {ids.min()} to {ids.max()}, but n_vocab is {tokenizer.n_vocab}")
         found.append(ids.astype(dtype).tobytes())
         size += len(text) if text.isascii() else len(text.encode())
-    return batch, found, size
+    return Encoded(batch, found, size)
 
 
-def _in_order(batches, encode, workers):
+def _in_order(
+    batches: Iterable[Batch], encode: Callable[[Batch], Encoded], workers: int
+) -> Generator[Encoded, None, None]:
     """encode(batch) of each, some ahead of what is taken."""
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
+        waiting: deque[Future[Encoded]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(encode, batch))
@@ -330,23 +346,37 @@ def _in_order(batches, encode, workers):
 # -- writing -----------------------------------------------------------------------------------
 
 
+class Entry(TypedDict):
+    """How far a preparation is: what the journal holds."""
+
+    key: str  # a hash of all that must be the same for it to go on
+    state: Json  # of the source
+    skip: int  # pieces of the document after that state that are in the files
+    open: str | None  # the split into which a document is being written, unless it may still be too short
+    unsplit: int  # documents with no split of their own
+    dropped: int  # documents that were too short
+    bytes: int  # of text that was encoded
+    sizes: dict[str, int]  # bytes, by the file's name
+
+
 class _Unfinished:
     """The files of a corpus that grows, and their journal. `entry` tells how far they are, `reached` the last point of
     it from which one can go on, and that is what the journal says.
     """
 
-    def __init__(self, folder, key):
+    def __init__(self, folder: Path, key: str):
         self.folder = folder
         self.journal = folder / JOURNAL
-        self.entry = self._read(key) or self._new(key)
-        self.files, self.reached = {}, None
+        self.entry: Entry = self._read(key) or self._new(key)
+        self.files: dict[str, IO[bytes]] = {}
+        self.reached: Entry | None = None
         self.checksums = _checksums(folder, self.entry["sizes"])
         for name, size in self.entry["sizes"].items():
             self.files[name] = open(folder / name, "r+b" if size else "wb")
             self.files[name].truncate(size)
             self.files[name].seek(size)
 
-    def _new(self, key):
+    def _new(self, key: str) -> Entry:
         if self.journal.exists():
             print(f"the unfinished preparation in {self.folder} was of something else, or is damaged: it is begun anew")
         for path in self.folder.iterdir():
@@ -363,7 +393,7 @@ class _Unfinished:
             "sizes": {f"{split}{kind}.bin": 0 for kind in ("", "_ends") for split in SPLITS},
         }
 
-    def _read(self, key):
+    def _read(self, key: str) -> Entry | None:
         """The journal's entry, if it is of this preparation and the files are there."""
         try:
             entry = json.loads(self.journal.read_bytes())
@@ -374,29 +404,29 @@ class _Unfinished:
             return None
 
     @property
-    def begun(self):
+    def begun(self) -> bool:
         """Whether there is something to go on from."""
         return self.journal.exists()
 
-    def write(self, name, data):
+    def write(self, name: str, data: bytes) -> None:
         self.files[name].write(data)
         self.checksums[name].update(data)
         self.entry["sizes"][name] += len(data)
 
-    def save(self):
+    def save(self) -> None:
         for file in self.files.values():
             _to_disk(file)
         with _synced(self.folder / "journal.new") as file:
             file.write(json.dumps(self.reached).encode())
         os.replace(self.folder / "journal.new", self.journal)
 
-    def finish(self):
+    def finish(self) -> None:
         for file in self.files.values():
             _to_disk(file)
             file.close()
         self.reached = None  # nothing more to save
 
-    def abandon(self):
+    def abandon(self) -> None:
         for file in self.files.values():
             with contextlib.suppress(OSError):
                 file.close()
@@ -405,16 +435,17 @@ class _Unfinished:
 class _Writer:
     """Puts what was encoded into the files: which document goes where, and whether it is kept."""
 
-    def __init__(self, unfinished, tokenizer, dtype, min_tokens, every):
+    def __init__(self, unfinished: _Unfinished, tokenizer: Tokenizer, dtype: np.dtype, min_tokens: int, every: int):
         self.unfinished, self.entry, self.dtype = unfinished, unfinished.entry, dtype
         self.min_bytes, self.every = min_tokens * dtype.itemsize, every
         self.eot = b"" if tokenizer.eot is None else np.array([tokenizer.eot], dtype).tobytes()
-        self.held = []  # of a document that may still turn out too short
+        self.held: list[bytes] = []  # of a document that may still turn out too short
 
-    def tokens(self, split):
+    def tokens(self, split: str) -> int:
         return self.entry["sizes"][f"{split}.bin"] // self.dtype.itemsize
 
-    def add(self, document, data):
+    def add(self, document: Document, data: bytes | None) -> None:
+        """data: the ids of the document's next piece, or None where it ends."""
         if data is not None:
             if data:
                 self.held.append(data)
@@ -433,7 +464,7 @@ class _Writer:
             self.entry["dropped"] += 1
         self.entry["open"], self.held = None, []
 
-    def _flush(self, document):
+    def _flush(self, document: Document) -> None:
         if not self.entry["open"]:
             self.entry["open"] = document.split or ("train" if self.entry["unsplit"] % self.every else "val")
         for data in self.held:
@@ -441,7 +472,16 @@ class _Writer:
         self.held = []
 
 
-def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, val_every=200, workers=0):
+def write_corpus(
+    folder: str | os.PathLike[str],
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int = 0,
+    min_doc_tokens: int = 0,
+    val_every: int = 200,
+    workers: int = 0,
+) -> Meta:
     """Encode the documents of a Source into folder; an earlier corpus there is replaced at the end. Prints counts and
     document lengths and returns them as meta.json's dict.
 
@@ -453,7 +493,7 @@ def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, v
                      what is in the journal is kept for the same command to go on from
     """
     folder = Path(folder)
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
     meta = {
         "vocab_size": tokenizer.vocab_size,
@@ -500,7 +540,7 @@ def write_corpus(folder, source, tokenizer, *, max_tokens=0, min_doc_tokens=0, v
 
 
 @contextlib.contextmanager
-def _locked(folder):
+def _locked(folder: Path) -> Iterator[None]:
     """No other process may be in here; the system frees it when this one ends, however it does."""
     with open(folder / LOCK, "wb") as file:
         try:
@@ -514,7 +554,17 @@ def _locked(folder):
         yield
 
 
-def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder):
+def _fill(
+    unfinished: _Unfinished,
+    source: Source,
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    max_tokens: int,
+    min_doc_tokens: int,
+    val_every: int,
+    workers: int,
+    folder: Path,
+) -> None:
     """Encode and write all that is still to come."""
     entry, writer = unfinished.entry, _Writer(unfinished, tokenizer, dtype, min_doc_tokens, val_every)
     written = lambda: sum(map(writer.tokens, SPLITS))
@@ -555,18 +605,18 @@ def _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_
             rate = (written() - had) / (time.monotonic() - began)
             bar.set_postfix_str(f"{written():,} tokens, {rate:,.0f}/s, {document.name[-20:]:20}", refresh=False)
             if not writer.held:
-                entry["state"], entry["skip"] = batch.state, batch.count
+                entry["state"], entry["skip"] = batch.state, batch.skip
                 unfinished.reached = copy.deepcopy(entry)
                 if time.monotonic() - saved > SAVE:
                     unfinished.save()
                     saved = time.monotonic()
 
 
-def _check_space(folder, source, done, size, encoded, most):
-    """UserError if the disk hasn't room for what is to come, guessed from `size` bytes of text that
-    became `encoded`.
+def _check_space(folder: Path, source: Source, done: int, size: int, encoded: int, most: int | None) -> None:
+    """UserError if the disk hasn't room for what is to come, guessed from `size` bytes of text that became `encoded`;
+    it is `most` bytes at most.
     """
-    guesses = [most] if most is not None else []
+    guesses: list[float] = [most] if most is not None else []
     if source.total_bytes is not None:
         guesses.append((source.total_bytes - done) * encoded / max(size, 1))
     need, free = ROOM * min(guesses, default=0), shutil.disk_usage(folder).free
@@ -577,9 +627,9 @@ def _check_space(folder, source, done, size, encoded, most):
         )
 
 
-def _summary(unfinished, folder):
+def _summary(unfinished: _Unfinished, folder: Path) -> Meta:
     """meta.json's entries on what was written."""
-    meta = {}
+    meta: Meta = {}
     for split in SPLITS:
         ends = np.fromfile(unfinished.folder / f"{split}_ends.bin", np.uint64)
         if not len(ends):
@@ -602,7 +652,7 @@ def _summary(unfinished, folder):
     return meta | {"left_out_as_too_short": unfinished.entry["dropped"]}
 
 
-def _moving(aside, key):
+def _moving(aside: Path, key: str) -> Meta | None:
     """The meta data of this corpus, if it is whole already and was stopped while it moved."""
     try:
         journal, meta = (json.loads((aside / name).read_bytes()) for name in (JOURNAL, "meta.json"))
@@ -611,7 +661,7 @@ def _moving(aside, key):
         return None
 
 
-def _move_into_place(aside, folder, meta):
+def _move_into_place(aside: Path, folder: Path, meta: Meta) -> None:
     for name, content in ("meta.json", meta), ("moving.json", {"unfinished": True}):
         with _synced(aside / name) as file:
             file.write(json.dumps(content, indent=1).encode())
@@ -622,8 +672,8 @@ def _move_into_place(aside, folder, meta):
     note_checked(folder)
 
 
-def _checksums(folder, sizes):
-    """sha256 of the first bytes of files, to go on with: {name: how many}. With a progress bar."""
+def _checksums(folder: Path, sizes: dict[str, int]) -> "dict[str, _Hash]":
+    """sha256 of the first bytes of files, to go on with. sizes: how many, by name. With a progress bar."""
     checksums = {name: hashlib.sha256() for name in sizes}
     with tqdm(
         total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=None, leave=False
@@ -637,14 +687,14 @@ def _checksums(folder, sizes):
     return checksums
 
 
-def _to_disk(file):
+def _to_disk(file: IO[bytes]) -> None:
     """What was written to file is on the disk, not only in a cache."""
     file.flush()
     os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def _synced(path):
+def _synced(path: Path) -> Iterator[IO[bytes]]:
     """path opened for writing; on the disk when the block ends."""
     with open(path, "wb") as file:
         yield file
@@ -654,7 +704,8 @@ def _synced(path):
 # -- what came of it ---------------------------------------------------------------------------
 
 
-def _statistics(lengths):
+def _statistics(lengths: npt.NDArray[np.int64]) -> dict[str, Json]:
+    """meta.json's document_lengths. lengths: (D,) of the training documents, in tokens."""
     share = {name: round(float(lengths[lengths >= bound].sum() / lengths.sum()), 4) for name, bound in LONG.items()}
     powers = np.bincount(np.log2(lengths).astype(int))  # log2 is exact for powers of two
     histogram = {str(2**power): int(count) for power, count in enumerate(powers) if count}
@@ -668,7 +719,7 @@ def _statistics(lengths):
     }
 
 
-def _report(folder, meta):
+def _report(folder: Path, meta: Meta) -> None:
     for split in SPLITS:
         print(
             f"{folder / split}.bin: {meta[f'{split}_tokens']:,} tokens in {meta[f'{split}_documents']:,} documents, "
@@ -690,7 +741,7 @@ def _report(folder, meta):
         print(f"note: one split has only {shorter:,} tokens, and block_size must be below that")
 
 
-def _draw_lengths(folder, meta):
+def _draw_lengths(folder: Path, meta: Meta) -> None:
     """The lengths of the training documents as a picture, where matplotlib is there to draw it."""
     try:
         from matplotlib.figure import Figure
@@ -733,19 +784,19 @@ def _draw_lengths(folder, meta):
 # -- is it still what was written? -------------------------------------------------------------
 
 
-def note_checked(folder):
+def note_checked(folder: Path) -> None:
     """Note in checked.json that the files are what meta.json says, as long as they and it are those of now."""
     with contextlib.suppress(OSError):  # where that can't be written, they are checked each time
         (folder / "checked.json").write_text(json.dumps(_stamps(folder)))
 
 
-def _stamps(folder):
+def _stamps(folder: Path) -> dict[str, list[int]]:
     """What a copy of a file can't have: its number and the time when the system last touched it."""
     stats = {path.name: path.stat() for path in [*sorted(folder.glob("*.bin")), folder / "meta.json"] if path.exists()}
     return {name: [stat.st_size, stat.st_ino, stat.st_ctime_ns] for name, stat in stats.items()}
 
 
-def changed_files(folder, meta):
+def changed_files(folder: Path, meta: Meta) -> list[str]:
     """The names of the files whose checksums are not those of meta.json. Looks once, with a progress bar, until sizes
     or times change.
     """

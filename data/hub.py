@@ -13,30 +13,31 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from configurator import UserError, key
-from data.corpus import Document, Source, bytes_of_text, pieces, row_text, why_not_text, write_corpus
+from data.corpus import Document, Json, Meta, Source, bytes_of_text, pieces, row_text, why_not_text, write_corpus
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
-VAL_SHARE = (
-    20  # a validation split is cut after max_tokens / VAL_SHARE tokens or so, so that it is never most of a corpus
-)
+if TYPE_CHECKING:
+    import pyarrow
+    from _typeshed import WriteableBuffer
+    from datasets import IterableDataset
+
+# A validation split is cut after max_tokens / VAL_SHARE tokens or so, so that it is never most of a corpus.
+VAL_SHARE = 20
 TOKEN_CHARACTERS, TOKEN_CHARACTERS_AT_MOST = 4, 8  # of one of tiktoken's tokens, roughly, on the average of a document
-NETWORK = {
-    "httpx",
-    "httpx2",
-    "httpcore",
-    "httpcore2",
-    "requests",
-    "urllib3",
-    "aiohttp",
-}  # packages whose errors may pass
+# Packages whose errors may pass.
+NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}
 ROWS = 100  # of a parquet file that are in memory at a time: books are long
 
+Row = dict[str, Any]  # the value in each column
 
-def name_key(default):
+
+def name_key(default: str) -> Any:
     """The key `hub` of a script; its default is the data set's name."""
     return key(default, "data set on the Hugging Face hub, or a folder with a copy of its files")
 
@@ -52,15 +53,13 @@ class Config:
     num_proc: int = key(0, "threads that encode; 0: one for each CPU", low=0)
 
 
-def share_key():
+def share_key() -> Any:
     """The key `val_fraction`, where a data set has no validation split of its own."""
     return key(0.005, "share of the documents that is for validation", above=0, high=0.5)
 
 
-def prepare(config, source, folder):
-    """Write the corpus of the documents of source, a Hub, to folder, and return its meta. Errors: write_corpus's,
-    Hub's.
-    """
+def prepare(config: Config, source: "Hub", folder: Path) -> Meta:
+    """Write the corpus of source's documents to folder, and return its meta. Errors: write_corpus's, Hub's."""
     tokenizer = tokenizer_from_meta({"name": config.tokenizer})
     meta = write_corpus(
         folder,
@@ -93,11 +92,21 @@ class Hub(Source):
     And: no network, or what came over it is damaged; then the same command goes on.
     """
 
-    def __init__(self, config, parts, columns, name=None, keep=None, **options):
+    def __init__(
+        self,
+        config: Config,
+        parts: Sequence[tuple[str | None, str]],
+        columns: Sequence[str],
+        name: str | None = None,
+        keep: Callable[[Row], bool] | None = None,
+        **options: Json,
+    ):
         self.hub, self.parts, self.columns, self.name, self.keep = config.hub, parts, columns, name, keep
         token, most = (1, 1) if config.tokenizer == "byte" else (TOKEN_CHARACTERS, TOKEN_CHARACTERS_AT_MOST)
         self.val_chars, self.min_chars = config.max_tokens * token / VAL_SHARE or math.inf, config.min_doc_tokens * most
-        self.left_out, self.stream, self.part, self.files = 0, None, 0, []
+        self.chars, self.left_out, self.part = 0, 0, 0
+        self.stream: IterableDataset | None = None
+        self.files: list[list[str]] = []
         _import(parts)
         folder = Path(os.path.expanduser(config.hub))
         self.local = os.path.isdir(folder)
@@ -115,13 +124,13 @@ class Hub(Source):
         )
         if self.local and keep is None and not config.min_doc_tokens:  # else nobody knows how much of it is wanted
             size = sum(bytes_of_text(Path(path), columns[0]) for paths in self.files for path in paths)
-            self.total_bytes = min(size, config.max_tokens * token or math.inf)
+            self.total_bytes = min(size, config.max_tokens * token) if config.max_tokens else size
         if self.local:
             self.fingerprint = json.dumps(
                 [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for paths in self.files for path in paths]
             )
 
-    def _files(self, pattern):
+    def _files(self, pattern: str) -> list[str]:
         """Paths of the files of a part, in the order in which they are read."""
         if self.local:
             paths = sorted(glob.glob(f"{self.root}/{pattern}"))
@@ -133,14 +142,15 @@ class Hub(Source):
             raise UserError(f"{self.hub} has no files {pattern}: {self._check_name()}")
         return paths
 
-    def documents(self, state=None):
+    def documents(self, state: Json = None) -> Iterator[Document]:
         for split, row in self.rows(state):
             yield Document(split, str(row[self.name]) if self.name else "", pieces(row[self.columns[0]]))
 
-    def state(self):
+    def state(self) -> Json:
+        assert self.stream is not None  # from the first row on
         return [self.part, self.stream.state_dict(), self.chars, self.left_out]
 
-    def rows(self, state=None):
+    def rows(self, state: Json = None) -> Iterator[tuple[str | None, Row]]:
         """(split, row) of each row that has a text and is wanted; after the one at which `state` was asked for."""
         first, stream, self.chars, self.left_out = state or (0, None, 0, 0)
         for self.part in range(first, len(self.parts)):
@@ -160,10 +170,8 @@ class Hub(Source):
                         yield split, row
             stream, self.chars = None, 0
 
-    def _open(self, pattern):
-        """An IterableDataset of tables of one row each. As tables, since a column with one bad string
-        can't be a list.
-        """
+    def _open(self, pattern: str) -> "IterableDataset":
+        """Tables of one row each. As tables, since a column with one bad string can't be a list."""
         from datasets import load_dataset
 
         where = {"data_files": f"{self.root}/{pattern}", "split": "train", "streaming": True}
@@ -179,7 +187,7 @@ class Hub(Source):
             stream = load_dataset("text", **where)
         return stream.with_format("arrow")
 
-    def _row(self, table):
+    def _row(self, table: "pyarrow.Table") -> Row | None:
         """{column: value} of a table of one row, its text as read_text would have it; None if it has no good text."""
         try:
             row = {name: table[name][0].as_py() for name in table.column_names}
@@ -203,16 +211,16 @@ class Hub(Source):
             return None
         return row | {self.columns[0]: row_text(text)}
 
-    def _check_columns(self, names):
+    def _check_columns(self, names: Iterable[str]) -> None:
         if missing := set(self.columns) - set(names):
             raise UserError(f"{self._file()} has no column {', '.join(sorted(missing))}: {self._check_name()}")
 
-    def _check_name(self):
+    def _check_name(self) -> str:
         return (
             "is the copy whole, with the folders as they are on the hub?" if self.local else "has the data set changed?"
         )
 
-    def _file(self):
+    def _file(self) -> str:
         """The path of the file that is being read."""
         state = self.stream.state_dict() if self.stream else {}
         while "examples_iterable" in state:
@@ -221,7 +229,7 @@ class Hub(Source):
         return paths[min(state.get("shard_idx", 0), len(paths) - 1)]
 
     @contextlib.contextmanager
-    def _explained(self):
+    def _explained(self) -> Iterator[None]:
         """Errors of the libraries in here become UserErrors."""
         try:
             yield
@@ -230,7 +238,7 @@ class Hub(Source):
         except Exception as error:
             self._explain(error)
 
-    def _explain(self, error):
+    def _explain(self, error: Exception) -> NoReturn:
         from huggingface_hub import errors
 
         what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
@@ -269,7 +277,7 @@ class Hub(Source):
         raise error
 
 
-def _import(parts):
+def _import(parts: Sequence[tuple[str | None, str]]) -> None:
     """The packages are there, and quiet: a bar of theirs would be drawn over ours. UserError: one isn't."""
     try:
         import datasets
@@ -284,9 +292,8 @@ def _import(parts):
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # we report errors ourselves
-    logging.getLogger("datasets.utils.file_utils").setLevel(
-        logging.WARNING
-    )  # but a lost connection is tried for minutes
+    # But that a lost connection is tried again, for minutes, is said.
+    logging.getLogger("datasets.utils.file_utils").setLevel(logging.WARNING)
     huggingface_hub.utils.logging.set_verbosity(logging.ERROR)
     register_compression("zstd", lambda file, mode: io.BufferedReader(_Zstd(file), 1 << 20), "zst", force=True)
 
@@ -296,13 +303,14 @@ class _Zstd(io.RawIOBase):
     the end of the file, and a file that is cut off for a whole one, without a word. EOFError: cut off.
     """
 
-    def __init__(self, file):
-        self.file, self.frame, self.input, self.output = file, None, b"", memoryview(b"")
+    def __init__(self, file: IO[bytes]):
+        self.file, self.input, self.output = file, b"", memoryview(b"")
+        self.frame: Any = None  # zstandard's decompressor of a frame that has begun
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         import zstandard
 
         while not self.output:
@@ -315,10 +323,11 @@ class _Zstd(io.RawIOBase):
             self.output, self.input = memoryview(self.frame.decompress(data)), b""
             if self.frame.eof:
                 self.frame, self.input = None, self.frame.unused_data
-        size = min(len(buffer), len(self.output))
-        buffer[:size], self.output = self.output[:size], self.output[size:]
+        room = memoryview(buffer)
+        size = min(len(room), len(self.output))
+        room[:size], self.output = self.output[:size], self.output[size:]
         return size
 
-    def close(self):
+    def close(self) -> None:
         self.file.close()
         super().close()

@@ -14,30 +14,40 @@ epoch cuts elsewhere. How it is cut is the key `windows`:
 
 Windows are read from the file, not through a memory map, whose pages would count as this process's memory as they
 fill up.
+
+Dims: B windows in a batch, T tokens in a window (block_size), D documents.
 """
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from configurator import UserError
 from data.corpus import changed_files
 from data.tokenizer import GPT2_VOCAB_SIZE
 
+Window = list[tuple[int, int]]  # stretches (start, length) of a file's tokens, mostly one; their lengths add up to T
+Places = npt.NDArray[np.int64]  # in a file, in tokens
+
 
 class Epoch:
-    """One epoch's windows of T tokens. documents, int64: where each begins and where the last one ends, in tokens that
-    have a next one. A window is a list of stretches (start, length), for most windows one; their lengths add up to T.
+    """One epoch's windows of T tokens. documents, (D + 1,): where each begins and where the last one ends, in tokens
+    that have a next one.
 
     A document of n tokens has n // T windows, with a random part of the rest before them and the other behind. These
     rests, and shorter documents, in random order, are one stream that makes the other windows; what the last of them
     lacks is taken from a whole window, or from the stream's beginning if there is none, and comes twice.
     """
 
-    def __init__(self, documents, T, seed, epoch):
+    def __init__(self, documents: Places, T: int, seed: int, epoch: int):
         random = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
         starts, lengths = documents[:-1], np.diff(documents)
         whole, rest = lengths // T, lengths % T
@@ -49,10 +59,10 @@ class Epoch:
         self.whole, self.rest = int(whole.sum()), int(rest.sum())
         self.order = random.permutation(self.whole - (-self.rest // T))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, n):
+    def __getitem__(self, n: int) -> Window:
         """The n-th window."""
         number = int(self.order[n])
         if number < self.whole:
@@ -73,7 +83,7 @@ class Epoch:
             position, room, place = position + length, room - length, place + 1
         return stretches
 
-    def _whole(self, number):
+    def _whole(self, number: int) -> tuple[int, int]:
         document = int(np.searchsorted(self.ends, number, side="right"))
         before = int(self.ends[document - 1]) if document else 0
         return int(self.first[document]) + (number - before) * self.T, self.T
@@ -81,27 +91,28 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A checked corpus: made by load_corpus. A window is block_size tokens and the one after."""
+    """A checked corpus: made by load_corpus. A window is T = block_size tokens and the one after."""
 
     folder: Path
     block_size: int
     vocab_size: int  # of the model: every id is below it
-    tokenizer_meta: dict  # for tokenizer_from_meta
+    tokenizer_meta: dict[str, str]  # for tokenizer_from_meta
     dtype: str
     train_tokens: int
     val_tokens: int
     windows: str = "packed"
     checksum: str | None = None  # of train.bin; None: of nanoGPT's make
-    _epochs: dict = field(default_factory=dict, init=False, repr=False)  # the last ones used: (seed, epoch) -> Epoch
+    # The last ones used, by (seed, epoch).
+    _epochs: dict[tuple[int, int], Epoch] = field(default_factory=dict, init=False, repr=False)
 
-    def batch(self, batch_size, seed, iteration, micro, micros=1):
-        """(x, y), both (batch_size, block_size) int64: windows of train.bin, and the token after each of theirs.
-        micro is the micro-batch's number within the step, of `micros` over all processes. All arguments are ints >= 0.
+    def batch(self, batch_size: int, seed: int, iteration: int, micro: int, micros: int = 1) -> tuple[Tensor, Tensor]:
+        """(x, y), both (B, T) int64, B = batch_size: windows of train.bin, and the token after each of theirs.
+        micro is the micro-batch's number within the step, of `micros` over all processes. All arguments are >= 0.
         """
         n = (iteration * micros + micro) * batch_size
         return self.read("train", [self._window(seed, i) for i in range(n, n + batch_size)])
 
-    def _window(self, seed, n):
+    def _window(self, seed: int, n: int) -> Window:
         """The n-th window of a run."""
         if not self._epochs:
             self._epochs[seed, 0] = Epoch(self._documents("train"), self.block_size, seed, 0)
@@ -112,15 +123,15 @@ class Corpus:
             self._epochs[seed, epoch] = Epoch(self._documents("train"), self.block_size, seed, epoch)
         return self._epochs[seed, epoch][n]
 
-    def _documents(self, split):
-        """Where the documents begin, and where the last ends, of the tokens that have a next one: int64."""
+    def _documents(self, split: str) -> Places:
+        """(D + 1,) where the documents begin, and where the last ends, of the tokens that have a next one."""
         last = getattr(self, f"{split}_tokens") - 1
         if self.windows == "packed":
             return np.array([0, last])
         ends = np.fromfile(self.folder / f"{split}_ends.bin", np.uint64).astype(np.int64)
         return np.concatenate([[0], ends[:-1], [last]])
 
-    def val_windows(self, count):
+    def val_windows(self, count: int) -> Places:
         """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct.
         With windows=document first of those within documents; where they are too few, all of them, and the rest from
         the stream, but for those that are among them.
@@ -134,12 +145,12 @@ class Corpus:
             inside = documents[document] + (number - (whole.cumsum() - whole)[document]) * self.block_size
         return np.unique(np.concatenate([inside, _evenly(count - len(inside), self.val_tokens - self.block_size)]))
 
-    def val_batch(self, starts):
-        """(x, y), both (len(starts), block_size) int64: the windows of val.bin at starts, see val_windows."""
+    def val_batch(self, starts: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """(x, y), both (B, T) int64, B = len(starts): the windows of val.bin at starts, see val_windows."""
         return self.read("val", [[(int(start), self.block_size)] for start in starts])
 
-    def read(self, split, windows):
-        """(x, y), both (len(windows), block_size) int64. A window is a list of stretches (start, length): see Epoch."""
+    def read(self, split: str, windows: list[Window]) -> tuple[Tensor, Tensor]:
+        """(x, y), both (B, T) int64, B = len(windows): the tokens of the windows, and the one after each of theirs."""
         path, dtype = self.folder / f"{split}.bin", np.dtype(self.dtype)
         x = np.empty((len(windows), self.block_size), np.int64)
         y = np.empty_like(x)
@@ -162,13 +173,13 @@ class Corpus:
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def _evenly(count, distinct):
-    """`count` of the numbers below `distinct`, or all of them, evenly spread: int64."""
+def _evenly(count: int, distinct: int) -> Places:
+    """`count` of the numbers below `distinct`, or all of them, evenly spread."""
     count = min(count, distinct)
     return np.arange(count, dtype=np.int64) * (distinct - 1) // max(count - 1, 1)
 
 
-def load_corpus(folder, block_size, windows="packed"):
+def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = "packed") -> Corpus:
     """The Corpus in folder (see data/corpus.py for its files), or a nanoGPT one: train.bin and val.bin with GPT-2 ids
     in uint16. UserError: nothing there, incomplete, not what was written, or no longer than block_size.
     """
@@ -210,15 +221,13 @@ def load_corpus(folder, block_size, windows="packed"):
     )
 
 
-def _read_meta(folder):
+def _read_meta(folder: Path) -> dict[str, Any]:
     """meta.json's dict with the keys that load_corpus needs, when all three files are there."""
     missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
     path = folder / "meta.json"
     if missing:
-        there = {file.parent.name for file in folder.parent.glob("*/train.bin")} | {
-            "stdlib"
-        }  # which is made when it is wanted
-        others = ", ".join(sorted(there - {folder.name}))
+        there = {file.parent.name for file in folder.parent.glob("*/train.bin")}
+        others = ", ".join(sorted((there | {"stdlib"}) - {folder.name}))  # stdlib is made when it is wanted
         raise UserError(
             f"{folder} has no {' and no '.join(missing)}: {_remake(folder)}"
             + (f"; or choose another data set of {folder.parent}: {others}" if others else "")
@@ -249,7 +258,7 @@ def _read_meta(folder):
     raise UserError(f"{path} is no corpus's meta data: {_remake(folder)}")
 
 
-def _remake(folder):
+def _remake(folder: Path) -> str:
     """What makes the corpus in folder, as the end of a message."""
     if (folder / "prepare.py").exists() and folder.name != "text":
         return f"run python {folder / 'prepare.py'}"

@@ -7,11 +7,21 @@
 
 All but the last are tiktoken.Encoding objects. A tokenizer goes into meta.json and into checkpoints as the plain dict
 of to_meta(), and comes back through tokenizer_from_meta(): no pickle, and a checkpoint works without its corpus.
+
+Dims: N, the tokens of a text.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import numpy.typing as npt
 
 from configurator import UserError
+
+if TYPE_CHECKING:  # tiktoken is imported where it is needed: its import takes a while
+    import tiktoken
+
+Ids = npt.NDArray[np.int64]
 
 ENCODINGS = "gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony"
 TOKENIZERS = "byte", *ENCODINGS  # those for any text
@@ -20,33 +30,37 @@ GPT2_VOCAB_SIZE = 50304  # 50257, padded
 
 
 class Tokenizer:
-    """name        one of TOKENIZERS, or char
-    n_vocab     number of ids: every id is below it
-    vocab_size  rows of the model's embedding: n_vocab, for tiktoken's encodings padded (gpt2: 50304)
-    eot         id of <|endoftext|>, which stands after every document; None for char
-    """
+    """Text to token ids and back."""
 
-    def encode(self, text):
+    name: str  # one of TOKENIZERS, or char
+    n_vocab: int  # number of ids: every id is below it
+    vocab_size: int  # rows of the model's embedding: n_vocab, for tiktoken's encodings padded (gpt2: 50304)
+    eot: int | None  # id of <|endoftext|>, which stands after every document; None for char
+
+    def encode(self, text: str) -> Ids:
         """(N,) int64 ids of text. Never eot: a literal '<|endoftext|>' in text is text. UserError: can't be encoded."""
         raise NotImplementedError
 
-    def decode_bytes(self, ids):
-        """UTF-8 bytes of ids (a sequence of ints, or one int). They can begin or end inside a character: to stream,
-        feed them to codecs.getincrementaldecoder("utf-8")(errors="replace"). UserError: an id outside the vocabulary.
+    def decode_bytes(self, ids: npt.ArrayLike) -> bytes:
+        """UTF-8 bytes of ids: (N,) ints, or one int. They can begin or end inside a character: to stream, feed them to
+        codecs.getincrementaldecoder("utf-8")(errors="replace"). UserError: an id outside the vocabulary.
         """
-        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.n_vocab:
+        found = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if found.size and not 0 <= found.min() <= found.max() < self.n_vocab:
             raise UserError(
-                f"token ids from {ids.min()} to {ids.max()}, but the {self.name} tokenizer has 0 to "
+                f"token ids from {found.min()} to {found.max()}, but the {self.name} tokenizer has 0 to "
                 f"{self.n_vocab - 1}: do the model and the tokenizer belong together?"
             )
-        return self._decode_bytes(ids)
+        return self._decode_bytes(found)
 
-    def decode(self, ids):
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+    def _decode_bytes(self, ids: Ids) -> bytes:
+        raise NotImplementedError
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of ids, (N,) ints or one int; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def to_meta(self):
+    def to_meta(self) -> dict[str, str]:
         """What tokenizer_from_meta needs, as a dict of strings."""
         return {"name": self.name}
 
@@ -54,12 +68,12 @@ class Tokenizer:
 class BytePairTokenizer(Tokenizer):
     """byte and ENCODINGS: a tiktoken.Encoding."""
 
-    def __init__(self, encoding, vocab_size):
+    def __init__(self, encoding: "tiktoken.Encoding", vocab_size: int):
         self.name, self.n_vocab, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
         self.vocab_size = vocab_size
         self._encoding = encoding
 
-    def encode(self, text):
+    def encode(self, text: str) -> Ids:
         try:
             if self.name == "byte":  # hundreds of times faster than a search for merges, of which there are none
                 return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
@@ -67,7 +81,7 @@ class BytePairTokenizer(Tokenizer):
         except UnicodeEncodeError as error:
             raise UserError(f"the text has no UTF-8 form: {error.reason} at character {error.start}") from None
 
-    def _decode_bytes(self, ids):
+    def _decode_bytes(self, ids: Ids) -> bytes:
         return self._encoding.decode_bytes(ids.tolist())
 
 
@@ -76,16 +90,16 @@ class CharTokenizer(Tokenizer):
 
     name, eot = "char", None
 
-    def __init__(self, chars):
+    def __init__(self, chars: str):
         if not chars or list(chars) != sorted(set(chars)):
             raise UserError("a char tokenizer's vocabulary must be distinct characters in sorted order")
         self.chars = chars
         self.n_vocab = self.vocab_size = len(chars)
         self._points = _code_points(chars)
 
-    def encode(self, text):
+    def encode(self, text: str) -> Ids:
         points = _code_points(text)
-        ids = np.searchsorted(self._points, points).clip(max=self.n_vocab - 1)
+        ids = np.searchsorted(self._points, points).clip(max=self.n_vocab - 1).astype(np.int64, copy=False)
         if (unknown := points[self._points[ids] != points]).size:
             raise UserError(
                 f"the character {chr(unknown[0])!r} is not among the {self.n_vocab} of the char tokenizer: "
@@ -93,18 +107,18 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
-    def _decode_bytes(self, ids):
+    def _decode_bytes(self, ids: Ids) -> bytes:
         return "".join(self.chars[i] for i in ids).encode()
 
-    def to_meta(self):
+    def to_meta(self) -> dict[str, str]:
         return {"name": "char", "chars": self.chars}
 
 
-def _code_points(text):
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def tokenizer_from_meta(meta):
+def tokenizer_from_meta(meta: object) -> Tokenizer:
     """The Tokenizer of {"name": "byte"}, {"name": one of ENCODINGS} or {"name": "char", "chars": "..."}; UserError."""
     match meta:
         case {"name": "byte"}:
@@ -126,7 +140,7 @@ def tokenizer_from_meta(meta):
     raise UserError(f"unknown tokenizer {meta!r}: expected the name {', '.join(TOKENIZERS)}, or char with its chars")
 
 
-def _encoding(name):
+def _encoding(name: str) -> "tiktoken.Encoding":
     import tiktoken
 
     try:

@@ -24,12 +24,12 @@ class Config(HubConfig):
     hub: str = name_key("EleutherAI/proof-pile-2")
 
 
-def source(config):
+def source(config: Config) -> Hub:
     """The papers, as a Hub."""
     return Hub(config, [("val", "arxiv/validation/*.jsonl.zst"), ("train", "arxiv/train/*.jsonl.zst")], ("text",))
 
 
-def main():
+def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
     prepare(config, source(config), Path(__file__).parent)
 

@@ -14,14 +14,15 @@ Needs: pip install -r requirements-data.txt
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Document, pieces
+from data.corpus import Document, Json, pieces
 from data.hub import Config as HubConfig
-from data.hub import Hub, name_key, prepare, share_key
+from data.hub import Hub, Row, name_key, prepare, share_key
 
 TRIED = 20_000  # files, until a language that none of them has must be a mistake
 
@@ -37,9 +38,9 @@ class Config(HubConfig):
 class Projects(Hub):
     """Rows, which are files, put together by project."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         self.wanted = {name.strip().lower() for name in config.languages.split(",") if name.strip()}
-        self.seen = Counter()
+        self.seen: Counter[str] = Counter()  # rows, by language
         super().__init__(
             config,
             [(None, "data/*.parquet")],
@@ -50,11 +51,12 @@ class Projects(Hub):
         )
         self.buffer = config.buffer_mb << 20
 
-    def documents(self, state=None):
+    def documents(self, state: Json = None) -> Iterator[Document]:
         start, given = state or (None, 0)  # where the lot begins, and how many of its projects have come
         rows, more = self.rows(start), True
         while more:
-            projects, size = {}, 0
+            projects: dict[str, list[tuple[str, str]]] = {}  # (path, code) of each one's files
+            size = 0
             for _, row in rows:
                 projects.setdefault(row["repo_name"], []).append((str(row["path"]), row["code"]))
                 size += len(row["code"])
@@ -70,30 +72,29 @@ class Projects(Hub):
                     yield Document(None, str(name), pieces(_joined(files)))
             start, given = end, 0
 
-    def _is_wanted(self, row):
+    def _is_wanted(self, row: Row) -> bool:
         self.seen[str(row["language"]).lower()] += 1
         if self.seen.total() == TRIED:
             self._check_languages()
         return str(row["language"]).lower() in self.wanted
 
-    def _check_languages(self):
+    def _check_languages(self) -> None:
         if self.seen and not self.wanted & self.seen.keys():
             raise UserError(
                 f"--languages={','.join(sorted(self.wanted))}: none of the first {self.seen.total():,} files is in "
-                "these, but "
-                f"in {', '.join(sorted(self.seen))}"
+                f"these, but in {', '.join(sorted(self.seen))}"
             )
 
-    def state(self):
+    def state(self) -> Json:
         return self.place
 
 
-def _joined(files):
+def _joined(files: list[tuple[str, str]]) -> Iterator[str]:
     for path, code in sorted(files):
         yield f"=== {path} ===\n{code}" + "\n" * (not code.endswith("\n"))
 
 
-def main():
+def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
     prepare(config, Projects(config), Path(__file__).parent)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import key, load_config, run_main
 from data.hub import Config as HubConfig
-from data.hub import Hub, name_key, prepare, share_key
+from data.hub import Hub, Row, name_key, prepare, share_key
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Config(HubConfig):
     val_fraction: float = share_key()
 
 
-def source(config):
+def source(config: Config) -> Hub:
     """The pages, as a Hub, without most of those that are too short."""
 
-    def keep(row):  # what is surely too short needn't be encoded
+    def keep(row: Row) -> bool:  # what is surely too short needn't be encoded
         if config.tokenizer == "gpt2":  # token_count is by GPT-2's tokenizer: half of it is on the safe side
             return (row["token_count"] or 0) >= config.min_doc_tokens / 2
         return 4 * len(row["text"]) + 1 >= config.min_doc_tokens  # a character has up to 4 bytes
@@ -39,7 +39,7 @@ def source(config):
     return Hub(config, [(None, f"sample/{config.sample}/*.parquet")], ("text", "token_count"), keep=keep)
 
 
-def main():
+def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
     prepare(config, source(config), Path(__file__).parent)
 

@@ -25,13 +25,13 @@ class Config(HubConfig):
     hub: str = name_key("emozilla/pg19")
 
 
-def source(config):
+def source(config: Config) -> Hub:
     """The books, as a Hub."""
     parts = [("val", "data/validation-*.parquet"), ("train", "data/train-*.parquet")]
     return Hub(config, parts, ("text", "short_book_title"), name="short_book_title")
 
 
-def main():
+def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
     prepare(config, source(config), Path(__file__).parent)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Texts, read_text, write_corpus
+from data.corpus import Meta, Texts, read_text, write_corpus
 from data.tokenizer import tokenizer_from_meta
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -26,7 +26,7 @@ class Config:
     input: str = key("", "a text file to take; empty: download tiny Shakespeare")
 
 
-def prepare(input="", folder=Path(__file__).parent):
+def prepare(input: str = "", folder: Path = Path(__file__).parent) -> Meta:
     """Write the corpus of the text file input, or of the download, to folder. UserError: no network, no text."""
     text = read_text(Path(os.path.expanduser(input))) if input else _download()
     cut = int(0.9 * len(text))
@@ -37,7 +37,7 @@ def prepare(input="", folder=Path(__file__).parent):
     return write_corpus(folder, source, tokenizer_from_meta({"name": "char", "chars": vocabulary}))
 
 
-def _download():
+def _download() -> str:
     try:
         with urllib.request.urlopen(URL, timeout=30) as response:
             raw = response.read()
@@ -53,7 +53,7 @@ def _download():
     )
 
 
-def main():
+def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
     prepare(config.input)
     print("now: python train.py config/train_shakespeare_char.py")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Texts, files_under, read_text, write_corpus
+from data.corpus import Meta, Texts, files_under, read_text, write_corpus
 from data.tokenizer import tokenizer_from_meta
 
 SKIP = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
@@ -28,10 +28,11 @@ class Config:
     val_fraction: float = key(0.05, "about this share of the files is for validation", above=0, below=1)
 
 
-def prepare(folder=Path(__file__).parent, val_fraction=0.05):
+def prepare(folder: Path = Path(__file__).parent, val_fraction: float = 0.05) -> Meta:
     """Write the corpus of the running Python's standard library to folder. UserError: no sources, disk full."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    splits, total, skipped = {"train": [], "val": []}, 0, 0
+    splits: dict[str, list[tuple[str, str]]] = {"train": [], "val": []}
+    total, skipped = 0, 0
     for path in files_under(stdlib, SKIP):
         name = path.relative_to(stdlib).as_posix()
         if path.suffix != ".py" or name.startswith(BUILD):
@@ -57,7 +58,7 @@ def prepare(folder=Path(__file__).parent, val_fraction=0.05):
     return meta
 
 
-def main():
+def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
     prepare(val_fraction=config.val_fraction)
     print("now: python train.py config/long_ctx.py")

@@ -18,13 +18,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
 from data.corpus import (
     Document,
+    Meta,
     Source,
     bytes_of_text,
     compressed,
@@ -63,16 +66,16 @@ class Config:
 
 
 def prepare(
-    input,
-    out,
-    tokenizer="byte",
-    val_fraction=0.05,
-    column="text",
-    strip_gutenberg=False,
-    skip_bad=False,
-    num_proc=0,
-    data=Path(__file__).parents[1],
-):
+    input: str,
+    out: str,
+    tokenizer: str = "byte",
+    val_fraction: float = 0.05,
+    column: str = "text",
+    strip_gutenberg: bool = False,
+    skip_bad: bool = False,
+    num_proc: int = 0,
+    data: Path = Path(__file__).parents[1],
+) -> Meta:
     """Write data/out/ from the file or folder input. UserError: no such input, a file that isn't text, a bad name."""
     folder = data / out
     if not input:
@@ -101,40 +104,38 @@ class Files(Source):
     beforehand, so that a stray picture stops an hour's work before it begins.
     """
 
-    def __init__(self, input, val_fraction, column, strip_gutenberg, skip_bad, without):
+    def __init__(
+        self, input: str, val_fraction: float, column: str, strip_gutenberg: bool, skip_bad: bool, without: Path | None
+    ):
         where = Path(os.path.expanduser(input))
         if not (os.path.isdir(where) or os.path.isfile(where)):
             raise UserError(f"--input={input}: no such file or folder; give a file, or a folder of files")
         self.paths = files_under(where, without=without) if os.path.isdir(where) else [where]
         if not self.paths:
             raise UserError(f"--input={input}: this folder has no files (hidden ones don't count)")
-        self.column, self.strip_gutenberg, self.val_fraction, self.skip_bad = (
-            column,
-            strip_gutenberg,
-            val_fraction,
-            skip_bad,
-        )
-        self.count, self.bad_rows, self.cut_off = 0, 0, []
+        self.val_fraction, self.column = val_fraction, column
+        self.strip_gutenberg, self.skip_bad = strip_gutenberg, skip_bad
+        self.count, self.bad_rows = 0, 0
+        self.cut_off: list[str] = []
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg, skip_bad]).encode()).hexdigest()
-        self.characters, self.total_bytes, mistakes, columns = {}, 0, [], []
+        self.characters: dict[Path, int] = {}  # how many there are in each text file
+        size, mistakes, columns = 0, [], []
         for path in self.paths:
             try:
-                self.total_bytes += self._look_at(path)
+                size += self._look_at(path)
             except NoColumn as mistake:
                 columns.append(str(mistake))
             except UserError as mistake:
                 mistakes.append((path, str(mistake)))
-        listed = lambda messages: "".join(
-            f"\n  {message}" for message in [*messages[:10], *["..."] * (len(messages) > 10)]
-        )
         if columns:
             raise UserError(
                 f"{len(columns)} of {len(self.paths)} files have no such column; choose another, or move "
-                f"them:{listed(columns)}"
+                f"them:{_listed(columns)}"
             )
         if mistakes:
-            what, messages = f"{len(mistakes)} of {len(self.paths)} files", listed([message for _, message in mistakes])
+            what = f"{len(mistakes)} of {len(self.paths)} files"
+            messages = _listed([message for _, message in mistakes])
             if not skip_bad:
                 raise UserError(
                     f"{what} can't be used; convert or move them, or leave them out by --skip_bad=True:{messages}"
@@ -144,13 +145,14 @@ class Files(Source):
         self.paths = [path for path in self.paths if path not in bad]
         if not self.paths:
             raise UserError(f"--input={input}: there is no text; the first file that can't be used: {mistakes[0][1]}")
+        self.total_bytes = size
         super().__init__(
             {"input": input, "files": len(self.paths), "val_fraction": val_fraction}
             | ({"left_out": len(bad)} if bad else {})
             | ({"strip_gutenberg": True} if strip_gutenberg else {})
         )
 
-    def _look_at(self, path):
+    def _look_at(self, path: Path) -> int:
         """About how many bytes of text a file has; counts a text's characters. UserError if it can't be used."""
         if kind(path) in ROWS:
             for number, text, problem in itertools.islice(rows_of(path, self.column), 1):
@@ -165,7 +167,7 @@ class Files(Source):
             size += len(block) if block.isascii() else len(block.encode())
         return size
 
-    def documents(self, state=None):
+    def documents(self, state: int | None = None) -> Iterator[Document]:
         self.count, self.bad_rows, self.cut_off = 0, 0, []
         for path in self.paths:
             for document in self._rows(path) if kind(path) in ROWS else self._halves(path):
@@ -173,20 +175,20 @@ class Files(Source):
                 if self.count > (state or 0):  # what was passed over is read again, but not encoded
                     yield document
 
-    def state(self):
+    def state(self) -> int:
         return self.count
 
-    def _halves(self, path):
+    def _halves(self, path: Path) -> Iterator[Document]:
         total = self.characters[path]
         cut = total - int(total * self.val_fraction)
         yield Document("train", path.name, pieces(_span(self._blocks(path), 0, cut)))
         yield Document("val", path.name, pieces(_span(self._blocks(path), cut, total)))
 
-    def _blocks(self, path):
+    def _blocks(self, path: Path) -> Iterator[str]:
         blocks = text_blocks(path)
         return _without_gutenberg(blocks) if self.strip_gutenberg else blocks
 
-    def _rows(self, path):
+    def _rows(self, path: Path) -> Iterator[Document]:
         try:
             for row in rows_of(path, self.column):
                 if document := self._row(path, *row):
@@ -196,7 +198,7 @@ class Files(Source):
                 raise
             self.cut_off.append(str(mistake))
 
-    def _row(self, path, number, text, problem):
+    def _row(self, path: Path, number: int, text: Any, problem: str | None) -> Document | None:
         """The Document of a row, if there is text in it. UserError: it has a problem, and is not to be skipped."""
         if problem is None and text is not None:
             problem = why_not_text(text)
@@ -214,12 +216,17 @@ class NoColumn(UserError):
     """A file has no such column: no bad file, but a mistake."""
 
 
-def kind(path):
+def _listed(messages: list[str]) -> str:
+    """The first ten of them, one a line."""
+    return "".join(f"\n  {message}" for message in [*messages[:10], *["..."] * (len(messages) > 10)])
+
+
+def kind(path: Path) -> str:
     """The suffix that tells what is in a file: a.jsonl.zst is .jsonl."""
     return (path.with_suffix("").suffix if compressed(path) else path.suffix).lower()
 
 
-def _without_gutenberg(blocks):
+def _without_gutenberg(blocks: Iterator[str]) -> Iterator[str]:
     """The text between the lines by which Project Gutenberg frames a book; all of it where the first is missing."""
     rest, begun = next(blocks, ""), False
     if start := GUTENBERG_START.search(rest):
@@ -234,7 +241,7 @@ def _without_gutenberg(blocks):
     yield rest
 
 
-def _span(blocks, start, stop):
+def _span(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
     """The characters from start to stop of a text in blocks."""
     for block in blocks:
         yield block[max(start, 0) : max(stop, 0)]
@@ -243,7 +250,7 @@ def _span(blocks, start, stop):
             return
 
 
-def rows_of(path, column):
+def rows_of(path: Path, column: str) -> Iterator[tuple[int, Any, str | None]]:
     """(number, value in column, None) of each row of a .jsonl or .parquet file, or (number, None, what is wrong with
     the row). UserError: truncated, or not such a file.
     """
@@ -265,8 +272,8 @@ def rows_of(path, column):
             yield number, None, f"{NO_COLUMN} {column!r} but {there}: choose one by --column=NAME"
 
 
-def _lines(blocks):
-    parts = []  # of a line that goes on; joined once, or a long one would take its length squared
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    parts: list[bytes] = []  # of a line that goes on; joined once, or a long one would take its length squared
     for block in blocks:
         *lines, rest = block.split(b"\n")
         if lines:
@@ -277,7 +284,7 @@ def _lines(blocks):
     yield b"".join(parts)
 
 
-def _parquet_rows(path, column):
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, Any, str | None]]:
     if compressed(path):
         raise UserError(f"{path}: .parquet files are compressed by themselves; unpack it first (unzstd)")
     with open_parquet(path) as file:
@@ -297,7 +304,7 @@ def _parquet_rows(path, column):
                 yield number, text, problem
 
 
-def main():
+def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
     meta = prepare(
         config.input,
