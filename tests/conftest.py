@@ -20,3 +20,17 @@ def poisoned():
     assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, where its files are at hand."""
+    from configurator import UserError
+    from data.tokenizer import tokenizer_from_meta
+
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("GPT-2's BPE needs its files: set TIKTOKEN_CACHE_DIR")
+    try:
+        return tokenizer_from_meta({"name": "gpt2"})
+    except UserError as error:
+        pytest.skip(f"GPT-2's BPE doesn't load: {error}")

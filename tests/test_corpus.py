@@ -1,10 +1,12 @@
 """The prepare scripts and their shared core: what lands in the files, what is refused, what a failure leaves."""
 
 import errno
+import functools
 import hashlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -22,13 +24,24 @@ from data import corpus
 from data.corpus import Document, Source, Texts, files_under, pieces, read_text, write_corpus
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
-from test_tokenizer import gpt2  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTE = tokenizer_from_meta({"name": "byte"})
 FILES = "train.bin", "val.bin", "train_ends.bin", "val_ends.bin"
 TRAIN, VAL = [("a", "first document"), ("b", "zweites Dokument, größer")], [("c", "validation <|endoftext|> text")]
 script = {name: importlib.import_module(f"data.{name}.prepare") for name in ("stdlib", "shakespeare_char", "text")}
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # the children use no other thread
+
+
+@pytest.fixture(autouse=True)
+def picture(monkeypatch):
+    """What draws the picture of lengths. No test draws one but its own, and none waits for the disk: these take longer
+    than all the rest.
+    """
+    draw = corpus._draw_lengths
+    monkeypatch.setattr(corpus, "_draw_lengths", lambda folder, meta: None)
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+    return draw
 
 
 def write(folder, train=TRAIN, val=VAL, tokenizer=BYTE, **options):
@@ -53,7 +66,7 @@ def test_files_hold_the_documents(tmp_path, capsys):
     assert documents(tmp_path / "new", "train") == [text for _, text in TRAIN]
     assert documents(tmp_path / "new", "val") == [VAL[0][1]]  # its '<|endoftext|>' is text and ends no document
     files = content(tmp_path / "new")
-    assert files.keys() - {"documents.png"} == {*FILES, "meta.json", "checked.json"}
+    assert files.keys() == {*FILES, "meta.json", "checked.json"}
     assert all(path.is_file() for path in (tmp_path / "new").iterdir())
     for split, ends in ("train", [15, 42]), ("val", [30]):
         assert np.fromfile(tmp_path / "new" / f"{split}_ends.bin", np.uint64).tolist() == ends
@@ -100,6 +113,26 @@ def test_share_of_long_documents(tmp_path, capsys):
         "128k": 0,
     }
     assert "8k: 80%, 32k: 0%" in capsys.readouterr().out
+
+
+def test_picture_of_lengths(tmp_path, monkeypatch, capsys, picture):
+    """Without matplotlib, or room on the disk, there is none."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(corpus, "_draw_lengths", picture)
+    write(tmp_path / "x", [("long", "x" * 8191), ("short", "y" * 2046)])
+    assert content(tmp_path / "x")["documents.png"].startswith(b"\x89PNG")
+    assert f"their lengths as a picture: {tmp_path}/x/documents.png" in capsys.readouterr().out
+
+    def savefig(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    write(tmp_path / "full")
+    assert "no picture of their lengths: No space left on device" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write(tmp_path / "none")
+    for name in "full", "none":
+        assert content(tmp_path / name).keys() == {*FILES, "meta.json", "checked.json"}
 
 
 def test_char_corpus_has_no_end_of_text(tmp_path):
@@ -209,59 +242,68 @@ def test_folder_which_cannot_be_made(tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-# A long document in many pieces, short ones, and one of each split; killed when so many pieces and documents have come.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from data import corpus
-from data.tokenizer import tokenizer_from_meta
-corpus.SAVE, corpus.BATCH = 0, 400
-left = int(sys.argv[3])
-def counted(texts):
-    global left
-    for text in texts:
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        yield text
-class Killed(corpus.Source):
+class Numbered(Source):
+    """A long document in many pieces, short ones, and some of each split. left: the process is killed when so many
+    pieces and documents have come; None: it isn't.
+    """
+
     total_bytes = 12_000
+
+    def __init__(self, left=None):
+        super().__init__({"made": "here"})
+        self.left = left
+
     def documents(self, state=None):
-        self.count = state or 0
-        while self.count < 12:
-            n = self.count
-            self.count += 1
+        for self.count in range((state or 0) + 1, 13):
+            n = self.count - 1
             text = "".join(f"{n}.{i} " for i in range(900 if n == 4 else 140 if n in (5, 10) else 20 + n))
             split = "val" if n == 7 else None if n > 9 else "train"
-            yield corpus.Document(split, f"{n}", counted(corpus.pieces(text, 300)))
+            yield Document(split, f"{n}", self._counted(pieces(text, 300)))
+
+    def _counted(self, texts):
+        for text in texts:
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.left is not None:
+                self.left -= 1
+            yield text
+
     def state(self):
         return self.count
-corpus.write_corpus(sys.argv[2], Killed({"made": "here"}), tokenizer_from_meta({"name": "byte"}),
-                    min_doc_tokens=int(sys.argv[4]), val_every=3, workers=1)
-"""
 
 
-def run_killed(folder, left, shortest=0):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, ROOT, folder, f"{left}", f"{shortest}"], capture_output=True, text=True
-    )
-    assert done.returncode == (-signal.SIGKILL if left >= 0 else 0), done.stderr
-    return done.stdout
+@pytest.fixture
+def small_steps(monkeypatch):
+    """The journal is written after every few pieces."""
+    monkeypatch.setattr(corpus, "SAVE", 0)
+    monkeypatch.setattr(corpus, "BATCH", 400)
 
 
-@pytest.mark.slow
+def prepare_numbered(folder, left=None, shortest=0):
+    write_corpus(folder, Numbered(left), BYTE, min_doc_tokens=shortest, val_every=3, workers=1)
+
+
+def killed(function, *arguments):
+    """Call it in a process of its own, in which it is killed."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments, daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("shortest", [0, 130, 700])  # 700: what is kept has pieces that alone are too short
-def test_after_a_kill_the_same_command_goes_on_and_makes_the_same_bytes(tmp_path, shortest):
-    run_killed(tmp_path / "whole", -1, shortest)
+def test_after_a_kill_the_same_command_goes_on_and_makes_the_same_bytes(tmp_path, small_steps, capsys, shortest):
+    prepare_numbered(tmp_path / "whole", shortest=shortest)
     whole = content(tmp_path / "whole")
     if shortest:
         assert json.loads(whole["meta.json"])["left_out_as_too_short"] > 3
     went_on = 0
     for left in 1, 6, 11, 19, 24:
-        run_killed(tmp_path / "x", left, shortest)
-        run_killed(tmp_path / "x", 2, shortest)  # and once more
-        out = run_killed(tmp_path / "x", -1, shortest)
-        went_on += "going on" in out
+        killed(prepare_numbered, tmp_path / "x", left, shortest)
+        killed(prepare_numbered, tmp_path / "x", 2, shortest)  # and once more
+        capsys.readouterr()
+        prepare_numbered(tmp_path / "x", shortest=shortest)
+        went_on += "going on" in capsys.readouterr().out
         assert {name: content(tmp_path / "x")[name] for name in (*FILES, "meta.json")} == {
             name: whole[name] for name in (*FILES, "meta.json")
         }
@@ -270,12 +312,12 @@ def test_after_a_kill_the_same_command_goes_on_and_makes_the_same_bytes(tmp_path
 
 
 @pytest.mark.parametrize("earlier", [True, False])
-def test_killed_while_it_writes(tmp_path, earlier):
+def test_killed_while_it_writes(tmp_path, small_steps, earlier):
     """An earlier corpus stays. What is left of the killed one does not mix with another."""
     if earlier:
         write(tmp_path)
         before = content(tmp_path)
-    run_killed(tmp_path, 20)
+    killed(prepare_numbered, tmp_path, 20)
     assert (tmp_path / "unfinished/journal.json").exists()
     if earlier:
         assert content(tmp_path) == before
@@ -287,35 +329,26 @@ def test_killed_while_it_writes(tmp_path, earlier):
     assert documents(tmp_path, "train") == [text for _, text in TRAIN]
 
 
-MOVES = """
-import os, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from test_corpus import BYTE, Unsplit
-from data import corpus
-corpus.SAVE, corpus.BATCH = -1, 5
-left, replace = int(sys.argv[3]), os.replace
-def counted(source, target):
-    global left
-    if str(target).endswith((".bin", "meta.json")):
-        left -= 1
-        if left < 0:
-            os._exit(9)
-    replace(source, target)
-os.replace = counted
-corpus.write_corpus(sys.argv[2], Unsplit([5] * 8), BYTE)
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("moves", range(6))
-def test_killed_while_it_moves(tmp_path, moves):
+def test_killed_while_it_moves(tmp_path, monkeypatch, moves):
     """What was encoded is not encoded again; meanwhile it is no corpus, but for the very first instant."""
     write_corpus(tmp_path / "whole", Unsplit([5] * 8), BYTE)
     write(tmp_path / "x")
-    done = subprocess.run(
-        [sys.executable, "-c", MOVES, ROOT, tmp_path / "x", f"{moves}"], capture_output=True, text=True
-    )
-    assert done.returncode == 9, done.stderr
+    left = moves
+
+    def replace(source, target, real=os.replace):
+        nonlocal left
+        if str(target).endswith((".bin", "meta.json")):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "SAVE", -1)
+        patch.setattr(corpus, "BATCH", 5)
+        patch.setattr(os, "replace", replace)
+        killed(write_corpus, tmp_path / "x", Unsplit([5] * 8), BYTE)
     if moves:
         with pytest.raises(UserError, match="was cut off at its very end"):
             load_corpus(tmp_path / "x", 8)
@@ -332,13 +365,14 @@ def test_killed_while_it_moves(tmp_path, moves):
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"key": 1}', None])
-def test_a_journal_which_is_none_begins_anew(tmp_path, broken):
-    run_killed(tmp_path, 20)
+def test_a_journal_which_is_none_begins_anew(tmp_path, small_steps, capsys, broken):
+    killed(prepare_numbered, tmp_path, 20)
     if broken is None:
         (tmp_path / "unfinished/train.bin").write_bytes(b"")  # less than the journal says
     else:
         (tmp_path / "unfinished/journal.json").write_text(broken)
-    assert "going on" not in run_killed(tmp_path, -1)
+    prepare_numbered(tmp_path)
+    assert "going on" not in capsys.readouterr().out
 
 
 def test_two_preparations_of_one_corpus(tmp_path):
@@ -695,7 +729,7 @@ def test_text_of_a_file(tmp_path):
     load_corpus(tmp_path / "book", 2048)
 
 
-def test_text_with_gpt2(tmp_path, gpt2):  # noqa: F811
+def test_text_with_gpt2(tmp_path, gpt2):
     meta, folder = text_corpus(tmp_path, {"a": "Hello world" * 10, "b": "<|endoftext|>" * 40}, tokenizer="gpt2")
     assert (meta["vocab_size"], meta["tokenizer"]) == (50304, {"name": "gpt2"})
     ids = np.fromfile(folder / "train.bin", np.uint16)
@@ -998,6 +1032,31 @@ def test_text_is_read_in_blocks(tmp_path, monkeypatch, block):
 
 
 # -- as commands -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, arguments, folder, now",
+    [
+        ("stdlib", ["--val_fraction=0.5"], {"folder": "stdlib"}, "config/long_ctx.py"),
+        ("shakespeare_char", ["--input=in.txt"], {"folder": "shakespeare_char"}, "config/train_shakespeare_char.py"),
+        (
+            "text",
+            ["--input=in.txt", "--out=mine"],
+            {"data": ""},
+            "config/long_ctx.py --dataset=mine --out_dir=out-mine --block_size=55",
+        ),
+    ],
+)
+def test_main(small_stdlib, tmp_path, monkeypatch, capsys, name, arguments, folder, now):
+    """The commands as they are given, but for where the corpus goes."""
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text(PLAY)
+    where = {key: tmp_path / value for key, value in folder.items()}
+    monkeypatch.setattr(script[name], "prepare", functools.partial(script[name].prepare, **where))
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+    script[name].main()
+    assert load_corpus(tmp_path / ("mine" if name == "text" else name), 8).val_tokens > 8
+    assert capsys.readouterr().out.endswith(f"now: python train.py {now}\n")
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,20 @@ import pyarrow.parquet
 import zstandard
 
 from configurator import UserError
-from data import hub
+from data import corpus, hub
 from data.tokenizer import tokenizer_from_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTE = tokenizer_from_meta({"name": "byte"})
 NAMES = "pg19", "arxiv", "code", "fineweb_edu"
 script = {name: importlib.import_module(f"data.{name}.prepare") for name in NAMES}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """To draw the lengths and to wait for the disk takes longer than all the rest."""
+    monkeypatch.setattr(corpus, "_draw_lengths", lambda folder, meta: None)
+    monkeypatch.setattr(os, "fsync", lambda number: None)
 
 
 def parquet(path, rows, schema=None):
@@ -144,6 +151,19 @@ def taken(documents):
 
 
 # -- what lands in the corpus ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_main(tmp_path, monkeypatch, capfd, name):
+    """The commands as they are given, but for where the corpus goes."""
+    copy[name](tmp_path / "copy")
+    into = lambda config, source, folder: hub.prepare(config, source, tmp_path / folder.name)
+    monkeypatch.setattr(script[name], "prepare", into)
+    options = ["--tokenizer=byte", "--min_doc_tokens=0", f"--hub={tmp_path}/copy"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *options])
+    script[name].main()
+    assert documents(tmp_path / name, "train") and documents(tmp_path / name, "val")
+    assert capfd.readouterr().out.endswith(f"now: python train.py config/long_ctx.py --dataset={name}\n")
 
 
 def test_pg19(tmp_path, capfd):
@@ -306,7 +326,7 @@ def prepare_small(name, copy, folder):
     hub.prepare(small, rows, Path(folder))
 
 
-@pytest.mark.parametrize("name", ["pg19", "arxiv", "code"])
+@pytest.mark.parametrize("name", ["pg19", *(pytest.param(name, marks=pytest.mark.slow) for name in ("arxiv", "code"))])
 def test_killed(tmp_path, name, capfd):
     """kill -9 in the midst of the second file, then the same command: the same bytes as if it had not been."""
     copy[name](tmp_path / "copy")

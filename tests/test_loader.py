@@ -100,9 +100,8 @@ def test_windows_lie_within_documents(seed):
     lengths = draw.integers(0, 60, draw.integers(1, 8))
     T = int(draw.integers(1, 1 + min(40, lengths.sum()))) if lengths.sum() else 1
     documents, owner = np.concatenate([[0], lengths.cumsum()]), np.repeat(np.arange(len(lengths)), lengths)
-    windows = [
-        [Epoch(documents, T, seed, epoch)[n] for n in range(len(Epoch(documents, T, seed, epoch)))] for epoch in (0, 1)
-    ]
+    epochs = [Epoch(documents, T, seed, number) for number in (0, 1)]
+    windows = [[epoch[n] for n in range(len(epoch))] for epoch in epochs]
     assert len(windows[0]) == len(windows[1]) == -(-lengths.sum() // T) if lengths.sum() else not windows[0]
     for epoch in windows:
         seen = np.zeros(lengths.sum(), int)

@@ -4,7 +4,6 @@ import base64
 import codecs
 import hashlib
 import json
-import os
 import random
 
 import numpy as np
@@ -25,16 +24,6 @@ TEXTS = [
     "\ufeffmark",
 ]
 CHARS = "".join(sorted(set("".join(TEXTS))))
-
-
-@pytest.fixture(scope="session")
-def gpt2():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("GPT-2's BPE needs its files: set TIKTOKEN_CACHE_DIR")
-    try:
-        return tokenizer_from_meta({"name": "gpt2"})
-    except UserError as error:
-        pytest.skip(f"GPT-2's BPE doesn't load: {error}")
 
 
 @pytest.fixture(params=["byte", "char", "gpt2"])
