@@ -14,6 +14,7 @@ validate. A mistake ends in a UserError, whose message says where it is, what is
 import ast
 import dataclasses
 import difflib
+import io
 import math
 import operator
 import os
@@ -23,18 +24,21 @@ import textwrap
 import traceback
 import types
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
     """A mistake of the user's: run_main shows the message alone, without a traceback."""
 
 
-def run_main(main):
+def run_main(main: Callable[[], object]) -> None:
     """Call main(). A UserError becomes one message on stderr and exit status 1; Ctrl-C exit status 130; and a reader
     of the output which leaves early, such as head, ends it quietly.
     """
-    sys.stdout.reconfigure(errors="replace")  # whatever a model writes, a terminal of any encoding can show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # whatever a model writes, a terminal of any encoding can show
     try:
         main()
         sys.stdout.flush()
@@ -49,33 +53,47 @@ def run_main(main):
         sys.exit(141)
 
 
+T = typing.TypeVar("T")
+Fields = dict[str, dataclasses.Field]
 HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
-def key(default, help, *, choices=None, words=(), low=None, high=None, above=None, below=None, section=None):
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    words: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    section: str | None = None,
+) -> Any:
     """A dataclass field with its one-line help, for a key of type int, float, bool, str or bool | None (None is auto).
     words are values besides those of the type. low and high are inclusive bounds, above and below exclusive ones;
     section is a heading for --help, from here on.
     """
-    bounds = {">=": low, ">": above, "<=": high, "<": below}
-    bounds = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    signs = {">=": low, ">": above, "<=": high, "<": below}
+    bounds = {sign: bound for sign, bound in signs.items() if bound is not None}
     metadata = {"help": help, "choices": choices, "words": words, "bounds": bounds, "section": section}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 # What a key of each type takes, in the words of an error and of --help.
-EXPECTED = {
+Kind = Any  # a type, or bool | None
+EXPECTED: dict[Kind, str] = {
     int: "an integer",
     float: "a number",
     str: "text",
     bool: "True or False",
     bool | None: "True, False or auto (None in a config file)",
 }
-SHORT = {int: "int", float: "float", str: "str", bool: "bool", bool | None: "bool"}
+SHORT: dict[Kind, str] = {int: "int", float: "float", str: "str", bool: "bool", bool | None: "bool"}
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def load_config(cls, argv, *, usage):
+def load_config(cls: type[T], argv: list[str], *, usage: str | None) -> T:
     """An instance of the dataclass cls (fields made by key()) from argv = sys.argv[1:], a list of CONFIG.py files and
     --key=value arguments. A later one wins over an earlier one, and --key=value over every file.
     Its attribute `explicit` is the set of the names which a file or the command line gave.
@@ -85,8 +103,9 @@ def load_config(cls, argv, *, usage):
         print(_help(cls, usage))
         raise SystemExit(0)
     kinds = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    flags, files = {}, {}
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(type, cls))}
+    flags: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for arg, following in zip(argv, [*argv[1:], "-"]):  # flags first: the 4 of `--n_layer 4` is no file
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
@@ -103,11 +122,11 @@ def load_config(cls, argv, *, usage):
                 files[name] = _checked(fields[name], kinds[name], value, where)
     values = files | flags
     config = cls(**values)
-    config.explicit = set(values)
+    vars(config)["explicit"] = set(values)
     return config
 
 
-def _read_file(arg, fields):
+def _read_file(arg: str, fields: Fields) -> dict[str, tuple[Any, str]]:
     """{name: (value, where)} of the keys which the config file assigns; where is 'FILE, line N' for messages."""
     path = Path(arg)
     if os.path.isfile(arg) and path.suffix != ".py":
@@ -145,7 +164,7 @@ def _read_file(arg, fields):
     return given
 
 
-def _from_text(text, kind):
+def _from_text(text: str, kind: Kind) -> Any:
     """The Python value which an argument's text stands for; the text itself where it stands for none of the kind."""
     if kind in (bool, bool | None):
         words = WORDS if kind is bool else WORDS | {"auto": None, "none": None}
@@ -158,7 +177,7 @@ def _from_text(text, kind):
     return text
 
 
-def _checked(field, kind, value, where):
+def _checked(field: dataclasses.Field, kind: Kind, value: Any, where: str) -> Any:
     """The value as the field's kind and within its bounds; else a UserError which starts with where."""
     words = field.metadata["words"]
     if isinstance(value, str) and value in words:
@@ -184,17 +203,17 @@ def _checked(field, kind, value, where):
     return value
 
 
-def _nearest(name, names):
+def _nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of names which looks most like name, or None."""
     return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1)), None)
 
 
-def _unknown(name, fields):
+def _unknown(name: str, fields: Fields) -> str:
     near = _nearest(name, fields)
     return f"unknown key {name!r}" + (f"; did you mean {near}?" if near else "; --help lists the keys")
 
 
-def _help(cls, usage):
+def _help(cls: type, usage: str | None) -> str:
     kinds = typing.get_type_hints(cls)
     rows = []
     for field in dataclasses.fields(cls):
@@ -210,7 +229,11 @@ def _help(cls, usage):
         )
     left = max(len(row[1]) for row in rows)
     right = max(len(row[2]) for row in rows)
-    lines = [usage.strip(), "", "The keys, with their defaults. A config file has lines key = value; --key=value wins."]
+    lines = [
+        (usage or "").strip(),
+        "",
+        "The keys, with their defaults. A config file has lines key = value; --key=value wins.",
+    ]
     for section, example, kind, text in rows:
         if section:
             lines += ["", section]
@@ -338,8 +361,11 @@ class TrainConfig:
     backend: str = key("auto", "of DDP", choices=("auto", "nccl", "gloo"))
     peak_tflops: float = key(0.0, "dense peak, for the MFU; 0: by the device's name", low=0)
 
+    def __post_init__(self) -> None:
+        self.explicit: set[str] = set()  # see load_config; none where a program makes the configuration
 
-def validate(cfg):
+
+def validate(cfg: TrainConfig) -> None:
     """What TrainConfig's keys demand of each other; UserError. Devices, files and checkpoints are checked elsewhere."""
     for name in ("out_dir", "dataset"):
         if not getattr(cfg, name):
@@ -358,10 +384,9 @@ def validate(cfg):
             f"rope_scaling={cfg.rope_scaling} is for rotary positions, and pos={cfg.pos}: leave it out, or "
             "set --pos=rope"
         )
-    explicit = getattr(cfg, "explicit", set())  # none where a program made cfg
-    if cfg.lora_rank == 0 and "lora_rank" not in explicit:  # given as 0, it switches off what a config file has
+    if cfg.lora_rank == 0 and "lora_rank" not in cfg.explicit:  # given as 0, it switches off what a config file has
         for name in ("lora_alpha", "lora_targets", "lora_dropout"):
-            if name in explicit:
+            if name in cfg.explicit:
                 raise UserError(
                     f"{name}={getattr(cfg, name)} needs adapters: give --lora_rank=8, say, or leave {name} out"
                 )

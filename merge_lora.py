@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, key, load_config, run_main
-from model import model_args, model_from_checkpoint
 from training import checkpoint
+from training.weights import model_args, model_from_checkpoint
 
 
 @dataclass

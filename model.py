@@ -1,8 +1,8 @@
 """GPT, in one file: the transformer of GPT-2, the choices that long contexts ask for, and attention's backward.
 
-With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), and `load_pretrained` loads its
-weights. For long contexts: rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention
-(`n_kv_head`), activation checkpointing, and a cross-entropy which never holds the logits of the whole context.
+With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), whose weights fit. For long contexts:
+rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention (`n_kv_head`), activation checkpointing, and
+a cross-entropy which never holds the logits of the whole context.
 
 While the model trains, attention's gradient is exact, SUS or low-rank (`attn_backward`, see sus_attn.py and
 lowrank_attn.py). Its forward is exact unless `lowrank_forward` says otherwise, and evaluation and sampling use torch's
@@ -12,9 +12,9 @@ Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V voc
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,11 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
 from lowrank_attn import lowrank_attention
+from rope import rope_table, rotate
 from sus_attn import fold_in, sus_attention
-from training import checkpoint as checkpoints
-from training.lora import add_adapters, fingerprint, merge
 
 
 @dataclass
@@ -56,7 +54,7 @@ class GPTConfig:
     lowrank_degree: int = 2
     lowrank_forward: str = "exact"  # or "approximate"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dropout > 0 and self.attn_backward != "exact":
             raise ValueError(
                 f"attention dropout is not supported with attn_backward={self.attn_backward!r}: set dropout to 0"
@@ -64,22 +62,16 @@ class GPTConfig:
 
 
 TRAINING_KEYS = (
-    "dropout",
-    "activation_checkpointing",
-    "attn_backward",
-    "sus_c",
-    "sus_sampler",
-    "sus_backend",
-    "lowrank_degree",
+    "dropout", "activation_checkpointing", "attn_backward", "sus_c", "sus_sampler", "sus_backend", "lowrank_degree",
     "lowrank_forward",
-)
+)  # fmt: skip
 ARCHITECTURE_KEYS = tuple(f.name for f in fields(GPTConfig) if f.name not in (*TRAINING_KEYS, "sus_c_max"))
 
 
 class KVCache:
     """The keys and values of the tokens seen so far, for one batch of sequences."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch_size, config.n_kv_head or config.n_head, config.block_size)
         self.k, self.v = torch.empty(2, *shape, config.n_embd // config.n_head, device=device, dtype=dtype)
         self.length = 0  # advanced by GPT.forward, once all layers have appended
@@ -96,25 +88,6 @@ def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=1e-5)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
-
-
-def rope_table(D: int, T: int, theta: float, scaling: float = 1.0) -> Tensor:
-    """cos and sin of the rotary angles, (2, T, D/2) float32 (Su et al., arXiv 2104.09864).
-
-    scaling: position t has the angles of t / scaling, so that a longer context has none that a model has not seen in
-    training (position interpolation, Chen et al., arXiv 2306.15595).
-    """
-    frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    position = torch.arange(T, dtype=torch.float64) / scaling
-    angle = position[:, None] * frequency  # float64: at 128k float32 angles are off by 1e-2
-    return torch.stack([angle.cos(), angle.sin()]).float()
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by the angles of table (2, T, D/2)."""
-    cos, sin = table
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -139,40 +112,24 @@ class Attend(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.stats: Tensor | None = None  # who wants them puts a tensor here, see sus_attention
+        self.stats: Tensor | None = None  # a caller who wants statistics puts a tensor here, see sus_attention
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None = None) -> Tensor:
         """q (B, H, T, D); k, v (B, K, N, D), where q are the last T of N positions. seed: SUS's, 0-d int64."""
         config = self.config
         if self.training and config.attn_backward == "sus":
-            return sus_attention(
-                q,
-                k,
-                v,
-                config.sus_c,
-                c_max=config.sus_c_max,
-                seed=seed,
-                sampler=config.sus_sampler,
-                backend=config.sus_backend,
-                stats=self.stats,
-            )
+            how: dict[str, Any] = {"sampler": config.sus_sampler, "backend": config.sus_backend, "stats": self.stats}
+            return sus_attention(q, k, v, config.sus_c, c_max=config.sus_c_max, seed=seed, **how)
         if self.training and config.attn_backward == "lowrank":
-            return lowrank_attention(
-                q, k, v, config.lowrank_degree, approximate_forward=config.lowrank_forward == "approximate"
-            )
+            approximate = config.lowrank_forward == "approximate"
+            return lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=approximate)
         T, N = q.shape[2], k.shape[2]
         mask = None
         if 1 < T < N:  # SDPA's is_causal is aligned to the top left; the last T of N positions need the bottom right
             mask = torch.ones(T, N, dtype=torch.bool, device=q.device).tril(N - T)
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=T == N,
-            enable_gqa=q.shape[1] != k.shape[1],
-            dropout_p=config.dropout if self.training else 0.0,
-        )
+        dropout = config.dropout if self.training else 0.0
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == N, enable_gqa=grouped)
 
 
 class CausalSelfAttention(nn.Module):
@@ -243,7 +200,7 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     the backward, a chunk of tokens at a time: at T = 32k and V = 50k all of them are 6.6 GB.
     """
 
-    def chunk_loss(x, targets):
+    def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(widened(F.linear(x, weight)), targets, ignore_index=-1, reduction="none")
 
     x, flat_targets = x.flatten(0, 1), targets.flatten()
@@ -257,11 +214,23 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses).view(targets.shape)
 
 
+class Transformer(nn.ModuleDict):
+    """The layers under GPT-2's names."""
+
+    wte: nn.Embedding
+    wpe: nn.Embedding  # with learned positions only
+    drop: nn.Dropout
+    h: Sequence[Block]
+    ln_f: nn.Module
+
+
 class GPT(nn.Module):
+    rope: Tensor | None
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
+        self.transformer = Transformer(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
@@ -278,9 +247,11 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def _rope(self) -> Tensor | None:
+    def _rope(self, device: torch.device | None = None) -> Tensor | None:
         c = self.config
-        return rope_table(c.n_embd // c.n_head, c.block_size, c.rope_theta, c.rope_scaling) if c.pos == "rope" else None
+        if c.pos != "rope":
+            return None
+        return rope_table(c.n_embd // c.n_head, c.block_size, c.rope_theta, c.rope_scaling).to(device)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -340,43 +311,9 @@ class GPT(nn.Module):
         has no gradient of its own: 4 operations instead of 6.
         """
         n = self.num_params()
-        trained = min(
-            n, sum(p.numel() for p in self.parameters() if p.requires_grad)
-        )  # n is without position embeddings
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained = min(n, trained)  # n is without position embeddings
         return 4 * n + 2 * trained + 12 * self.config.n_layer * self.config.n_embd * T
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
-        """AdamW, with weight decay on matrices and embeddings only."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cpu", "cuda", "mps"))
-
-    # -- GPT-2's weights -------------------------------------------------------------------------
-
-    @classmethod
-    def from_hf(cls, hf, **training_keys) -> "GPT":
-        """A GPT with the weights of `hf`, a transformers GPT2LMHeadModel."""
-        h = hf.config
-        config = GPTConfig(
-            block_size=h.n_positions,
-            vocab_size=h.vocab_size,
-            n_layer=h.n_layer,
-            n_head=h.n_head,
-            n_embd=h.n_embd,
-            bias=True,
-            **training_keys,
-        )
-        model = cls(config)
-        theirs = hf.state_dict()
-        with torch.no_grad():
-            for name, weight in model.state_dict().items():
-                # their linear layers store the transposed matrix
-                transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-                weight.copy_(theirs[name].T if transposed else theirs[name])
-        return model
 
     def set_context(self, block_size: int, rope_scaling: float = 1.0) -> None:
         """Change the length of the context, and the scaling of rotary positions (see `rope_table`).
@@ -390,7 +327,7 @@ class GPT(nn.Module):
         if config.pos == "learned":
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         else:
-            self.rope = self._rope().to(self.rope.device)
+            self.register_buffer("rope", self._rope(self.lm_head.weight.device), persistent=False)
 
     # -- sampling --------------------------------------------------------------------------------
 
@@ -434,18 +371,19 @@ class GPT(nn.Module):
         tokens = list(tokens)
         block_size = self.config.block_size
         logits, cache = self.prefill(tokens[-block_size:])
-        token = -1  # of no use yet
         for i in range(max_new_tokens):
             if i > 0 and cache.length == block_size:
                 logits, cache = self.prefill(tokens[-max(1, block_size // 2) :])
             elif i > 0:
-                logits = self(torch.tensor([[token]], device=logits.device), cache=cache)[0][0, -1]
+                logits = self(torch.tensor([tokens[-1:]], device=logits.device), cache=cache)[0][0, -1]
             token = sample_token(logits[:n_vocab], temperature, top_k, top_p, generator)
             tokens.append(token)
             yield token
 
 
-def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> int:
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> int:
     """Draw one id from logits (V,)."""
     logits = logits.float().cpu()
     if temperature < 1e-6:  # also where a division would overflow
@@ -458,105 +396,3 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         before = probabilities.cumsum(-1) - probabilities  # the likeliest token stays, whatever top_p
         probabilities[before >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def model_from_checkpoint(saved: dict, path: Path, lora_base: str = "", **training_keys) -> GPT:
-    """The model of a checkpoint's dict, ours or nanoGPT's; path is its file. UserError if they do not fit.
-
-    Of an adapter checkpoint it is the base with the adapters merged. lora_base: where the base is, see `adapted_model`.
-    """
-    if saved.get("lora"):
-        return merge(adapted_model(saved, path, lora_base, **training_keys))
-    if lora_base:
-        raise UserError(f"lora_base={lora_base} is for adapters, and {path} holds a whole model: leave it out")
-    architecture = {k: v for k, v in saved["model_args"].items() if k not in TRAINING_KEYS}
-    if unknown := architecture.keys() - set(ARCHITECTURE_KEYS):
-        raise UserError(f"{path} is of another version: its model has the unknown keys {', '.join(sorted(unknown))}")
-    model = GPT(GPTConfig(**architecture, **training_keys))
-    load_weights(model, saved["model"], path)
-    return model
-
-
-def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: float = 0.0, **training_keys) -> GPT:
-    """The model of an adapter checkpoint's dict, its adapters not merged; path is its file.
-
-    lora_base: the base's file or folder, or GPT-2's name; empty: as the checkpoint has it. UserError if it is not
-    there, or another than the adapters were trained on.
-    """
-    lora = saved["lora"]
-    base = lora_base or lora["base"]
-    if base in PRETRAINED:
-        model = load_pretrained(base, **training_keys)
-    else:
-        folder = path.resolve().parent  # or the one above, for a run that was moved into earlier-1/
-        places = [Path(lora_base)] if lora_base else [folder / base, folder.parent / base]
-        base = next(
-            (p for place in places if (p := checkpoints.find(place)).is_file()), checkpoints.find(places[0])
-        ).resolve()
-        if not base.is_file():
-            raise UserError(
-                f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, say "
-                "where to, by --lora_base=PATH of train.py, sample.py or merge_lora.py"
-            )
-        model = model_from_checkpoint(load_base(base), base, **training_keys)
-    if (actual := fingerprint(model)) != lora["fingerprint"]:
-        raise UserError(
-            f"{path} holds adapters of other weights than those in {base}, which was trained on since or is another "
-            f"model (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right weights, a "
-            "copy or those of an earlier-N folder, by --lora_base=PATH of train.py, sample.py or merge_lora.py"
-        )
-    for name, value in model_args(model.config).items():  # what leaves no trace in the weights
-        if name not in ("block_size", "rope_scaling") and saved["model_args"].get(name, value) != value:
-            raise UserError(
-                f"{path} holds adapters of a model with {name}={saved['model_args'][name]}, but {base} has {value}: "
-                "give the right base by --lora_base=PATH"
-            )
-    model.set_context(saved["model_args"]["block_size"], saved["model_args"].get("rope_scaling", 1.0))
-    weights = model.state_dict()
-    add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], lora_dropout)
-    load_weights(model, saved["model"] | weights, path)
-    return model
-
-
-def load_base(path: Path) -> dict:
-    """The checkpoint at path, to be fine-tuned. UserError if it holds adapters only."""
-    saved = checkpoints.load(path)
-    if saved.get("lora"):
-        raise UserError(
-            f"{path} holds adapters, not a whole model: merge them first, by "
-            f"python merge_lora.py --out_dir={path.parent} --merged=FOLDER"
-        )
-    return saved
-
-
-def load_weights(model: GPT, weights: dict, path: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise UserError(f"{path}: its weights do not fit its model_args: {' '.join(reasons)[:300]}") from None
-
-
-PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-
-
-def load_pretrained(name: str, **training_keys) -> GPT:
-    """GPT-2's weights (name: one of PRETRAINED) from the hub or its cache, by `transformers`. UserError."""
-    try:
-        from transformers import GPT2LMHeadModel
-
-        hf = GPT2LMHeadModel.from_pretrained(name)
-    except ImportError:
-        raise UserError(f"init_from={name} needs transformers: pip install -r requirements-dev.txt") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"init_from={name}: the weights can't be had, neither from the hub nor from its cache on this "
-            f"machine ({reason})"
-        ) from None
-    return GPT.from_hf(hf, **training_keys)
-
-
-def model_args(config: GPTConfig) -> dict:
-    """The architecture's part of a config: what a checkpoint keeps as `model_args`."""
-    return {name: value for name, value in asdict(config).items() if name in ARCHITECTURE_KEYS}

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, key, load_config, run_main
-from data.tokenizer import tokenizer_from_meta
-from model import load_pretrained, model_from_checkpoint
+from data.tokenizer import Tokenizer, tokenizer_from_meta
+from model import GPT
 from training import checkpoint
 from training.device import resolve_device
+from training.weights import load_pretrained, model_from_checkpoint
 
 
 @dataclass
@@ -98,7 +99,7 @@ def read_start(start: str) -> str:
         raise UserError(f"--start={start}: {path} is not UTF-8 text") from None
 
 
-def load_model(path: Path, lora_base: str = ""):
+def load_model(path: Path, lora_base: str = "") -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a checkpoint."""
     saved = checkpoint.load(path)
     model = model_from_checkpoint(saved, path, lora_base)

@@ -304,12 +304,3 @@ def test_an_adapter_checkpoint_says_whose_its_adapters_are(tmp_path):
 def test_find(tmp_path):
     assert checkpoint.find(tmp_path) == checkpoint.find(str(tmp_path)) == tmp_path / "ckpt.pt"
     assert checkpoint.find(tmp_path / "ckpt_best.pt") == tmp_path / "ckpt_best.pt"
-
-
-def test_unwrap():
-    model = torch.nn.Linear(2, 2)
-    compiled = torch.compile(model, backend="eager")
-    assert checkpoint.unwrap(model) is model
-    assert checkpoint.unwrap(compiled) is model
-    assert checkpoint.unwrap(torch.nn.DataParallel(compiled)) is model  # keeps the model as DDP does, in .module
-    assert not any("_orig_mod" in name for name in checkpoint.unwrap(compiled).state_dict())

@@ -13,12 +13,14 @@ import merge_lora
 import sample
 import train
 from configurator import UserError
-from model import GPT, GPTConfig, model_from_checkpoint
+from model import GPT, GPTConfig
 from test_model import ARCHITECTURES, GPT2_LIKE, LONG, tiny, tokens
 from test_train import TORCHRUN, corpus, curve, run, same, start, weights  # noqa: F401  (fixtures)
 from training import checkpoint
 from training.lora import LoRALinear, adapter_state, add_adapters, fingerprint, merge
+from training.optimizer import make_optimizer
 from training.record import read_record
+from training.weights import model_from_checkpoint
 
 ALL = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
 
@@ -181,7 +183,7 @@ def test_autocast():
 
 def test_the_optimizer_holds_adapters_only_and_a_frozen_weight_costs_less():
     model = adapted(**GPT2_LIKE)
-    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    groups = make_optimizer(model, 0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
     adapters = [p for p in model.parameters() if p.requires_grad]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and not groups[1]["params"]
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in adapters}

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 import model as model_module
 from backprop import loss_and_gradients
-from model import GPT, GPTConfig, KVCache, chunked_cross_entropy, model_args, rope_table, rotate, sample_token
+from model import GPT, GPTConfig, KVCache, chunked_cross_entropy, rope_table, rotate, sample_token
 from sus_attn import fold_in
+from training.optimizer import make_optimizer
+from training.weights import from_hf, model_args
 
 GPT2_LIKE = dict(pos="learned", norm="layernorm", bias=True)
 LONG = dict(pos="rope", norm="rmsnorm", bias=False, qk_norm=True, n_kv_head=2)
@@ -56,7 +58,7 @@ def test_parity_with_transformers_gpt2():
     with torch.no_grad():  # its fresh biases and norms are zeros and ones: make every weight count
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    ours = GPT.from_hf(theirs).eval()
+    ours = from_hf(theirs).eval()
     idx = tokens(T=40, V=97)
     with torch.no_grad():
         logits = theirs(idx).logits
@@ -349,7 +351,7 @@ def test_model_args_hold_the_architecture_only():
 
 
 def test_weight_decay_is_on_matrices_only():
-    optimizer = tiny(**GPT2_LIKE).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = make_optimizer(tiny(**GPT2_LIKE), 0.1, 1e-3, (0.9, 0.95), "cpu")
     decayed, rest = optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in rest["params"])

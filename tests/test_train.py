@@ -18,6 +18,9 @@ from configurator import TrainConfig, UserError
 from data.corpus import Texts, write_corpus
 from data.tokenizer import tokenizer_from_meta
 from model import GPT
+from training import report
+from training.optimizer import learning_rate
+from training.parallel import StopSignal
 from training.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,22 +229,22 @@ def test_lowrank_with_too_many_features_is_refused_at_once(run, tmp_path):
 
 
 def test_position_buckets():
-    assert train.position_buckets(torch.arange(300.0)) == {
+    assert report.position_buckets(torch.arange(300.0)) == {
         "0-63": 31.5,
         "64-127": 95.5,
         "128-255": 191.5,
         "256-299": 277.5,
     }
-    assert train.position_buckets(torch.zeros(10)) == {"0-9": 0.0}
+    assert report.position_buckets(torch.zeros(10)) == {"0-9": 0.0}
 
 
 def test_learning_rate():
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109)
-    lr = [train.learning_rate(cfg, it) for it in range(200)]
+    lr = [learning_rate(cfg, it) for it in range(200)]
     assert lr[0] == 0.1 and lr[8] == 0.9 and lr[9] == 1.0 and abs(lr[59] - 0.55) < 1e-12 and set(lr[109:]) == {0.1}
     same_point = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=5, lr_decay_iters=5)
-    assert [train.learning_rate(same_point, it) for it in (4, 5, 6)] == [5 / 6, 0.1, 0.1]
-    assert train.learning_rate(TrainConfig(decay_lr=False), 10**9) == 6e-4
+    assert [learning_rate(same_point, it) for it in (4, 5, 6)] == [5 / 6, 0.1, 0.1]
+    assert learning_rate(TrainConfig(decay_lr=False), 10**9) == 6e-4
 
 
 # -- resume ----------------------------------------------------------------------------------------
@@ -283,11 +286,11 @@ def test_a_second_ctrl_c_ends_at_once_but_not_under_torchrun():
     """Under torchrun the second SIGINT is torchrun's own, sent on while the process saves."""
     handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
-        stop = train.StopSignal(world=2)
+        stop = StopSignal(world=2)
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
         assert stop.number == signal.SIGINT
-        train.StopSignal(world=1)
+        StopSignal(world=1)
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -20,12 +20,13 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from configurator import UserError
 
-REQUIRED = {
+REQUIRED: dict[str, Any] = {
     "model": dict,
     "model_args": dict,
     "iter_num": int,
@@ -60,7 +61,7 @@ def save(path: Path, state: dict) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load(path: Path, map_location="cpu") -> dict:
+def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
     """The state saved at path, its tensors on map_location. Runs no code from the file. nanoGPT's checkpoints are read
     too, those of a compiled or DDP model under their plain names. UserError if the file is missing, truncated,
     damaged or something else.
@@ -102,19 +103,12 @@ def load(path: Path, map_location="cpu") -> dict:
     return state
 
 
-def find(path: Path) -> Path:
+def find(path: str | Path) -> Path:
     """The checkpoint's file: path itself, or ckpt.pt where path is a run's folder."""
     return Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside the wrappers of DDP and torch.compile, in whichever order: save its state_dict."""
-    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
-        model = inner
-    return model
-
-
-def restore_optimizer(saved: dict, path: Path, optimizer, scaler) -> None:
+def restore_optimizer(saved: dict, path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """The optimizer's and the scaler's state from a checkpoint; weight decay and betas stay those of this run."""
     if "optimizer" not in saved:
         raise UserError(
@@ -146,7 +140,7 @@ def keep_earlier_run(out_dir: Path) -> None:
         )
 
 
-def _check_plain(value, where):
+def _check_plain(value: Any, where: str) -> None:
     """TypeError, naming the place, for what torch.load(weights_only=True) would refuse: better now than at resume."""
     if isinstance(value, dict):
         for name, item in value.items():
@@ -159,14 +153,14 @@ def _check_plain(value, where):
         raise TypeError(f"a checkpoint can't hold {where}, a {type(value).__name__}: make it a plain number or tensor")
 
 
-def _os_error(error):
+def _os_error(error: BaseException | None) -> OSError | None:
     """The OSError which error is or came from, or None."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def _sync_folder(folder):
+def _sync_folder(folder: Path) -> None:
     """Make a rename in the folder outlast a power failure (on Windows a folder can't be opened, nor need be)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class Device:
     def type(self) -> str:
         return self.device.type
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.type, dtype=self.dtype)
@@ -58,7 +59,7 @@ class Device:
 
 
 @contextlib.contextmanager
-def memory_errors(advice: str):
+def memory_errors(advice: str) -> Iterator[None]:
     """Where memory runs out, one clear line, a UserError."""
     try:
         yield

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configurator import UserError
+from model import GPT
 
 
 class LoRALinear(nn.Linear):
@@ -43,7 +44,7 @@ class LoRALinear(nn.Linear):
         return linear
 
 
-def add_adapters(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float = 0.0) -> None:
+def add_adapters(model: GPT, rank: int, alpha: float, targets: str, dropout: float = 0.0) -> None:
     """Give the linear layers `targets` of each of a GPT's blocks adapters, and freeze all else.
 
     targets: names within a block, separated by commas; c_proj means attn.c_proj and mlp.c_proj. UserError if unknown,
@@ -63,6 +64,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: str, dropou
         for layer in layers:
             if any(matches(layer, name) for name in asked_for):
                 linear = block.get_submodule(layer)
+                assert isinstance(linear, nn.Linear)
                 if rank > min(linear.weight.shape):
                     raise UserError(
                         f"lora_rank={rank} is above the {min(linear.weight.shape)} that {layer} can have: no fewer "
@@ -76,7 +78,7 @@ def matches(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: GPT) -> GPT:
     """Fold the adapters into plain layers. Returns the model, all of whose weights can be trained again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):

@@ -4,9 +4,11 @@ low-rank.
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_attn import lowrank_attention, score_bound, worst_error
@@ -14,12 +16,19 @@ from model import GPT
 from sus_attn import sus_attention
 from training.device import Device
 
+Functions = dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]  # q, k, v -> out, by name
 
-def capture(model: GPT, layer: int, x, y, device: Device, sus_seed):
-    """(q, k, v, grad_out) of one layer's attention, in a training step on the batch (x, y). No gradient is stored."""
-    seen = {}
 
-    def hook(module, args, out):
+def capture(
+    model: GPT, layer: int, x: Tensor, y: Tensor, device: Device, sus_seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (B, H, T, D), k, v (B, K, T, D) and grad_out (B, H, T, D) of one layer's attention, in a training step.
+
+    x, y (B, T) int64: the step's batch. No gradient is stored.
+    """
+    seen: dict[str, Any] = {}
+
+    def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
         seen["qkv"] = [t.detach() for t in args[:3]]
         seen["out"] = out.requires_grad_()  # below the first adapters nothing asks for its gradient
 
@@ -38,7 +47,7 @@ def capture(model: GPT, layer: int, x, y, device: Device, sus_seed):
 
 
 @torch.no_grad()
-def largest_score(model: GPT, x, device: Device) -> float:
+def largest_score(model: GPT, x: Tensor, device: Device) -> float:
     """The largest absolute score, q . k / sqrt(D), of all heads and layers on x (B, T)."""
     found = []
     handles = [
@@ -54,7 +63,9 @@ def largest_score(model: GPT, x, device: Device) -> float:
     return max(found)
 
 
-def take_turns(functions: dict, q, k, v, grad_out, device: Device, rounds: int) -> Iterator[tuple]:
+def take_turns(
+    functions: Functions, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, device: Device, rounds: int
+) -> Iterator[tuple[int, str, float, float]]:
     """Times each functions(q, k, v) and its backward, all by turns: yields (round, name, forward ms, backward ms).
 
     Every second round goes through the functions in reverse, so that none is always the first. Round 0 is a warm-up.
@@ -78,16 +89,18 @@ def take_turns(functions: dict, q, k, v, grad_out, device: Device, rounds: int) 
             yield i, name, 1e3 * (middle - start), 1e3 * (end - middle)
 
 
-def time_attention(functions: dict, q, k, v, grad_out, device: Device, repeats: int = 3) -> dict:
+def time_attention(
+    functions: Functions, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, device: Device, repeats: int = 3
+) -> dict[str, tuple[float, float]]:
     """{name: (forward ms, backward ms)}: medians over `repeats` runs of functions(q, k, v), taking turns."""
-    times = {name: [] for name in functions}
+    times: dict[str, list] = {name: [] for name in functions}
     for i, name, *pair in take_turns(functions, q, k, v, grad_out, device, repeats + 1):
         if i:
             times[name].append(pair)
     return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in times.items()}
 
 
-def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
+def probe_attention(model: GPT, x: Tensor, y: Tensor, device: Device, sus_seed: Tensor | None) -> dict:
     """The probe's line for the record, from the batch (x, y): milliseconds of the middle layer's attention, and, for
     SUS, how many entries a query row keeps and which fraction of the causal ones that is; for low-rank, the largest
     score of all layers, and the largest relative error that its polynomial has up to there.
@@ -103,7 +116,9 @@ def probe_attention(model: GPT, x, y, device: Device, sus_seed) -> dict:
     result = {}
     if config.attn_backward == "sus":
         stats = torch.zeros(3, device=q.device)
-        sus = dict(c_max=config.sus_c_max, seed=sus_seed, sampler=config.sus_sampler, backend=config.sus_backend)
+        sus: dict[str, Any] = dict(
+            c_max=config.sus_c_max, seed=sus_seed, sampler=config.sus_sampler, backend=config.sus_backend
+        )
         functions["sus"] = lambda q, k, v: sus_attention(q, k, v, config.sus_c, **sus)
         q_ = q.detach().requires_grad_()
         torch.autograd.grad(sus_attention(q_, k, v, config.sus_c, stats=stats, **sus), q_, grad_out)

@@ -20,7 +20,9 @@ import re
 import secrets
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -88,7 +90,7 @@ class Record:
             except Exception as error:
                 self._drop_mirror(error)
 
-    def _drop_mirror(self, error):
+    def _drop_mirror(self, error: Exception) -> None:
         self.mirror = None
         say(f"wandb stopped ({reason(error)}); {self.path} goes on without it")
         try:
@@ -98,7 +100,7 @@ class Record:
         except Exception:
             pass  # it has been reported as broken
 
-    def _rewrite(self, lines):
+    def _rewrite(self, lines: list[dict]) -> None:
         aside = self.path.with_name(self.path.name + ".aside")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def read_record(path: Path) -> tuple[dict, list[dict]]:
     return parsed[0], parsed[1:]
 
 
-def start_wandb(**run):
+def start_wandb(**run: Any) -> tuple[Any, str]:
     """(a started wandb run or None, how to look at it). Says in one line which. Neither raises, asks nor hangs."""
     # Where a network swallows what is sent, wandb's own error reports would hold up the exit by 20 s.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -165,7 +167,7 @@ def start_wandb(**run):
                     mirror = init(mode="online", settings=settings, **run)
                     use_iter_axis(mirror)
                     say(f"wandb is online: {mirror.url}")
-                    return mirror, mirror.url
+                    return mirror, str(mirror.url)
                 why = "not logged in"
             except Exception as error:
                 why = reason(error)
@@ -185,7 +187,7 @@ def start_wandb(**run):
         return None, ""
 
 
-def use_iter_axis(mirror):
+def use_iter_axis(mirror: Any) -> None:
     mirror.define_metric("iter")
     mirror.define_metric("*", step_metric="iter")
 
@@ -196,7 +198,7 @@ def make_id(run_name: str) -> str:
     return name if re.search(r"-[0-9a-f]{4}$", name) else f"{name}-{secrets.token_hex(2)}"
 
 
-def plain(value, nonfinite):
+def plain(value: Any, nonfinite: Callable[[float], Any]) -> Any:
     """value with dicts, lists, Python scalars only: arrays of one number become it, nan and inf nonfinite(it)."""
     if isinstance(value, dict):
         return {str(name): plain(item, nonfinite) for name, item in value.items()}
@@ -208,7 +210,7 @@ def plain(value, nonfinite):
 
 def flatten(metrics: dict, prefix: str = "") -> dict:
     """{'a': {'b': 1}, 'c': None} as {'a/b': 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}/")

@@ -20,7 +20,11 @@ import math
 import torch
 import torch.distributed as dist
 
+from configurator import TrainConfig
+from data.loader import Corpus
+from model import GPT
 from sus_attn import fold_in
+from training.device import Device
 
 START, LOW, HIGH = 4.0, 1.0, 32.0  # of c
 STEER, CALIBRATE = 10, 50  # iterations
@@ -31,7 +35,7 @@ DECAY = 0.8
 POWER, GAIN = 1.6, 0.3  # rho falls as c^-POWER; the share of the way, on a log scale, that one step goes
 
 
-def collect_stats(model) -> list[torch.Tensor]:
+def collect_stats(model: GPT) -> list[torch.Tensor]:
     """A float32 tensor (3,) for each layer, from now on filled by each backward, see sus_attention."""
     stats = []
     for (
@@ -43,11 +47,9 @@ def collect_stats(model) -> list[torch.Tensor]:
 
 
 class Retention:
-    """c, what it is steered by, and how. The model reads c through its config; state is what a checkpoint
-    keeps of it.
-    """
+    """c, what it is steered by, and how. The model reads c through its config. A checkpoint keeps `state`."""
 
-    def __init__(self, model, stats: list[torch.Tensor], target: float):
+    def __init__(self, model: GPT, stats: list[torch.Tensor], target: float):
         """stats: of `collect_stats`. target: of rho."""
         self.config, self.stats, self.target = model.config, stats, target
         layers = [block.attn for block in model.transformer.h]
@@ -56,12 +58,10 @@ class Retention:
         self.weights = [getattr(layer.c_attn, "lora_b", layer.c_attn.weight) for layer in layers]
         self.rows = (layers[0].n_head + layers[0].n_kv_head) * layers[0].D  # of these: those of queries and keys
         self.c = torch.tensor(START)  # a tensor, so that a compiled model needs no compilation when it changes
-        self.rho = math.nan  # as last estimated
+        self.rho: float = math.nan  # as last estimated
         self.amplification = self.own = math.nan  # running means of the calibrations: added / estimated, own variance
-        self.seen, self.n = (
-            torch.zeros((), device=stats[0].device),
-            0,
-        )  # estimates since c last moved: their sum, and how many
+        self.seen = torch.zeros((), device=stats[0].device)  # estimates since c last moved: their sum
+        self.n: float = 0  # and how many
         self._set(START)
 
     def _set(self, c: float) -> None:
@@ -90,7 +90,17 @@ class Retention:
         """What the last backward's draw added to dQ, dK and dV of all layers."""
         return torch.stack([of_layer[2] for of_layer in self.stats]).sum()
 
-    def calibrate(self, cfg, model, corpus, device, it: int, rank=0, world=1, loss_scale=1.0) -> None:
+    def calibrate(
+        self,
+        cfg: TrainConfig,
+        model: torch.nn.Module,
+        corpus: Corpus,
+        device: Device,
+        it: int,
+        rank: int = 0,
+        world: int = 1,
+        loss_scale: float = 1.0,
+    ) -> None:
         """Three micro-batches' gradients; the model's own (.grad) stay what they are. model: compiled or not, not in
         DDP. loss_scale: for float16, see GradScaler.
         """
@@ -102,17 +112,18 @@ class Retention:
                 _, loss = model(x, y, sus_seed=torch.tensor(fold_in(cfg.seed, it, rank, 1 + draw)))
             return [g[: self.rows] for g in torch.autograd.grad(loss * loss_scale, self.weights)]
 
-        def half_distance(a, b) -> torch.Tensor:
-            return sum(((x.float() - y.float()) / loss_scale).square().sum() for x, y in zip(a, b)) / 2
+        def half_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+            squares = (((x.float() - y.float()) / loss_scale).square().sum() for x, y in zip(a, b))
+            return torch.as_tensor(sum(squares)) / 2
 
         first = gradient(it, 0)
         estimate = self.estimate() / loss_scale**2
         added = half_distance(first, gradient(it, 1))
         estimate = (estimate + self.estimate() / loss_scale**2) / 2
         both = half_distance(first, gradient(it + 1, 2))
-        added, estimate, own = _mean(torch.stack([added, estimate, both - added]), world).tolist()
-        if added > 0 and estimate > 0:  # not if all was kept
-            self.amplification = _running(self.amplification, added / estimate)
+        mean_added, mean_estimate, own = _mean(torch.stack([added, estimate, both - added]), world).tolist()
+        if mean_added > 0 and mean_estimate > 0:  # not if all was kept
+            self.amplification = _running(self.amplification, mean_added / mean_estimate)
         if own > 0:
             self.own = _running(self.own, own)
 
