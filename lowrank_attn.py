@@ -1,8 +1,7 @@
-"""Low-rank attention: an exact forward, and a backward in almost linear time (Liang, Sha, Shi, Song, Zhou, arXiv
-2408.13233).
+"""Low-rank attention: an exact forward, and a backward in almost linear time (Liang et al., arXiv 2408.13233).
 
-One head, one sequence: S = Q K^T / sqrt(D) with the causal mask, W = softmax(S), O = W V. With G = dL/dO the backward
-is
+One head, one sequence: S = Q K^T / sqrt(D) with the causal mask, W = softmax(S), O = W V. With G = dL/dO the exact
+backward is
 
     dV = W^T G      M_ij = W_ij (G_i . V_j - G_i . O_i)      dQ = M K / sqrt(D)      dK = M^T Q / sqrt(D)
 
@@ -21,8 +20,8 @@ V, which take r_g D^2 a token. Here p_g is the derivative of p_{g+1}: with u_i =
 
     dQ_i = the gradient by a_i of sum over j of p_{g+1}(a_i . k_j) (u_i . [V_j, 1])
 
-whose features are r_{g+1} = r_g (D + g + 1) / (g + 1), at D a token: the same numbers for about a (g + 1)th of the
-work.
+whose features are r_{g+1} = r_g (D + g + 1) / (g + 1), at D a token: the same numbers for about one part in g + 1 of
+the work.
 
 Within a chunk scores are computed densely anyway, and exp is used itself. That is free, and most of what is right about
 the gradient of a trained model, which attends nearby: only what lies outside a query's own chunk is approximated. O, in
@@ -34,11 +33,16 @@ What it takes, for a head:  time    T r (D + 1) multiplications, six times, and 
 
 The condition is that scores outside the chunk are small: see `score_bound` and `worst_error`. The error is a bias, and
 not a noise as that of SUS.
+
+Dims: B batch, Hq query heads, Hkv key/value heads, T positions, D head dim, g the degree, r features, C positions of a
+chunk. The sweeps compute N of the B * Hkv key/value heads at once, with G = Hq / Hkv query heads each: a chunk has
+R = G C query rows a key/value head.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +53,8 @@ from sus_backends.reference import accumulate_dtype
 
 CHUNK = 128
 BUFFER = 1 << 24  # numbers in the features of the heads that are computed at once: 64 MiB in float32
+
+FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 
 def lowrank_attention(
@@ -114,6 +120,7 @@ def score_bound(q: Tensor, k: Tensor) -> float:
 
 
 def count_features(D: int, degree: int) -> int:
+    """r_g, for g = degree."""
     return math.comb(D + degree, degree)
 
 
@@ -135,11 +142,8 @@ def _blocks(D: int, degree: int) -> list[tuple[slice, slice, int]]:
 def _inverse_factorials(D: int, degree: int) -> Tensor:
     """1 / alpha! of each monomial, (r, 1) float64."""
     r = count_features(D, degree)
-    last, power, inverse = (
-        torch.full((r,), -1),
-        torch.zeros(r),
-        torch.ones(r, dtype=torch.float64),
-    )  # power: of the last variable
+    last, power = torch.full((r,), -1), torch.zeros(r)  # the last variable, and its power
+    inverse = torch.ones(r, dtype=torch.float64)
     for where, parents, i in _blocks(D, degree):
         last[where], power[where] = i, 1 + power[parents] * (last[parents] == i)
         inverse[where] = inverse[parents] / power[where]
@@ -167,7 +171,7 @@ def _features_backward(x: Tensor, phi: Tensor, grad: Tensor, degree: int) -> Ten
     return grad_x.mT
 
 
-def _taylor(s, degree: int):
+def _taylor(s: FloatOrTensor, degree: int) -> FloatOrTensor:
     """p_g(s), by Horner's rule."""
     p = 1 + 0 * s
     for m in range(degree, 0, -1):
@@ -176,8 +180,8 @@ def _taylor(s, degree: int):
 
 
 # ---------------------------------------------------------------------------------------------
-# The sweeps over chunks. Heads of k and v are a batch of N; the G query heads of each are rows side by side. a is q /
-# sqrt(D), v1 is [v, 1], R = G C, all of one dtype.
+# The sweeps over chunks. a (N, G, T, D) is q / sqrt(D), k (N, T, D), v1 (N, T, D + 1) is [v, 1], all of one dtype. The
+# query heads of a key/value head are rows side by side.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -198,13 +202,16 @@ def _diagonal(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def _near_weights(scores: Tensor, log_z: Tensor, degree: int, exact_diagonal: bool) -> Tensor:
+    """Weights W of `_diagonal`'s scores (N, R, C), for normalisers of the logarithm log_z (N, R, 1)."""
     if exact_diagonal:
         return (scores - log_z).exp()
     masked = scores == -math.inf
     return (_taylor(scores.masked_fill(masked, 0), degree) * (-log_z).exp()).masked_fill(masked, 0)
 
 
-def _rows_sweep(a, k, v1, degree, feature_degree, is_causal, exact_diagonal) -> Iterator[tuple]:
+def _rows_sweep(
+    a: Tensor, k: Tensor, v1: Tensor, degree: int, feature_degree: int, is_causal: bool, exact_diagonal: bool
+) -> Iterator[tuple]:
     """For each chunk (at, rows (N, R, D), phi of them (N, r, R) and the running sum (N, r, D + 1) or None twice, scores
     of the diagonal (N, R, C) or None, log of the normaliser (N, R, 1), out (N, R, D)).
     """
@@ -212,10 +219,10 @@ def _rows_sweep(a, k, v1, degree, feature_degree, is_causal, exact_diagonal) -> 
     r = count_features(D, degree)
     state = None
     if not is_causal:
-        state = sum(_sum_over(k[:, at], v1[:, at], feature_degree) for at in _chunks(T))
+        state = sum((_sum_over(k[:, at], v1[:, at], feature_degree) for at in _chunks(T)), a.new_zeros(()))
     for at in _chunks(T):
         rows = a[:, :, at].flatten(1, 2)
-        total, phi, scores, shift = 0, None, None, torch.zeros_like(rows[..., :1])
+        total, phi, scores, shift = a.new_zeros(()), None, None, torch.zeros_like(rows[..., :1])
         if is_causal:
             scores = _diagonal(rows, k[:, at])
             if exact_diagonal:  # e^shift is taken out of all weights, which may overflow otherwise
@@ -231,7 +238,8 @@ def _rows_sweep(a, k, v1, degree, feature_degree, is_causal, exact_diagonal) -> 
             state = added if state is None else state.add_(added)
 
 
-def _forward(a, k, v1, degree, is_causal, exact_diagonal) -> tuple[Tensor]:
+def _forward(a: Tensor, k: Tensor, v1: Tensor, degree: int, is_causal: bool, exact_diagonal: bool) -> tuple[Tensor]:
+    """out (N, G, T, D), with p_g in exp's place."""
     out = torch.empty_like(a)
     for at, *_, out_rows in _rows_sweep(a, k, v1, degree, degree, is_causal, exact_diagonal):
         out[:, :, at] = out_rows.unflatten(1, (a.shape[1], -1))
@@ -239,9 +247,10 @@ def _forward(a, k, v1, degree, is_causal, exact_diagonal) -> tuple[Tensor]:
 
 
 def _backward(
-    a, k, v1, grad_out, degree, is_causal, approximate_forward, exact_diagonal
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by a, k and v."""
+    a: Tensor, k: Tensor, v1: Tensor, grad_out: Tensor,
+    degree: int, is_causal: bool, approximate_forward: bool, exact_diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients by a (N, G, T, D), k and v (N, T, D). grad_out (N, G, T, D)."""
     N, G, T, D = a.shape
     r = count_features(D, degree)
     d = degree if approximate_forward else degree + 1  # p_d' takes exp's place in dQ and dK
@@ -250,10 +259,9 @@ def _backward(
 
     for at, rows, phi, state, scores, log_z_rows, out in _rows_sweep(a, k, v1, degree, d, is_causal, exact_diagonal):
         g = grad_out[:, :, at].flatten(1, 2)
-        g1 = torch.cat(
-            [g, -(g * out).sum(-1, keepdim=True)], -1
-        )  # dL/dW_ij, less its mean over the row, is g1_i . v1_j
-        total = 0
+        # dL/dW_ij, less its mean over the row, is g1_i . v1_j
+        g1 = torch.cat([g, -(g * out).sum(-1, keepdim=True)], -1)
+        total = a.new_zeros(())
         if is_causal:
             w = dw = _near_weights(scores, log_z_rows, degree, exact_diagonal)
             if d == degree and not exact_diagonal:
@@ -269,7 +277,8 @@ def _backward(
 
     state = None
     if not is_causal:
-        state = sum(_sum_over(a[:, :, at].flatten(1, 2), u[:, :, at].flatten(1, 2), d) for at in _chunks(T))
+        sums = (_sum_over(a[:, :, at].flatten(1, 2), u[:, :, at].flatten(1, 2), d) for at in _chunks(T))
+        state = sum(sums, a.new_zeros(()))
     for at in reversed(_chunks(T)):
         if state is not None:
             phi = _features(k[:, at], d)
@@ -281,16 +290,21 @@ def _backward(
     return grad_a, grad_k, grad_v
 
 
-def _by_heads(function, features: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> list[Tensor]:
-    """function(a, k, v1, *others) of so many heads at a time that memory is bounded; its results, (B * Hkv, ...)."""
+def _by_heads(
+    function: Callable[..., tuple[Tensor, ...]], features: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
+) -> list[Tensor]:
+    """function(a, k, v1, *others) of so many heads at a time that memory is bounded; its results, (B * Hkv, ...).
+
+    q and others (B, Hq, T, D); k, v (B, Hkv, T, D).
+    """
     B, H, T, D = q.shape
     dtype, K = accumulate_dtype(q.dtype), k.shape[1]
-    a, *others = (x.to(dtype).reshape(B * K, H // K, T, D) for x in (q, *others))
+    a, *grouped = (x.to(dtype).reshape(B * K, H // K, T, D) for x in (q, *others))
     a = a / math.sqrt(D)
     k, v = (x.to(dtype).reshape(B * K, T, D) for x in (k, v))
     v1 = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     step = max(1, BUFFER // (features * CHUNK * H // K))
-    results = [function(*heads) for heads in zip(*(x.split(step) for x in (a, k, v1, *others)))]
+    results = [function(*heads) for heads in zip(*(x.split(step) for x in (a, k, v1, *grouped)))]
     return [torch.cat(parts) for parts in zip(*results)]
 
 
@@ -319,20 +333,15 @@ def _(q, k, v, degree, is_causal, approximate_forward, exact_diagonal):
 
 @torch.library.custom_op("nanosus::lowrank_attention_backward", mutates_args=())
 def _attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    degree: int,
-    is_causal: bool,
-    approximate_forward: bool,
-    exact_diagonal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    degree: int, is_causal: bool, approximate_forward: bool, exact_diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        run = lambda *heads: _backward(*heads, degree, is_causal, approximate_forward, exact_diagonal)
+        options = degree, is_causal, approximate_forward, exact_diagonal
+        run = lambda a, k, v1, grad_out: _backward(a, k, v1, grad_out, *options)
         grad_a, grad_k, grad_v = _by_heads(run, count_features(q.shape[3], degree + 1), q, k, v, grad_out)
-        grads = (grad_a / math.sqrt(q.shape[3]), q), (grad_k, k), (grad_v, v)
-        return tuple(grad.view(x.shape).to(x.dtype) for grad, x in grads)
+        like = lambda grad, x: grad.view(x.shape).to(x.dtype)
+        return like(grad_a / math.sqrt(q.shape[3]), q), like(grad_k, k), like(grad_v, v)
 
 
 @_attention_backward.register_fake

@@ -35,6 +35,8 @@ Those of single keys, the paper's rule and what was tried on the way from there,
                  W_ij = 1 would add to (dV, dQ, dK).
     rows, values, rows+values     the same with other weights.
 
+Dims: B batch, Hq query heads, Hkv key/value heads, T positions, D head dim. (In sus_backends/ H is Hq, and K is Hkv.)
+
 This file is the operator: argument checks, the custom op with its fake and its autograd formula, the choice
 of a backend. The arithmetic is in sus_backends/.
 
@@ -54,6 +56,7 @@ from sus_backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part
 
 SAMPLERS = (*reference.THINNED, "systematic", "poisson")
 BACKENDS = ("auto", "reference", "cpu", "triton")
+FASTEST = {"cpu": "cpu", "cuda": "triton"}  # device type: backend
 
 
 def sus_attention(
@@ -88,10 +91,9 @@ def sus_attention(
         "triton" (CUDA: bfloat16, float16 and float32, causal, D = 32, 64, and 128 but in float32; the same bits every
         time, in one process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that
         can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
-    stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with the number of kept entries (of
-    a
-        kept tile, the keys that the row sees), of dropped entries (0 by construction), and an estimate of the added
-        gradient variance, summed over the call (Poisson: unbiased; the others: a proxy).
+    stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with three sums over the call: the
+        kept entries (of a kept tile, the keys that the row sees), the dropped entries (0 by construction), and an
+        estimate of the added gradient variance (Poisson: unbiased; the others: a proxy).
     u: for tests: the uniforms of the systematic draw, in [0, 1), a float or a tensor that broadcasts to (B, Hq, T).
 
     Raises TypeError or ValueError that names the argument. Double backward is not supported and says so.
@@ -107,23 +109,24 @@ def sus_attention_and_backward(
     q: Tensor, k: Tensor, v: Tensor, c: float | Tensor = 4.0, *, is_causal: bool = True, scale: float | None = None,
     seed: int | Tensor | None = None, sampler: str = "tiles", backend: str = "auto", c_max: float | None = None,
     stats: Tensor | None = None, u: float | Tensor | None = None,
-) -> tuple[Tensor, Callable]:  # fmt: skip
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:  # fmt: skip
     """`sus_attention` for who does without autograd: (out, backward), where backward(grad_out) gives (dq, dk, dv).
 
-    The arguments, and the bits, are sus_attention's.
+    The arguments, and the bits, are sus_attention's. out, grad_out, dq (B, Hq, T, D); dk, dv (B, Hkv, T, D).
     """
     arguments = _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u)
-    q, k, v, c, seed, u, stats, *static = arguments
+    q, k, v, c_, seed_, u, stats, *static = arguments
     with torch.no_grad():
         outputs = _attention(*arguments, True)
-    c, seed = c.clone(), seed.clone()  # as in _setup_context
+    c_, seed_ = c_.clone(), seed_.clone()  # as in _setup_context
 
     @torch.no_grad()
     def backward(grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        *grads, found = _attention_backward(grad_out, q, k, v, *outputs, c, seed, u, *static, stats is not None)
+        saved = (q, k, v, *outputs, c_, seed_, u)
+        dq, dk, dv, found = _attention_backward(grad_out, *saved, *static, stats is not None)
         if stats is not None:
             stats.copy_(found)
-        return tuple(grads)
+        return dq, dk, dv
 
     return outputs[0], backward
 
@@ -142,12 +145,11 @@ def resolve_backend(
         return backend, "asked for"
     if backend == "cpu" and device_type != "cpu":
         raise ValueError(f"backend='cpu' is for tensors on the CPU, not on {device_type}")
-    asked_for, backend = (
-        backend != "auto",
-        {"cpu": "cpu", "cuda": "triton"}.get(device_type) if backend == "auto" else backend,
-    )
-    if backend is None:
-        return "reference", f"the only SUS backend for {device_type}"
+    asked_for = backend != "auto"
+    if not asked_for:
+        if device_type not in FASTEST:
+            return "reference", f"the only SUS backend for {device_type}"
+        backend = FASTEST[device_type]
     if backend == "cpu":
         obstacle = cpu.missing() or cpu.unsupported(dtype, D, is_causal, sampler)
     else:
@@ -160,9 +162,11 @@ def resolve_backend(
 
 
 @torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
-def _resolve_backend(backend, device_type, dtype, D, is_causal, sampler, c_max) -> str:
+def _resolve_backend(
+    backend: str, device_type: str, dtype: torch.dtype, D: int, is_causal: bool, sampler: str, c_max: float
+) -> str:
     name, reason = resolve_backend(backend, device_type, dtype, D, is_causal=is_causal, sampler=sampler, c_max=c_max)
-    if backend == "auto" and device_type in ("cpu", "cuda") and name == "reference":
+    if backend == "auto" and device_type in FASTEST and name == "reference":
         warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=4)
     return name
 
@@ -214,7 +218,7 @@ def _check_tensor(name: str, x) -> None:
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does for scaled_dot_product_attention: cast to its dtype (float64 stays)."""
+    """Tensors of any shapes, cast as autocast does for scaled_dot_product_attention: to its dtype; float64 stays."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -223,6 +227,9 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise TypeError or ValueError, by the tensor's name, unless q is (B, Hq, T, D), k and v are (B, Hkv, T, D), Hq is
+    a multiple of Hkv, and all are of one device and one floating dtype, which autocast may make.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
         if x.dim() != 4:
@@ -325,7 +332,8 @@ def _attention_backward(
     with torch.autocast(q.device.type, enabled=False):
         if backend == "cpu":
             if not c > 0:  # a bad c must not pass unseen
-                return *(torch.full_like(x, math.nan) for x in (q, k, v)), torch.full((3,), math.nan)
+                nans = lambda x: torch.full_like(x, math.nan)
+                return nans(q), nans(k), nans(v), torch.full((3,), math.nan)
             return cpu.backward(grad_out, q, k, v, out, lse, tiles, masses, scale, _bounded(c, c_max), seed, with_stats)
         if backend == "triton":
             return triton.backward(grad_out, q, k, v, out, lse, tiles, masses, scale, c, c_max, seed, with_stats)

@@ -10,6 +10,9 @@ The threads are PyTorch's own, not those of numba's parallel loops: its layers e
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
 each task computes, and where it writes it, does not depend on the thread that runs it.
 
+Dims: B batch, H query heads, K key/value heads, T positions, D head dim, slots: the most tiles that a row proposes.
+Kernels take flat arrays; where they are views of tensors they come with strides (batch, head, position) in elements.
+
 Deliberately missing: what `unsupported` names. The reference does that.
 """
 
@@ -21,8 +24,10 @@ import itertools
 import os
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -63,7 +68,8 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
 
 
 @functools.cache
-def kernels():
+def kernels() -> ModuleType:
+    """cpu_kernels, with its compiled code kept on disk where that is possible."""
     from sus_backends import cpu_kernels
 
     specified = hashlib.sha256(Path(reference.__file__).read_bytes()).hexdigest()
@@ -81,10 +87,10 @@ def kernels():
 
 
 _compiling = threading.Lock()
-_compiled = set()
+_compiled: set[tuple] = set()
 
 
-def _compile(kernel, args) -> None:
+def _compile(kernel, args: tuple) -> None:
     """Compile the kernel for the types of args, or load it from disk; say so if that takes long."""
     # what else the types depend on is the same in every call
     key = kernel, tuple(getattr(arg, "dtype", None) for arg in args)
@@ -135,14 +141,12 @@ def _openmp():
     return parallel
 
 
-_pool = None
+_pool: ThreadPoolExecutor | None = None
 _forked = False
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads, OpenMP's would wait for them for ever, and a lock
-    may be held.
-    """
+    """A forked child has none of its parent's threads; OpenMP would wait for them for ever. And a lock may be held."""
     global _pool, _forked, _compiling
     _pool, _forked, _compiling = None, True, threading.Lock()
 
@@ -151,13 +155,14 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _on_threads(n: int, work) -> None:
+def _on_threads(n: int, work: Callable[[], object]) -> None:
     """Call work() on n threads at once, or on fewer if there are no more to be had; the caller is one of them."""
     global _pool
     if n == 1:
         work()
     elif _openmp() and not _forked:
-        finished, errors = [], []
+        finished: list[int] = []
+        errors: list[BaseException] = []
 
         def body(_):
             try:
@@ -180,7 +185,7 @@ def _on_threads(n: int, work) -> None:
             other.result()
 
 
-def _run(kernel, tasks: int, *args, work=()) -> None:
+def _run(kernel, tasks: int, *args, work: Sequence[tuple[int, torch.dtype]] = ()) -> None:
     """kernel(*args, counter, *work arrays) on PyTorch's number of threads, or as many as there are tasks.
 
     work: (elements, dtype) of each work array; every thread has its own.
@@ -202,7 +207,7 @@ def _flat(x: Tensor) -> np.ndarray:
     return x.as_strided((span,), (1,)).numpy() if x.numel() else x.flatten().numpy()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
@@ -221,9 +226,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact causal attention, and the proposals of the backward if `draws`.
 
-    q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. u: None, or the
-    sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T); and
-    the tiles and masses of `reference.proposals_like`, without draws of no slots.
+    q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. seed: 0-d. u: None, or
+    the sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T);
+    and tiles and masses (B, H, T, slots), see `reference.proposals_like`: of no slots unless it draws.
     """
     ck = kernels()
     q, k, v = _rows(q, k, v)
@@ -236,50 +241,29 @@ def forward(
     elif u is None:
         u = row_uniforms(seed.cpu(), B, H, range(T), "cpu")
     _run(
-        ck.forward,
-        B * H * -(-T // ck.ROWS),
-        _flat(q),
-        _flat(k),
-        _flat(v),
-        _strides(q),
-        _strides(k),
-        _strides(v),
-        (B, H, k.shape[1], T, D),
-        float(scale),
-        _flat(out),
-        _flat(lse),
-        np.float32(reference.KAPPA * c),
-        _flat(u.int().contiguous()),
-        slots,
-        _flat(tiles),
+        ck.forward, B * H * -(-T // ck.ROWS),
+        _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
+        _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles),
         _flat(masses),
         work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
-    )
+    )  # fmt: skip
     return out, lse, tiles, masses
 
 
 def round_records(T: int) -> int:
-    """About the most kept pairs of one round of the backward: few enough for a cache, and worth a pass
-    over dK and dV.
-    """
+    """About the most kept pairs of one round of the backward: few enough for a cache, and worth a pass over dK, dV."""
     return max(1 << 16, 8 * T)
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tiles: Tensor,
-    masses: Tensor,
-    scale: float,
-    c: float,
-    seed: Tensor,
-    with_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed."""
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
+    scale: float, c: float, seed: Tensor, with_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed.
+
+    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
+    seed: 0-d. Returns dq (B, H, T, D), dk and dv (B, K, T, D), and stats, float32 (3,).
+    """
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
     out, lse, tiles, masses = (x.detach().contiguous() for x in (out, lse, tiles, masses))
@@ -316,24 +300,11 @@ def backward(
         round_ = head, heads, chunk, min(round_chunks, chunks - chunk)
         tasks = heads * round_[3]
         _run(
-            ck.thin,
-            tasks,
-            *grad_,
-            shape,
-            _flat(out),
-            np.float32(reference.KAPPA * c),
-            np.float32(c),
-            row_weight,
-            thin_state,
-            *proposals,
-            slots,
-            round_,
-            delta,
-            *records,
-            _flat(places),
-            kept,
+            ck.thin, tasks,
+            *grad_, shape, _flat(out), np.float32(reference.KAPPA * c), np.float32(c), row_weight, thin_state,
+            *proposals, slots, round_, delta, *records, _flat(places), kept,
             work=[((2 + 2 * ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
-        )
+        )  # fmt: skip
         counts = starts.view(most, n_tiles + 1)[:tasks, -1].long()
         bases = _flat(counts.cumsum(0) - counts)
         of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
@@ -343,46 +314,15 @@ def backward(
             sums = [torch.empty_like(x, dtype=torch.float32) for x in of_round]
         task_variance = np.zeros(heads * n_tiles if with_stats else 0)
         _run(
-            ck.tile_gradients,
-            heads * n_tiles,
-            grad_[0],
-            q_[0],
-            k_[0],
-            v_[0],
-            grad_[1],
-            q_[1],
-            k_[1],
-            v_[1],
-            shape,
-            float(scale),
-            lse_,
-            delta,
-            slots,
-            round_,
-            records[0],
-            bases,
-            *records[1:],
-            chunk > 0,
-            parts,
-            *map(_flat, sums),
-            *squares,
-            task_variance,
+            ck.tile_gradients, heads * n_tiles,
+            grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, float(scale), lse_, delta, slots,
+            round_, records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
             work=list(zip(ck.tile_work(D, round_[3]), (torch.float32, torch.int32))),
-        )
+        )  # fmt: skip
         _run(
-            ck.query_gradients,
-            tasks,
-            shape,
-            float(scale),
-            lse_,
-            delta,
-            slots,
-            round_,
-            bases,
-            _flat(places),
-            parts,
-            _flat(dq),
-        )
+            ck.query_gradients, tasks,
+            shape, float(scale), lse_, delta, slots, round_, bases, _flat(places), parts, _flat(dq),
+        )  # fmt: skip
         if chunk + round_[3] == chunks:
             for x, total in zip(of_round, sums):
                 x.copy_(total)

@@ -1,18 +1,18 @@
 """The reference backend: attention with a SUS backward in plain PyTorch, on any device.
 
-It is the truth that faster kernels are tested against, and the fallback where there is none. Three
-things are specified here, once, for every backend: the hash behind all random draws, the fixed-point
-inclusion probabilities, and the samplers.
+It is the truth that faster kernels are tested against, and the fallback where there is none. Three things are specified
+here, once, for every backend: the hash behind all random draws, the fixed-point inclusion probabilities, and the
+samplers.
 
-Dims: B batch, H query heads, K key/value heads, G = H / K query heads a key/value head, T positions,
-R query rows of one block, N keys that the block sees (those up to its last row if causal, else T), D
-head dim. All work goes in blocks of R rows, so nothing of size T x T is ever stored: O(R * T) scratch.
+Dims: B batch, H query heads, K key/value heads, G = H / K query heads a key/value head, T positions, D head dim,
+R query rows of one block, N keys that the block sees (those up to its last row if causal, else T). All work goes in
+blocks of R rows, so nothing of size T x T is ever stored: O(R * T) scratch.
 
 Deliberately missing: speed. A block's masked products are dense; kernels visit kept tiles only.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,16 +22,24 @@ from torch import Tensor
 # so the backward can be repeated (activation checkpointing, compilation, resume) and gives the same mask.
 # ---------------------------------------------------------------------------------------------
 
+Device = torch.device | str
 WORD = 0xFFFFFFFF
 STREAM_SYSTEMATIC, STREAM_POISSON, STREAM_FOLD, STREAM_THINNING = 0, 1, 2, 3
 
 
+@overload
+def absorb(state: int, word: int) -> int: ...
+@overload
+def absorb(state: Tensor, word: int) -> Tensor: ...
+@overload
+def absorb(state: int | Tensor, word: Tensor) -> Tensor: ...
 def absorb(state, word):
-    """Absorb one 32-bit word into a 32-bit hash state; both are ints or int64 tensors in [0, 2^32).
+    """Absorb one 32-bit word into a 32-bit hash state.
 
-    The finaliser is lowbias32 (Wellons, "Prospecting for hash functions", 2018). The added constant
-    keeps (0, 0) from being a fixed point. Only 32-bit unsigned arithmetic is needed: the low half of a
-    product is right even where int64 wraps.
+    Both are ints or int64 tensors in [0, 2^32), of shapes that broadcast. Returns an int if both are, else a tensor.
+
+    The finaliser is lowbias32 (Wellons, "Prospecting for hash functions", 2018). The added constant keeps (0, 0) from
+    being a fixed point. 32-bit unsigned arithmetic is enough: the low half of a product is right even if int64 wraps.
     """
     x = ((state + 0x9E3779B9) & WORD) ^ word
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & WORD
@@ -39,13 +47,23 @@ def absorb(state, word):
     return x ^ (x >> 16)
 
 
-def seed_state(seed, stream: int):
-    """The hash state that all draws of one (seed, stream) start from. seed: int or int64 tensor, 64 bits."""
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+
+
+def seed_state(seed: IntOrTensor, stream: int) -> IntOrTensor:
+    """The hash state that all draws of one (seed, stream) start from. seed: int or 0-d int64 tensor, 64 bits."""
     return absorb(absorb(absorb(0, seed & WORD), (seed >> 32) & WORD), stream)
 
 
+@overload
+def fold_in(seed: int, *words: int) -> int: ...
+@overload
+def fold_in(seed: int | Tensor, *words: int | Tensor) -> int | Tensor: ...
 def fold_in(seed, *words):
-    """A new seed in [0, 2^32) from a seed and integers (iteration, micro-batch, layer, ...); ints or int64 tensors."""
+    """A new seed in [0, 2^32) from a seed and integers (iteration, micro-batch, layer, ...).
+
+    All are ints or 0-d int64 tensors. The new one is an int if all are, else a 0-d int64 tensor.
+    """
     state = seed_state(seed, STREAM_FOLD)
     for word in words:
         state = absorb(absorb(state, word & WORD), (word >> 32) & WORD)
@@ -64,8 +82,8 @@ def inclusion_units(w: Tensor, c: Tensor) -> Tensor:
     """q = min(1, c * w), rounded up to an integer multiple of 2^-23: at least one unit where w > 0, zero elsewhere.
 
     w: float tensor of attention weights; c: 0-d float tensor (inf keeps everything). Returns int32, shape of w.
-    Sampler and divisor both use this integer. That makes the estimator exactly unbiased, however small
-    the weights and however long the row: a float32 running sum loses entries too small to move it.
+    Sampler and divisor both use this integer. That makes the estimator exactly unbiased, however small the weights and
+    however long the row: a float32 running sum loses entries too small to move it.
     """
     units = (w * (c.to(w.dtype) * UNIT)).nan_to_num_(0)  # 0 * inf is no entry; and no integer comes from a NaN
     return units.ceil_().clamp_(max=UNIT).to(torch.int32)
@@ -76,24 +94,23 @@ def slot_bound(c_max: float, T: int) -> int:
     return T if c_max >= T else min(int(-(-c_max // 1)) + 1, T)
 
 
-def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device, stream: int = STREAM_SYSTEMATIC) -> Tensor:
-    """One uniform a row for systematic sampling: int64 (B, H, R) in [0, 2^23)."""
-    state = seed_state(seed, stream)
-    return absorb(_row_state(state, B, H, device), torch.arange(rows.start, rows.stop, device=device)) >> (
-        32 - UNIT_BITS
-    )
+def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device: Device, stream: int = STREAM_SYSTEMATIC) -> Tensor:
+    """One uniform a row for systematic sampling: int64 (B, H, R) in [0, 2^23). seed: 0-d int64."""
+    return _row_states(seed_state(seed, stream), B, H, rows, device) >> (32 - UNIT_BITS)
 
 
-def _row_state(state: Tensor, B: int, H: int, device) -> Tensor:
+def _row_states(state: Tensor, B: int, H: int, rows: range, device: Device) -> Tensor:
+    """The hash state of each row, int64 (B, H, R)."""
     batch, head = torch.arange(B, device=device), torch.arange(H, device=device)
-    return absorb(absorb(state, batch[:, None, None]), head[:, None])  # (B, H, 1)
+    state = absorb(absorb(state, batch[:, None, None]), head[:, None])
+    return absorb(state, torch.arange(rows.start, rows.stop, device=device))
 
 
 def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Systematic sampling: keep entry j where the running sum of q, shifted by u, crosses an integer.
 
-    q_units: int32 (..., R, N) from `inclusion_units`; u: int (..., R) in [0, 2^23). Returns keep, bool, and the
-    number of entries that fell beyond `slots` (tests assert that there are none).
+    q_units: int32 (..., R, N) from `inclusion_units`; u: int (..., R) in [0, 2^23). Returns keep, bool (..., R, N), and
+    the number of entries that fell beyond `slots`, 0-d int64 (tests assert that there are none).
     """
     # Integer sums are associative: tiles, scans and threads all agree. int32 holds them while sum(q) <= c < 255.
     total_dtype = torch.int32 if slots < 254 else torch.int64
@@ -104,11 +121,13 @@ def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Ten
 
 
 def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
-    """Poisson sampling (the paper's): independent Bernoulli(q). q_units: int32 (B, H, R, N). Returns bool."""
+    """Poisson sampling (the paper's): independent Bernoulli(q).
+
+    q_units: int32 (B, H, R, N). seed: 0-d int64. Returns keep, bool (B, H, R, N).
+    """
     B, H, _, N = q_units.shape
     device = q_units.device
-    state = _row_state(seed_state(seed, STREAM_POISSON), B, H, device)
-    state = absorb(state, torch.arange(rows.start, rows.stop, device=device))  # (B, H, R)
+    state = _row_states(seed_state(seed, STREAM_POISSON), B, H, rows, device)
     u = absorb(state.unsqueeze(-1), torch.arange(N, device=device)) >> (32 - UNIT_BITS)  # (B, H, R, N)
     return u < q_units
 
@@ -136,13 +155,14 @@ class Known(NamedTuple):
     """What a backward knows of a block of rows besides their weights; what costs something is computed if asked for."""
 
     row_weight: Tensor  # (B, H, R, 1) of `row_weights`
-    square: Callable  # () -> (B, H, R, N): the squared norm of what an entry adds to (dQ, dK, dV), over W^2
-    distance: Callable  # () -> (B, H, R, N): |V_j - O_i|^2
+    square: Callable[[], Tensor]  # () -> (B, H, R, N): the squared norm of what an entry adds to (dQ, dK, dV), over W^2
+    distance: Callable[[], Tensor]  # () -> (B, H, R, N): |V_j - O_i|^2
 
 
 def row_weights(grad_out: Tensor) -> Tensor:
-    """The norm of each row of grad_out (B, H, T, D) over its mean in that batch and head, held to ROW_WEIGHTS: (B, H,
-    T), and 1 where the mean is 0 or one of the two isn't finite.
+    """The norm of each row of grad_out (B, H, T, D) over its mean in that batch and head, held to ROW_WEIGHTS.
+
+    (B, H, T), float32 (float64 for float64 inputs). It is 1 where the mean is 0 or one of the two isn't finite.
     """
     norm = grad_out.norm(dim=-1, dtype=accumulate_dtype(grad_out.dtype))
     mean = norm.mean(-1, keepdim=True)
@@ -150,7 +170,10 @@ def row_weights(grad_out: Tensor) -> Tensor:
 
 
 def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, sampler: str, known: Known) -> Tensor:
-    """r in fixed point: int32 (B, H, R, N), from 1 to 2^23 where an entry is proposed, 0 elsewhere."""
+    """r in fixed point: int32 (B, H, R, N), from 1 to 2^23 where an entry is proposed, 0 elsewhere.
+
+    proposed, bool; w, the weights; q_units, int32, of `inclusion_units`: all (B, H, R, N). c: 0-d.
+    """
     weighs_rows, importance = THINNED[sampler]
     proposal = torch.where(proposed, w * (UNIT / q_units.to(w.dtype)), 0)  # W / q
     aim = c * known.row_weight if weighs_rows else c
@@ -199,37 +222,38 @@ def proposals_like(q: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
 
-def proposal_c(c: float, sampler: str) -> float:
-    """What the first draw is made with; it also sizes the buffers."""
-    return KAPPA * c if sampler in THINNED else c
+Multiplier = Callable[..., tuple[Tensor, Tensor]]  # (weights (B, H, R, N), rows[, known]) -> (m (B, H, R, N), dropped)
 
 
-def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, T: int) -> Callable:
+def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, T: int) -> Multiplier:
     """A function (weights (B, H, R, N), rows, known) -> m of the weights' shape: 1/q where an entry is kept, else 0.
 
     c: 0-d float tensor, seed: 0-d int64 tensor, both on the weights' device. known: needed by samplers that thin.
-    It also returns how many entries were dropped (int64 tensor; 0 by construction, and always for Poisson).
+    It also returns how many entries were dropped (0-d int64 tensor; 0 by construction, and always for Poisson).
     u: None, or the systematic sampler's uniforms, int64 (B, H, T) in [0, 2^23).
     """
     c = torch.clamp(c, max=c_max)
-    slots = tile_slots(c_max, T) if sampler == "tiles" else slot_bound(proposal_c(c_max, sampler), T)
+    thins = sampler in THINNED
+    first = KAPPA if thins else 1  # times c: what the first draw is made with; it also sizes the buffers
+    slots = tile_slots(c_max, T) if sampler == "tiles" else slot_bound(first * c_max, T)
 
-    def multiplier(w: Tensor, rows: range, known: Known | None = None):
+    def multiplier(w: Tensor, rows: range, known: Known | None = None) -> tuple[Tensor, Tensor]:
         if sampler == "tiles":
             m, dropped = mask_of(tile_masses(w), rows, known)
             return m.repeat_interleave(TILE, -1)[..., : w.shape[-1]] * (w != 0), dropped  # nothing above the diagonal
         return mask_of(w, rows, known)
 
-    def mask_of(w: Tensor, rows: range, known: Known | None):
+    def mask_of(w: Tensor, rows: range, known: Known | None) -> tuple[Tensor, Tensor]:
         B, H = w.shape[:2]
-        q_units = inclusion_units(w, proposal_c(c, sampler))
+        q_units = inclusion_units(w, first * c)
         if sampler == "poisson":
             keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
         else:
             u_rows = row_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop]
             keep, dropped = keep_systematic(q_units, u_rows, slots)
         m = torch.where(keep, UNIT / q_units.to(w.dtype), 0)
-        if sampler in THINNED:
+        if thins:
+            assert known is not None, "a sampler that thins has to know of more than the weights"
             r_units = thinning_units(keep, w, q_units, c, sampler, known)
             keep, _ = keep_systematic(r_units, row_uniforms(seed, B, H, rows, w.device, STREAM_THINNING), slots)
             m = torch.where(keep, m * (UNIT / r_units.to(w.dtype)), 0)
@@ -247,8 +271,8 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
 CPU_BLOCK_ENTRIES, BLOCK_ENTRIES = 1 << 19, 1 << 24
 
 
-def _blocks(q: Tensor, is_causal: bool):
-    """Yields (rows, N) for q (B, H, T, D): ranges of query rows, and how many keys they see."""
+def _blocks(q: Tensor, is_causal: bool) -> Iterator[tuple[range, int]]:
+    """(rows, N) for q (B, H, T, D): ranges of query rows, and how many keys they see."""
     B, H, T, _ = q.shape
     R = max(1, min(T, (CPU_BLOCK_ENTRIES if q.device.type == "cpu" else BLOCK_ENTRIES) // (B * H * T)))
     for start in range(0, T, R):
@@ -272,8 +296,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Exact attention. q (B, H, T, D); k, v (B, K, T, D). Returns out (B, H, T, D) in q's dtype, and the
-    log-sum-exp of each row's scaled scores, (B, H, T) in float32 (float64 for float64 inputs).
+    """Exact attention. q (B, H, T, D); k, v (B, K, T, D).
+
+    Returns out (B, H, T, D) in q's dtype, and the log-sum-exp of each row's scaled scores, (B, H, T) in float32
+    (float64 for float64 inputs).
     """
     B, H, T, D = q.shape
     K = k.shape[1]
@@ -297,25 +323,20 @@ def _distance(v: Tensor, out: Tensor) -> Tensor:
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    multiplier: Callable,
-    is_causal: bool,
-    scale: float,
-    with_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    multiplier: Multiplier, is_causal: bool, scale: float, with_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `forward`, with the weights W replaced by W * m wherever they stand (arXiv 2505.15080).
 
         dV = W^T G      M = W (G V^T - delta)      dQ = scale M K      dK = scale M^T Q      delta_i = G_i . O_i
 
-    multiplier: (weights (B, H, R, N), rows, known) -> (m, dropped), see `sus_multiplier`; a test may pass any
-    explicit mask in this form. delta always stays exact.
-    Returns dq, dk, dv and, if with_stats (else zeros), float32 (3,): the kept entries, the dropped entries, and an
-    estimate of the variance that the cut adds to (dQ, dK, dV): sum over kept of (1/q - 1)/q * |contribution|^2.
+    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) of `forward`. multiplier: (weights (B, H, R, N),
+    rows, known) -> (m, dropped), see `sus_multiplier`; a test may pass any explicit mask in this form. delta always
+    stays exact.
+
+    Returns dq (B, H, T, D), dk and dv (B, K, T, D) and, if with_stats (else zeros), float32 (3,): the kept entries, the
+    dropped entries, and an estimate of the variance that the cut adds to (dQ, dK, dV): sum over kept of
+    (1/q - 1)/q * |contribution|^2.
     """
     B, H, T, D = q.shape
     K = k.shape[1]
@@ -338,12 +359,12 @@ def backward(
         w = torch.exp(_scores(q_r, k_n, rows, is_causal, scale) - lse_[:, :, :, r])  # (B, K, G, R, N)
         score_grad = torch.einsum("bkgrd,bknd->bkgrn", g_r, v_n) - delta[:, :, :, r]
 
-        def square():
+        def square() -> Tensor:  # (B, H, R, N), as is distance: see Known
             norms = k_n.square().sum(-1)[:, :, None, None] + q_r.square().sum(-1, keepdim=True)
             square = g_r.square().sum(-1, keepdim=True) + (scale * score_grad) ** 2 * norms
             return square.reshape(B, H, -1, N)
 
-        def distance():
+        def distance() -> Tensor:
             return _distance(v_n, out_[:, :, :, r]).reshape(B, H, -1, N)
 
         m, dropped = multiplier(w.reshape(B, H, -1, N), rows, Known(row_weight[:, :, r], square, distance))

@@ -1,18 +1,21 @@
 """The Triton backend: the kernels of triton_kernels.py on a CUDA device, or interpreted on CPU tensors.
 
-The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, slots = ceil(2c) +
-1, or the number of tiles if that is less. It goes in rounds of heads and rows, see TABLE. The backward works on the
-tiles kept of these, in rounds of so many key/value heads, with their query heads, as have ROUND floats of `parts`, but
-at least one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots, and T / 512
-of a bitmap.
+The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, where slots is
+ceil(2c) + 1, or the number of tiles if that is less. It goes in rounds of heads and rows, see TABLE. The backward works
+on the tiles kept of these, in rounds of so many key/value heads, with their query heads, as have ROUND floats of
+`parts`, but at least one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots,
+and T / 512 of a bitmap.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
 seed are tensors on the device, after a first call with that dtype and head dim. Then the fastest configuration of the
 larger kernels is measured. No float is added atomically: the same configurations give the same bits. Another process
 may choose others; under torch.use_deterministic_algorithms(True) it is always the first.
 
-TRITON_INTERPRET=1, set before Python starts, runs the kernels on CPU tensors, one program after the other in NumPy: for
-tests.
+TRITON_INTERPRET=1, set before Python starts, is for tests: the kernels run on CPU tensors, one program after the other
+in NumPy.
+
+Dims: B batch, H query heads, K key/value heads, T positions, D head dim, n the number of tiles, slots: the most tiles
+that a row proposes.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
@@ -39,8 +42,10 @@ OPTIONS = dict(enable_fp_fusion=True)
 
 
 def parts_of(c_max: float, T: int) -> int:
-    """The most (row, tile) that one head keeps: each row no more than the 1.125 of its c, and one, and one for the
-    rounding, that `thin` sees to; and a row's c is c times its row_weights, whose mean is at most 1 + 1/8.
+    """The most pairs (row, tile) that one head keeps.
+
+    `thin` sees to it that no row keeps more than 1.125 of its c, and one, and one for the rounding. A row's c is c
+    times its row_weights, whose mean is at most 1 + 1/8.
     """
     slots = tile_slots(c_max, T)
     return T * slots if c_max >= slots else min(T * slots, math.ceil(T * (1.125**2 * c_max + 2.01)))
@@ -146,9 +151,7 @@ def _launch(name: str, q: Tensor, programs, *args, **constants) -> None:
 
 
 def _precision(q: Tensor) -> str:
-    """Of float32's products. TF32's three, as in PyTorch's memory-efficient attention, are about as good as float32's
-    one.
-    """
+    """Of products of float32: three of TF32, as in PyTorch's memory-efficient attention, are about as good as one."""
     return "tf32x3" if q.dtype == torch.float32 else "tf32"
 
 
@@ -157,8 +160,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact causal attention, and the proposals of the backward if `draws`.
 
-    q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T). Returns out (B, H, T,
-    D), the log-sum-exp, float32 (B, H, T), and tiles and masses: see reference.proposals_like.
+    q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T).
+
+    Returns out (B, H, T, D), the log-sum-exp, float32 (B, H, T), and tiles and masses (B, H, T, slots): see
+    reference.proposals_like.
     """
     B, H, T, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
@@ -195,7 +200,11 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
     scale: float, c: Tensor, c_max: float, seed: Tensor, with_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v, and stats: see `reference.backward`. c, seed: 0-d. A c that isn't > 0 gives NaN."""
+    """The gradients of q, k and v, and stats: see `reference.backward`. A c that isn't > 0 gives NaN.
+
+    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
+    c, seed: 0-d. Returns dq (B, H, T, D), dk and dv (B, K, T, D), and stats, float32 (3,).
+    """
     B, H, T, D = q.shape
     K, slots = k.shape[1], tiles.shape[3]
     if not slots:
@@ -219,7 +228,7 @@ def backward(
     variance = new(jobs, dtype=torch.float32)
     all_jobs = torch.arange(jobs, dtype=torch.int32, device=q.device)
     g_strides, q_strides, k_strides, v_strides = (x.stride() for x in (grad_out, q, k, v))
-    sums = []
+    stats = q.new_zeros(3, dtype=torch.float32)
     with torch.cuda.device_of(q):
         for first in range(0, B * H, heads):
             some = min(heads, B * H - first)
@@ -249,9 +258,6 @@ def backward(
                 first, H, K, T, D=D, JOB=JOB,
             )  # fmt: skip
             if with_stats:
-                sums.append(
-                    torch.stack(
-                        [kept[:some].sum(dtype=torch.float32), q.new_zeros((), dtype=torch.float32), variance.sum()]
-                    )
-                )
-    return dq, dk, dv, sum(sums) if with_stats else q.new_zeros(3, dtype=torch.float32)
+                stats[0] += kept[:some].sum(dtype=torch.float32)
+                stats[2] += variance.sum()
+    return dq, dk, dv, stats

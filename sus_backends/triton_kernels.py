@@ -87,8 +87,10 @@ def forward(
     first_head, first_row, rows, H, K, T,
     DRAWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, T, D) and lse (B, H, T), contiguous, for `rows` rows from first_row on of the local heads. One program
-    a block of BM rows, those with the most keys first.
+    """out (B, H, T, D) and lse (B, H, T), contiguous, for `rows` rows from first_row on of the local heads.
+
+    One program a block of BM rows, those with the most keys first. q (B, H, T, D); k, v (B, K, T, D): their strides are
+    q_b, q_h, q_t, q_d and so on.
 
     table, float32 (local, tiles, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
     A row whose first TILE scores are all -inf is NaN, though it is defined; only infinite inputs have such rows.
@@ -141,10 +143,10 @@ def draw(
     table, lse, tiles, masses, c, seed, u, c_max, kappa, first_head, first_row, rows, H, T, slots,
     HAS_U: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """Each row's systematic draw of tiles with kappa * c. tiles, masses: of reference.proposals_like. One program ROWS
-    rows, SOME tiles at once.
+    """Each row's systematic draw of tiles with kappa * c. One program ROWS rows, SOME tiles at once.
 
-    u: int32 (B, H, T) in [0, UNIT) if HAS_U; else the uniforms come from the seed.
+    table: of `forward`. tiles, masses (B, H, T, slots): of reference.proposals_like. u: int32 (B, H, T) in [0, UNIT) if
+    HAS_U; else the uniforms come from the seed.
     """
     groups, all_tiles = tl.cdiv(rows, ROWS), tl.cdiv(T, TILE)
     local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
@@ -163,8 +165,7 @@ def draw(
         tile = (first + tl.arange(0, SOME))[:, None]
         seen = within[None, :] & (tile * TILE <= row[None, :])
         mass = tl.load(table + (local * all_tiles + tile) * rows + place[None, :], mask=seen, other=0)
-        # less than it may be by rough_log2: the masses of a row may not add up to more than 1, for which there are
-        # slots
+        # less than it may be by rough_log2: there are slots for masses of a row that add up to 1, not to more
         mass = tl.exp2(mass - log_norm[None, :] - 0.01)
         units = tl.where(seen & (mass > 0), inclusion_units(mass, drawn_units), 0).to(tl.int32)
         total = running[None, :] + tl.cumsum(units, 0)
@@ -191,14 +192,17 @@ def thin(
     g_b, g_h, g_t, g_d, c_max, kappa, first_head, H, T, slots, words,
     D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What each row keeps. out, lse, tiles, masses, row_weight (B, H, T, ...) are whole. One program ROWS rows.
+    """What each row keeps. One program ROWS rows. SLOTS: a power of 2, at least slots.
 
-    w, float32 (local, T, slots): what the entries of a kept tile weigh, 1 / q; 0 where a proposal is cut. bits, int32
-    (local, tiles, words): bit i % 32 of word i / 32 is set where row i keeps the tile. counts, int32 (local, tiles):
-    how many rows do. Both begin as zeros. delta, float32 (local, T). kept, int32 (local, groups of ROWS rows): entries.
+    grad_out, out (B, H, T, D), lse and row_weight (B, H, T), tiles and masses (B, H, T, slots) are whole. It writes
 
-    So that `parts` can be bounded, a row's second draw expects at most 1.125 of its c, and one more. SLOTS: a power of
-    2.
+    w, float32 (local, T, slots): what the entries of a kept tile weigh, 1 / q; 0 where a proposal is cut.
+    bits, int32 (local, tiles, words): bit i % 32 of word i / 32 is set where row i keeps the tile. It begins as zeros.
+    counts, int32 (local, tiles): how many rows keep it. It begins as zeros.
+    delta, float32 (local, T).
+    kept, int32 (local, groups of ROWS rows): entries.
+
+    So that `parts` can be bounded, a row's second draw expects at most 1.125 of its c, and one more.
     """
     groups, all_tiles = tl.cdiv(T, ROWS), tl.cdiv(T, TILE)
     group = tl.program_id(0) % groups
@@ -228,9 +232,8 @@ def thin(
     wide: tl.constexpr = tl.int32 if SLOTS < 255 else tl.int64  # which holds a sum of 2^23 over all slots
     total = row_uniforms(seed, THINNING, b, h, rows)[:, None].to(wide) + tl.cumsum(r.to(wide), 1)
     keep = used & ((total & (UNIT - 1)) < r)
-    tl.store(
-        w + (local * T + rows)[:, None] * slots + slot[None, :], tl.where(keep, w_drawn * (UNIT / aim), 0), mask=some
-    )
+    w_at = w + (local * T + rows)[:, None] * slots + slot[None, :]
+    tl.store(w_at, tl.where(keep, w_drawn * (UNIT / aim), 0), mask=some)
     region = local * all_tiles + tile
     tl.atomic_add(counts + region, 1, mask=keep, sem="relaxed")
     tl.atomic_or(bits + region * words + rows[:, None] // 32, 1 << (rows[:, None] % 32), mask=keep, sem="relaxed")
@@ -248,19 +251,18 @@ def ones_of(x):
 
 @triton.jit
 def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
-    """listed, int32: the rows that keep a tile, ascending, region after region. One program a region, SOME words at
-    once.
+    """listed, int32: the rows that keep a tile, ascending, region after region.
 
-    counts, ends, int32 (regions): how many each has, and the sums of these up to and including it.
+    One program a region, SOME words at once. bits (regions, words): of `thin`. counts, ends, int32 (regions): how many
+    rows each has, and the sums of these up to and including it.
     """
     region = tl.program_id(0)
     tile = region % tl.cdiv(T, TILE)
     at = tl.load(ends + region) - tl.load(counts + region)
     for first in range(tile * TILE // 32, words, SOME):
         word = first + tl.arange(0, SOME)
-        found = tl.load(bits + region.to(tl.int64) * words + word, mask=word < words, other=0).to(
-            tl.uint32, bitcast=True
-        )
+        found = tl.load(bits + region.to(tl.int64) * words + word, mask=word < words, other=0)
+        found = found.to(tl.uint32, bitcast=True)
         ones = ones_of(found)
         place = at + tl.cumsum(ones, 0) - ones
         for i in range(0, tl.max(ones, 0)):  # most words have a bit or two: a word's lowest at a time
@@ -282,8 +284,8 @@ def tile_gradients(
     `regions` if it is none. job_ends, int32 (regions): the number of jobs up to and including a region's.
 
     places, int32 (local, T, slots): where in `parts` a kept (row, tile) is. parts, float32 (listed, D): its M K.
-    dk_parts, dv_parts, float32 (jobs, TILE, D). variance, float32 (jobs): the estimate of reference.backward, if
-    ESTIMATES.
+    dk_parts, dv_parts, float32 (jobs, TILE, D).
+    variance, float32 (jobs): the estimate of reference.backward, if ESTIMATES.
     """
     job = tl.program_id(0)
     region = tl.load(job_regions + job)
@@ -355,9 +357,7 @@ def query_gradients(
     parts, w, places, delta, lse, c, dq, first_head, H, T, slots,
     D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, T, D), contiguous; NaN where the row is not defined. One program ROWS rows, SOME slots of
-    each at once.
-    """
+    """dq (B, H, T, D), contiguous; NaN where the row is not defined. One program ROWS rows, SOME slots at once."""
     groups = tl.cdiv(T, ROWS)
     local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
     rows, d = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
