@@ -27,13 +27,16 @@ from sus_attn import resolve_backend, sus_attention
 from sus_backends import cpu, reference
 from sus_backends.reference import KAPPA, TILE, UNIT, tile_slots, tiles_of
 from test_sus_attention import naive
+from training.optimizer import make_optimizer
 
 if cpu.missing():
     pytest.skip(cpu.missing(), allow_module_level=True)
+import numba
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 inf, nan = math.inf, math.nan
+HANG = 1200  # seconds; what takes so long will never end
 
 
 def forward(q, k, v, c=5.0, seed=1, *, draws=True, c_max=None, u=None):
@@ -66,15 +69,10 @@ def masked(monkeypatch, tensors, c=5.0, seed=1, **kwargs):
                 for tile in range(width - 1):
                     i = rows[task * ck.CHUNK * slots :][at[tile] : at[tile + 1]]
                     keys = slice(tile * TILE, (tile + 1) * TILE)
-                    assert (
-                        (i[1:] > i[:-1]).all()
-                        and (first <= i).all()
-                        and (i < stop).all()
-                        and not m[b, h, i, keys].any()
-                    )
-                    m[b, h, i, keys] = torch.tensor(
-                        weights[2 * task * ck.CHUNK * slots :][2 * at[tile] : 2 * at[tile + 1] : 2, None]
-                    )
+                    assert (i[1:] > i[:-1]).all() and (first <= i).all() and (i < stop).all()
+                    assert not m[b, h, i, keys].any()
+                    of_task = weights[2 * task * ck.CHUNK * slots :]
+                    m[b, h, i, keys] = torch.tensor(of_task[2 * at[tile] : 2 * at[tile + 1] : 2, None])
         return run(kernel, tasks, *args, **options)
 
     monkeypatch.setattr(cpu, "_run", seen)
@@ -117,14 +115,8 @@ def thinned_mask(proposed, w, c, seed, grad_out):
 
 def python(code, *args, cwd=ROOT, **env):
     """Runs code in a new Python; its stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        cwd=cwd,
-        env={**os.environ, **env},
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
+    command, env = [sys.executable, "-c", code, *args], {**os.environ, **env}
+    done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, done.stderr
 
@@ -421,7 +413,7 @@ def test_work_is_called_on_n_threads_at_once(monkeypatch, route, n):
         monkeypatch.setattr(cpu, "_openmp", lambda: None)
         monkeypatch.setattr(cpu, "_pool", None)
         monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    together, seen = threading.Barrier(n, timeout=20), []
+    together, seen = threading.Barrier(n, timeout=HANG), []
     cpu._on_threads(n, lambda: (together.wait(), seen.append(threading.get_ident())))
     assert len(set(seen)) == n and threading.get_ident() in seen
     with pytest.raises(ZeroDivisionError):
@@ -474,7 +466,7 @@ def test_python_threads_at_the_same_time(threads):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(HANG)
     assert all(len(g) == 10 and all(same(x, w) for x in g) for g, w in zip(got, want))
 
 
@@ -494,7 +486,7 @@ def test_fork(threads):
             os._exit(code)
     os.close(write_end)
     try:
-        assert select.select([read_end], [], [], 30)[0], "the child hangs"
+        assert select.select([read_end], [], [], HANG)[0], "the child hangs"
         assert os.read(read_end, 9) == b"same"
         assert os.waitpid(child, 0)[1] == 0
         child = None
@@ -519,7 +511,7 @@ def test_forked_workers_of_a_data_loader(threads):
     threads(2)
     data = Calls()
     want = [data[i] for i in range(len(data))]
-    loader = torch.utils.data.DataLoader(data, None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(data, None, num_workers=2, multiprocessing_context="fork", timeout=HANG)
     assert same(list(loader), want)
 
 
@@ -588,6 +580,7 @@ REFUSED = [
     (dict(sampler="poisson"), "poisson"),
     (dict(sampler="systematic"), "systematic"),
 ]
+SLOW = "sus_attention uses the slow reference backend"
 refused = pytest.mark.parametrize("changes, reason", REFUSED, ids=[r for _, r in REFUSED])
 
 
@@ -627,8 +620,10 @@ def test_the_operator_warns_once_and_takes_the_reference(changes, reason):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         got = [grads(*tensors, backend="auto", **kwargs) for _ in range(3)][-1]
-    assert [reason in str(w.message) for w in caught] == [True] and caught[0].filename == __file__
-    with warnings.catch_warnings(action="error"):
+    (ours,) = (w for w in caught if SLOW in str(w.message))
+    assert reason in str(ours.message) and ours.filename == __file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", SLOW)
         assert same(got, grads(*tensors, backend="reference", **kwargs))
     with pytest.raises(ValueError, match=reason):
         grads(*tensors, **kwargs)
@@ -636,7 +631,8 @@ def test_the_operator_warns_once_and_takes_the_reference(changes, reason):
 
 def test_auto_is_the_cpu_backend_where_it_can_be():
     tensors = case(1, 2, 1, 60, 16)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", SLOW)
         assert same(grads(*tensors, backend="auto"), grads(*tensors))
         assert same(grads(*tensors, inf, backend="auto"), grads(*tensors, inf))
 
@@ -656,7 +652,7 @@ try:
 except ValueError as error:
     print(error)
 """)
-    assert "numba" in out and err.count("UserWarning") == 1 and "numba" in err
+    assert "numba" in out and err.count(SLOW) == 1 and "numba" in err
 
 
 # -- compiled code on disk -----------------------------------------------------------------------
@@ -667,22 +663,16 @@ from sus_attn import sus_attention
 from sus_backends import cpu
 q = torch.randn(1, 2, 30, 16, requires_grad=True)
 """
-FORWARD = (
-    CALL
-    + """
+FORWARD = f"""{CALL}
 with torch.no_grad():
     assert sus_attention(q, q, q, 3.0, seed=1, backend="cpu").isfinite().all()
 """
-)
-BOTH = (
-    CALL
-    + """
+BOTH = f"""{CALL}
 sus_attention(q, q, q, 3.0, seed=1, backend="cpu").sum().backward()
 assert q.grad.isfinite().all()
 names = "forward", "thin", "tile_gradients", "query_gradients"
 print([sum(getattr(cpu.kernels(), name).stats.cache_hits.values()) for name in names])
 """
-)
 
 
 def copy_of_the_code(folder):
@@ -692,6 +682,44 @@ def copy_of_the_code(folder):
     return folder
 
 
+@pytest.fixture
+def new_process(monkeypatch, tmp_path):
+    """Leaves the smallest kernel as a new process finds it, with its cache in tmp_path. Returns the kernel."""
+    ck = cpu.kernels()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
+
+    def begin():
+        monkeypatch.setattr(ck, "query_gradients", ck.jit(ck.query_gradients.py_func))
+        cpu.kernels.cache_clear()
+        return cpu.kernels().query_gradients
+
+    yield begin
+    cpu.kernels.cache_clear()
+
+
+def test_compiled_code_is_kept_on_disk(new_process, monkeypatch, tmp_path):
+    tensors = case(1, 2, 1, 60, 16)
+    want = grads(*tensors)
+
+    def hits():
+        kernel = new_process()
+        assert same(grads(*tensors), want) and kernel.overloads
+        return sum(kernel.stats.cache_hits.values())
+
+    assert [hits(), hits(), hits()] == [0, 1, 1]
+    (code,) = tmp_path.rglob("*.nbc")
+    code.write_bytes(b"")  # a damaged file costs a compilation
+    assert [hits(), hits(), hits()] == [0, 0, 1]
+    changed = tmp_path / "reference.py"  # a change of what it specifies makes the files stale
+    changed.write_text(Path(reference.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(reference, "__file__", str(changed))
+    assert [hits(), hits()] == [0, 1]
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])  # no folder can be written
+    assert [hits(), hits()] == [0, 0]
+
+
+@pytest.mark.slow
 def test_compiled_code_is_kept_on_disk_and_needs_no_disk(tmp_path):
     """Two copies at the same time: one can write its cache, the other can't."""
     good, bad = copy_of_the_code(tmp_path / "good"), copy_of_the_code(tmp_path / "bad")
@@ -705,10 +733,10 @@ def test_compiled_code_is_kept_on_disk_and_needs_no_disk(tmp_path):
         unwritable = pool.submit(python, FORWARD, cwd=bad, **env)
     out, err = first.result()
     assert out.strip() == "[0, 0, 0, 0]"
-    assert ["compiling" in line for line in err.splitlines()] in ([], [True])  # silent where it takes no time
+    assert err.count("compiling") <= 1  # silent where it takes no time
     assert len(list(good.glob("sus_backends/__pycache__/cpu_kernels.*.nbc"))) == 4
     out, err = unwritable.result()
-    assert ["compiling" in line for line in err.splitlines()] in ([], [True])
+    assert err.count("compiling") <= 1
     out, err = python(BOTH, cwd=good, NUMBA_CACHE_DIR="")
     assert out.strip() == "[1, 1, 1, 1]"
     # a damaged file costs a compilation; a change of what reference.py specifies makes the files stale
@@ -725,26 +753,18 @@ def test_compiled_code_is_kept_on_disk_and_needs_no_disk(tmp_path):
     assert python(hits, cwd=good, NUMBA_CACHE_DIR="")[0].strip() == "0"
 
 
-def test_a_full_disk_costs_the_cache_only(monkeypatch, tmp_path):
-    import numba
-
-    ck = cpu.kernels()
+def test_a_full_disk_costs_the_cache_only(new_process, monkeypatch):
     saves = []
 
     def full(*_):
         saves.append(1)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "save", full)
-    fresh = numba.njit(ck.query_gradients.py_func, nogil=True, error_model="numpy")
-    fresh.enable_caching()
-    monkeypatch.setattr(ck, "query_gradients", fresh)
-    tensors = case(1, 2, 1, 60, 16)
+    tensors, kernel = case(1, 2, 1, 60, 16), new_process()
     with warnings.catch_warnings(action="error"):
         first = grads(*tensors)
-    assert saves and fresh.overloads and same(first, grads(*tensors))
+    assert saves and kernel.overloads and same(first, grads(*tensors))
 
 
 def test_an_interruption_of_a_thread_is_not_lost():
@@ -756,8 +776,8 @@ def test_an_interruption_of_a_thread_is_not_lost():
 
 
 def test_a_key_that_all_rows_attend_to_is_summed_exactly():
-    """dV of a sink over 16384 rows: within 4 x the error of SDPA, whose sums are of blocks."""
-    *qkv, grad_out = case(1, 1, 1, 16384, 16)
+    """dV of a sink over 8192 rows: within 4 x the error of SDPA, whose sums are of blocks; a running sum is not."""
+    *qkv, grad_out = case(1, 1, 1, 8192, 16)
     with torch.no_grad():
         qkv[0][..., 0], qkv[1][..., 0] = 10, 0
         qkv[1][:, :, 0, 0] = 10
@@ -924,22 +944,9 @@ def test_no_entries_are_drawn_without_need(monkeypatch, grad, requires):
 
 def losses(backend):
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            block_size=160,
-            vocab_size=61,
-            n_layer=2,
-            n_head=4,
-            n_kv_head=2,
-            n_embd=32,
-            pos="rope",
-            attn_backward="sus",
-            sus_c=1.0,
-            sus_sampler="tiles",
-            sus_backend=backend,
-        )
-    )
-    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")
+    sizes = dict(block_size=160, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    model = GPT(GPTConfig(**sizes, pos="rope", attn_backward="sus", sus_c=1.0, sus_backend=backend))
+    optimizer = make_optimizer(model, 0.1, 3e-3, (0.9, 0.95), "cpu")
     x = torch.arange(2 * 161).view(2, 161).square() % 61
     result = []
     for step in range(15):
