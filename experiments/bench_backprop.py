@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -26,8 +27,8 @@ from backprop import loss_and_gradients
 from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, describe_steps, measure, memory_of
 from configurator import UserError, load_config, run_main, validate
 from data.loader import Corpus
-from measure import describe_machine, in_child, mib, numbers, ratio, ratio_text, spread, write_json
-from output import check_writable, print_table
+from measure import apart, describe_machine, mib, numbers, ratio, ratio_text, spread
+from output import check_writable, deliver, print_table
 from training.device import Device, memory_errors
 from training.record import plain
 
@@ -40,7 +41,7 @@ LIMIT = {
 }  # of the exact gradients' difference: beyond, something is wrong
 
 
-def main():
+def main() -> None:
     cfg = load_config(BenchTrainConfig, sys.argv[1:], usage=__doc__)
     Ts = numbers("T", cfg.T, int, 2)
     check_writable(cfg.json)
@@ -49,17 +50,13 @@ def main():
     validate(cfg)
     with memory_errors("Give a smaller --T"):
         data = plain(measure("bench_backprop", measure_at, (cfg.repeats + 2) * len(STEPS), cfg, Ts), nonfinite=str)
-    if cfg.json:  # before a reader of the table can leave
-        write_json(Path(cfg.json), data)
-    report(data)
-    if cfg.json:
-        print(f"every figure: {cfg.json}")
+    deliver(data, report, cfg.json)
 
 
 # -- measuring --------------------------------------------------------------------------------------
 
 
-def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar) -> list[dict]:
+def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar: tqdm) -> list[dict]:
     """One context length: a row of results for each of STEPS."""
     trainer = Trainer(cfg, T, device, corpus)
     rows = {step: {"T": T, "kind": step[0], "way": step[1], "step_ms": []} for step in STEPS}
@@ -77,8 +74,8 @@ def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, ba
     for (kind, way), row in rows.items():
         row["parameters"] = parameters
         if cfg.memory:
-            run = in_child if device.type == "cpu" else lambda function, *arguments: function(*arguments)
-            row["peak_bytes"] = run(memory_of, dataclasses.replace(cfg, backprop=way), kind, T, device, corpus)
+            own = dataclasses.replace(cfg, backprop=way)
+            row["peak_bytes"] = apart(device, memory_of, own, kind, T, device, corpus)
         bar.update(T**2)
     return list(rows.values())
 
@@ -109,8 +106,7 @@ def compare_gradients(trainer: Trainer, kind: str) -> dict:
     ):
         raise UserError(
             f"the analytic backward is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss "
-            "with it "
-            f"is {loss:.8g}, autograd's {want_loss:.8g}, and the {kind} gradients differ by {whole:.2g}"
+            f"with it is {loss:.8g}, autograd's {want_loss:.8g}, and the {kind} gradients differ by {whole:.2g}"
         )
     return {"loss_difference": loss - want_loss, "difference": whole, "worst_difference": worst}
 
@@ -156,8 +152,7 @@ def report(data: dict) -> None:
     print(
         f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
         "of the rounds.\nMiB: the peak of model, optimizer and step. Gradients: |analytic - autograd's| / "
-        "|autograd's|, of the "
-        f"first step.\n{idle}"
+        f"|autograd's|, of the first step.\n{idle}"
     )
 
 

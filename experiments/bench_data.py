@@ -27,11 +27,13 @@ from configurator import TrainConfig, UserError, key, load_config, run_main
 from data.corpus import files_under, read_text
 from data.loader import load_corpus
 from data.text.prepare import prepare
-from data.tokenizer import ENCODINGS, tokenizer_from_meta
+from data.tokenizer import ENCODINGS, BytePairTokenizer, Tokenizer, tokenizer_from_meta
 from measure import describe_machine, environment, idleness, product_ms, ratio, ratio_text, resident, spread
 from output import print_table
-from train import DATA, new_model, new_optimizer, prepare_stdlib, train_step
+from train import train_step
 from training.device import resolve_device
+from training.optimizer import new_optimizer
+from training.start import DATA, new_model, prepare_stdlib
 
 BATCHES = 10_000
 VAL_FRACTION = 1e-6  # of a file: nanoGPT's script has no such share, and this is a character or two
@@ -46,7 +48,7 @@ class Config:
     num_proc: int = key(2, "our threads, nanoGPT's processes", low=1)
 
 
-def nanogpt_way(paths, tokenizer, num_proc, folder):
+def nanogpt_way(paths: list[Path], tokenizer: BytePairTokenizer, num_proc: int, folder: Path) -> np.ndarray:
     """The ids of these files, uint16, through `datasets` and a memory map."""
     from datasets import disable_progress_bars, load_dataset
 
@@ -71,14 +73,15 @@ def nanogpt_way(paths, tokenizer, num_proc, folder):
     return np.fromfile(folder / "train.bin", np.uint16)
 
 
-def our_way(source, tokenizer, num_proc, folder):
+def our_way(source: Path, tokenizer: Tokenizer, num_proc: int, folder: Path) -> np.ndarray:
+    """The same, of the files in the folder `source`, by data/text/prepare.py."""
     with contextlib.redirect_stdout(io.StringIO()):
         prepare(str(source), "corpus", tokenizer.name, VAL_FRACTION, num_proc=num_proc, data=folder)
     return np.fromfile(folder / "corpus/train.bin", np.uint16)
 
 
-def measure_preparation(cfg):
-    """Tokens a second of both, by round. UserError if they write other tokens."""
+def measure_preparation(cfg: Config) -> tuple[dict[str, list[float]], float]:
+    """Tokens a second of both, by round; and how many megabytes they prepare. UserError if they write other tokens."""
     tokenizer = tokenizer_from_meta({"name": cfg.tokenizer})
     rates = {"nanoGPT's": [], "ours": []}
     with tempfile.TemporaryDirectory() as work:
@@ -115,8 +118,10 @@ def measure_preparation(cfg):
     return rates, megabytes
 
 
-def measure_loading():
-    """Seconds of a batch, seconds of a training step, and resident bytes before and after BATCHES batches."""
+def measure_loading() -> tuple[dict[str, float], dict[str, float], int, list[int]]:
+    """Seconds of a batch, seconds of a training step, the batches of a step, and resident bytes before and after
+    BATCHES batches.
+    """
     train = load_config(TrainConfig, [str(ROOT / "config/long_ctx.py")], usage="")
     prepare_stdlib(train)
     corpus = load_corpus(DATA / train.dataset, train.block_size, train.windows)
@@ -126,7 +131,7 @@ def measure_loading():
     steps, micros = [], train.gradient_accumulation_steps
     for it in range(6):
         start = time.perf_counter()
-        train_step(train, model, optimizer, scaler, corpus, device, it, 0, 1)
+        train_step(train, model, optimizer, scaler, corpus, device, it)
         steps.append(time.perf_counter() - start)
     memory, times = [], []
     for n in range(BATCHES + 100):
@@ -138,7 +143,7 @@ def measure_loading():
     return spread(times), spread(steps[1:]), micros, memory
 
 
-def main():
+def main() -> None:
     cfg = load_config(Config, sys.argv[1:], usage=__doc__)
     if not Path(cfg.input).is_dir():
         raise UserError(f"--input={cfg.input}: give a folder of text files")
@@ -161,8 +166,7 @@ def main():
     )
     print(
         f"\nloading, config/long_ctx.py: a batch takes {1e3 * batch['median']:.3f} ms, a training step "
-        f"{1e3 * step['median']:.0f} ms, "
-        f"of which the batches are {micros * batch['median'] / step['median']:.3%}\n"
+        f"{1e3 * step['median']:.0f} ms, of which the batches are {micros * batch['median'] / step['median']:.3%}\n"
         f"resident memory: {memory[0] / 2**20:.1f} MiB before, {memory[1] / 2**20:.1f} MiB after {BATCHES:,} "
         f"batches\n{idle}"
     )

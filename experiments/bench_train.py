@@ -16,9 +16,12 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -26,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from data.loader import Corpus, load_corpus
 from measure import (
+    apart,
     describe_machine,
     environment,
     idleness,
-    in_child,
     mib,
     numbers,
     peak_of,
@@ -38,12 +41,13 @@ from measure import (
     ratio_text,
     spread,
     sus_backend,
-    write_json,
 )
-from output import check_writable, print_table, progress_bar
-from train import DATA, new_model, new_optimizer, prepare_stdlib, train_step
+from output import check_writable, deliver, print_table, progress_bar
+from train import train_step
 from training.device import Device, memory_errors, resolve_device
+from training.optimizer import new_optimizer
 from training.record import plain
+from training.start import DATA, new_model, prepare_stdlib
 
 KINDS = ("exact", "sus")
 SHARE_ROUNDS = 3
@@ -59,7 +63,7 @@ class BenchTrainConfig(TrainConfig):
     json: str = key("", "file for every figure")
 
 
-def main():
+def main() -> None:
     cfg = load_config(BenchTrainConfig, sys.argv[1:], usage=__doc__)
     Ts = numbers("T", cfg.T, int, 2)
     check_writable(cfg.json)
@@ -69,11 +73,7 @@ def main():
         data = plain(
             measure("bench_train", measure_at, (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS), cfg, Ts), nonfinite=str
         )
-    if cfg.json:  # before a reader of the table can leave
-        write_json(Path(cfg.json), data)
-    report(data)
-    if cfg.json:
-        print(f"every figure: {cfg.json}")
+    deliver(data, report, cfg.json)
 
 
 def check_keys(cfg: BenchTrainConfig, **meaningless: str) -> None:
@@ -107,12 +107,12 @@ class Trainer:
             torch.compiler.reset()  # or else a second T is compiled for any T
             self.compiled = torch.compile(self.model)
 
-    def step(self, kind: str, it: int, model=None) -> tuple[float, float]:
+    def step(self, kind: str, it: int, model: nn.Module | None = None) -> tuple[float, float]:
         """train.py's iteration `it` with exact or SUS gradients: returns (loss, norm of the gradient)."""
         self.cfg.attn_backward = self.model.config.attn_backward = kind
         return train_step(self.cfg, model or self.compiled, self.optimizer, self.scaler, self.corpus, self.device, it)
 
-    def timed_step(self, kind: str, it: int, model=None) -> float:
+    def timed_step(self, kind: str, it: int, model: nn.Module | None = None) -> float:
         """Milliseconds."""
         self.device.synchronize()
         start = time.perf_counter()
@@ -154,7 +154,7 @@ class Trainer:
 # -- measuring --------------------------------------------------------------------------------------
 
 
-def measure(benchmark: str, measure_at, rounds: int, cfg: BenchTrainConfig, Ts: list[int]) -> dict:
+def measure(benchmark: str, measure_at: Callable, rounds: int, cfg: BenchTrainConfig, Ts: list[int]) -> dict:
     """Every figure. measure_at(cfg, T, device, corpus, bar) gives the rows of a length, and advances the bar `rounds`
     times by T^2; UserError if a step is wrong.
     """
@@ -182,7 +182,7 @@ def measure(benchmark: str, measure_at, rounds: int, cfg: BenchTrainConfig, Ts: 
     }
 
 
-def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar) -> list[dict]:
+def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar: tqdm) -> list[dict]:
     """One context length: a row of results for exact, and one for SUS."""
     trainer = Trainer(cfg, T, device, corpus)
     check_forward(trainer)
@@ -202,8 +202,7 @@ def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, ba
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * T
     for kind, row in rows.items():
         if cfg.memory:
-            run = in_child if device.type == "cpu" else lambda function, *arguments: function(*arguments)
-            row["peak_bytes"] = run(memory_of, cfg, kind, T, device, corpus)
+            row["peak_bytes"] = apart(device, memory_of, cfg, kind, T, device, corpus)
         bar.update(T**2)
         row["parameters"], row["tok_per_sec"] = parameters, [tokens / (1e-3 * step) for step in row["step_ms"]]
     return list(rows.values())

@@ -74,7 +74,7 @@ def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
     return {name: 1e3 * x for name, x in seconds.items()}
 
 
-def main():
+def main() -> None:
     cfg = load_config(Config, sys.argv[1:], usage=__doc__)
     if any(not arg.startswith("--") for arg in sys.argv[1:]):
         raise UserError("cost_model.py takes keys only, such as --T=32768")

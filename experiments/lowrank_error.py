@@ -17,7 +17,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,28 +29,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import model as model_module
-from bench_attention import DATA, gradients
 from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
-from grad_variance import Parts, VarianceConfig, load_model, windows
-from lowrank_attn import count_features, lowrank_attention, score_bound, worst_error
+from lowrank_attn import lowrank_attention, score_bound, worst_error
+from lowrank_error_report import draw, report
 from measure import (
+    apart,
     describe_machine,
     environment,
-    fit_power,
+    exact_attention,
+    gradients,
     idleness,
-    in_child,
-    mib,
     numbers,
     peak_of,
     product_ms,
     sus_backend,
 )
 from model import GPT, GPTConfig
-from output import COLORS, check_picture, import_pyplot, print_table, progress_bar, save_picture
+from model_gradients import Subject, load_model, windows
+from output import check_picture, pick, progress_bar, save_picture
 from sus_attn import fold_in, sus_attention
 from training.device import Device, memory_errors, resolve_device
 from training.probe import capture, time_attention
+from training.start import DATA
 
 PARTS = ("errors", "model", "scaling", "sides")
 
@@ -73,7 +74,7 @@ class ErrorConfig:
     out: str = key("", "the picture of errors, model and scaling: .png, .svg or .pdf", section="Output")
 
 
-def main():
+def main() -> None:
     cfg = load_config(ErrorConfig, sys.argv[1:], usage=__doc__)
     parts = cfg.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -107,32 +108,24 @@ def main():
     product.append(product_ms(device))
     machine, idle = describe_machine({"environment": environment(device), "idle": idleness(product)})
     print(machine)
-    report(found, cfg)
+    report(found, cfg.D, cfg.out_dir)
     print(f"\n{idle}")
     if cfg.out:
         save_picture(draw(found, middle, lengths[-1], cfg.D), Path(cfg.out), dpi=110)
         print(f"picture: {cfg.out}")
 
 
-def percent(x: float) -> str:
-    return f"{100 * x:.2g}" if x < 1 else f"{100 * x:,.0f}"
-
-
 # -- attention alone --------------------------------------------------------------------------------
 
 
-def on_spheres(T: int, D: int, bound: float, seed: int, dtype=torch.float64) -> list[Tensor]:
+def on_spheres(T: int, D: int, bound: float, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """q, k, v, grad_out (1, 2, T, D), such that |q . k| / sqrt(D) <= bound, and nearly reaches it where D is small."""
     q, k, v, grad_out = torch.randn(4, 1, 2, T, D, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     q, k = (math.sqrt(bound * math.sqrt(D)) * F.normalize(x, dim=-1) for x in (q, k))
     return [q, k, v, grad_out]
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def measure_errors(cases: list[tuple[int, float, int]], cfg) -> list[dict]:
+def measure_errors(cases: list[tuple[int, float, int]], cfg: ErrorConfig) -> list[dict]:
     rows = []
     with progress_bar(sum(T for T, *_ in cases)) as bar:
         for T, bound, degree in cases:
@@ -162,14 +155,7 @@ def polynomial_everywhere() -> Iterator[None]:
         model_module.lowrank_attention = lowrank_attention
 
 
-def gradient_of(model: GPT, parts: Parts, x: Tensor, y: Tensor, seed: int = 0, **keys) -> Tensor:
-    """The gradient (P,) float32 with these keys of the model's config."""
-    for name, value in keys.items():
-        setattr(model.config, name, value)
-    return parts.gradient(model(x, y, sus_seed=torch.tensor(seed))[1])
-
-
-def measure_model(lengths, degrees, bound, cfg, device: Device) -> list[dict]:
+def measure_model(lengths: list[int], degrees: list[int], bound: float, cfg: ErrorConfig, device: Device) -> list[dict]:
     """Random weights, text as it is: what has to hold is the bound, and it does for any weights."""
     D, rows = 4, []
     torch.manual_seed(cfg.seed)
@@ -189,33 +175,36 @@ def measure_model(lengths, degrees, bound, cfg, device: Device) -> list[dict]:
     for block in model.transformer.h:  # where residual branches count as much as in a trained model
         torch.nn.init.normal_(block.attn.c_attn.weight, std=0.2)
         torch.nn.init.normal_(block.attn.c_proj.weight, std=0.2)
-    parts = Parts(model.train())
+    subject = Subject(model, device)
     with progress_bar(sum(lengths)) as bar:
         for T in lengths:
             x, y, _ = windows(load_corpus(DATA / cfg.dataset, T), 2)
             for s in range(2):
                 sequence = x[[s]].to(device.device), y[[s]].to(device.device)
-                truth = gradient_of(model, parts, *sequence, attn_backward="exact")
-                squares = parts.squares(truth)
+                truth, _ = subject.gradient(*sequence)
+                squares = subject.parts.squares(truth)
                 for degree in degrees:
                     row = {"T": T, "degree": degree}
                     for name, context in (("paper", polynomial_everywhere()), ("ours", contextlib.nullcontext())):
                         with context:
-                            got = gradient_of(model, parts, *sequence, attn_backward="lowrank", lowrank_degree=degree)
-                        ratio = (parts.squares(got - truth) / squares).sqrt()
+                            got, _ = subject.gradient(*sequence, attn_backward="lowrank", lowrank_degree=degree)
+                        ratio = (subject.parts.squares(got - truth) / squares).sqrt()
                         row[name], row[f"{name} q, k"] = ratio[0].item(), ratio[-1].item()
                     rows.append(row)
             bar.update(T)
     names = ("paper", "paper q, k", "ours", "ours q, k")
     mean = lambda rows, name: sum(row[name] for row in rows) / len(rows)
-    of = lambda T, g: [row for row in rows if (row["T"], row["degree"]) == (T, g)]
-    return [{"T": T, "degree": g, **{name: mean(of(T, g), name) for name in names}} for T in lengths for g in degrees]
+    return [
+        {"T": T, "degree": g, **{name: mean(pick(rows, T=T, degree=g), name) for name in names}}
+        for T in lengths
+        for g in degrees
+    ]
 
 
 # -- time and memory --------------------------------------------------------------------------------
 
 
-def make_methods(degrees: list[int]) -> dict:
+def make_methods(degrees: list[int]) -> dict[str, Callable]:
     """{name: attention}"""
     methods = {"exact": exact_attention, "SUS c=4": functools.partial(sus_attention, c=4.0, seed=1)}
     for g in degrees:
@@ -232,9 +221,8 @@ def peak_bytes(name: str, T: int, D: int, device: Device) -> int | None:
     return peak_of(lambda: gradients(method, *tensors), device)
 
 
-def measure_scaling(lengths, degrees, cfg, device: Device) -> list[dict]:
+def measure_scaling(lengths: list[int], degrees: list[int], cfg: ErrorConfig, device: Device) -> list[dict]:
     methods, rows = make_methods(degrees[:2]), []
-    memory_of = functools.partial(in_child, peak_bytes) if device.type == "cpu" else peak_bytes
     with progress_bar(sum(T * T for T in lengths)) as bar:
         for T in lengths:
             tensors = [x.to(device.device) for x in on_spheres(T, cfg.D, 1.0, cfg.seed, torch.float32)]
@@ -245,7 +233,7 @@ def measure_scaling(lengths, degrees, cfg, device: Device) -> list[dict]:
                     "name": name,
                     "forward": times[name][0],
                     "backward": times[name][1],
-                    "peak": memory_of(name, T, cfg.D, device),
+                    "peak": apart(device, peak_bytes, name, T, cfg.D, device),
                 }
                 for name in methods
             ]
@@ -256,13 +244,14 @@ def measure_scaling(lengths, degrees, cfg, device: Device) -> list[dict]:
 # -- beside SUS -------------------------------------------------------------------------------------
 
 
-def measure_sides(degrees, cs, cfg, device: Device) -> dict:
+def measure_sides(degrees: list[int], cs: list[float], cfg: ErrorConfig, device: Device) -> dict:
     """Gradients of a checkpoint, of `sequences` windows, and two draws of SUS for each. bias: the norm of the mean of
     what is added to the gradient, over that of the mean gradient; its square is estimated, and may come out below 0.
     """
-    model, dataset, _ = load_model(VarianceConfig(out_dir=cfg.out_dir))
+    model, dataset, _ = load_model(cfg.out_dir)
     config, T = model.config, model.config.block_size
-    parts = Parts(model.to(device.device).train())
+    subject = Subject(model, device)
+    parts = subject.parts
     x, y, _ = windows(load_corpus(DATA / dataset, T), cfg.sequences)
     D = config.n_embd // config.n_head
     backend, _ = sus_backend("auto", device, D, max(cs))
@@ -273,7 +262,7 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
     with progress_bar(n * (1 + 2 * len(cs) + len(degrees))) as bar:
         truth = []
         for s in range(n):
-            truth.append(gradient_of(model, parts, *sequence(s), attn_backward="exact"))
+            truth.append(subject.gradient(*sequence(s))[0])
             bar.update(1)
         truth = torch.stack(truth)
         mean, squares = truth.mean(0), torch.stack([parts.squares(g) for g in truth])
@@ -283,7 +272,7 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
             draws, errors, cosines, halves = (2 if keys["attn_backward"] == "sus" else 1), 0, [], [0, 0]
             for s in range(n):
                 for draw in range(draws):
-                    got = gradient_of(model, parts, *sequence(s), fold_in(cfg.seed, s, draw), **keys)
+                    got, _ = subject.gradient(*sequence(s), fold_in(cfg.seed, s, draw), **keys)
                     cosines.append(F.cosine_similarity(got.double(), truth[s].double(), 0).item())
                     off = got.sub_(truth[s])
                     errors = errors + parts.squares(off) / (n * draws)
@@ -304,7 +293,6 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
                     "bias": math.copysign(math.sqrt(abs(bias)), bias),
                 }
             )
-    model.config.attn_backward = "exact"
     scores, times = [], {}
     for layer in range(config.n_layer):
         inputs = capture(model, layer, x[:1].to(device.device), y[:1].to(device.device), device, None)
@@ -323,167 +311,6 @@ def measure_sides(degrees, cs, cfg, device: Device) -> dict:
         "D": D,
         "heads": config.n_head,
     }
-
-
-# -- the tables -------------------------------------------------------------------------------------
-
-
-def report(found: dict, cfg) -> None:
-    if "errors" in found:
-        for rows, what in zip(found["errors"], ("bound on scores", "T")):
-            print(
-                f"\nerrors of (dq, dk, dv) over the {what}, D = {cfg.D}; worst: the largest relative error of a weight "
-                "before normalisation; all in %\n"
-            )
-            print_table(
-                [
-                    ["T", "bound", "g", "features", "worst", "paper", "operator", "paper: cosine", "operator: cosine"],
-                    *(
-                        [
-                            f"{r['T']:,}",
-                            f"{r['bound']:g}",
-                            str(r["degree"]),
-                            f"{count_features(cfg.D, r['degree'] + 1):,}",
-                            percent(r["worst"]),
-                            percent(r["paper"]),
-                            percent(r["ours"]),
-                            f"{r['paper cosine']:.4f}",
-                            f"{r['ours cosine']:.4f}",
-                        ]
-                        for r in rows
-                    ),
-                ]
-            )
-    if "model" in found:
-        print(
-            "\nerrors of the gradient of a model of four layers over T, all in %: of all weights, of those that make "
-            "queries "
-            "and keys\n"
-        )
-        print_table(
-            [
-                ["T", "g", "paper", "paper: q, k", "operator", "operator: q, k"],
-                *(
-                    [
-                        f"{r['T']:,}",
-                        str(r["degree"]),
-                        *(percent(r[n]) for n in ("paper", "paper q, k", "ours", "ours q, k")),
-                    ]
-                    for r in found["model"]
-                ),
-            ]
-        )
-        print("\nexponents in T of these errors, with g fixed, and growing with log T:\n")
-        rows = found["model"]
-        lengths, degrees = (list(dict.fromkeys(r[n] for r in rows)) for n in ("T", "degree"))
-        growing = {T: degrees[i * len(degrees) // len(lengths)] for i, T in enumerate(lengths)}
-        chosen = {f"{g}": [r for r in rows if r["degree"] == g] for g in degrees}
-        chosen["..".join(map(str, growing.values()))] = [r for r in rows if r["degree"] == growing[r["T"]]]
-        fitted = lambda rows, name: fit_power([r["T"] for r in rows], [r[name] for r in rows])
-        print_table(
-            [
-                ["g", "paper", "operator"],
-                *(
-                    [g, *(f"{f[0]:.2f}" if (f := fitted(own, n)) else "-" for n in ("paper", "ours"))]
-                    for g, own in chosen.items()
-                ),
-            ]
-        )
-    if "scaling" in found:
-        rows = found["scaling"]
-        print(
-            "\ntime (ms, medians of 3) and memory (MiB, the peak of forward and backward beyond the inputs) of 2 heads "
-            "of "
-            f"{cfg.D}\n"
-        )
-        cells = (
-            [f"{r['T']:,}", r["name"], f"{r['forward']:.3g}", f"{r['backward']:.3g}", mib(r["peak"])] for r in rows
-        )
-        print_table([["T", "method", "forward", "backward", "MiB"], *cells])
-        print("\nexponents in T of forward, backward and memory, fitted over all T; and over the larger half:\n")
-        table = [["method", "forward", "backward", "memory", "forward", "backward", "memory"]]
-        for name in dict.fromkeys(r["name"] for r in rows):
-            own = [r for r in rows if r["name"] == name]
-            cells = [
-                fit_power([r["T"] for r in part], [r[n] or 0 for r in part])
-                for part in (own, own[len(own) // 2 :])
-                for n in ("forward", "backward", "peak")
-            ]
-            table.append([name, *(f"{cell[0]:.2f}" if cell else "-" for cell in cells)])
-        print_table(table)
-    if "sides" in found:
-        report_sides(found["sides"], cfg)
-
-
-def report_sides(sides: dict, cfg) -> None:
-    print(
-        f"\n{cfg.out_dir}: T = {sides['T']:,}, {sides['heads']} heads of {sides['D']}; the largest score by layer "
-        f"{', '.join(f'{s:.2f}' for s in sides['scores'])}, where the polynomial is off by up to "
-        f"{', '.join(f'{percent(e)} % (g = {g})' for g, e in sides['worst'].items())}\n"
-    )
-    times = sides["times"]
-    cells = lambda name: [name, f"{sum(times[name]):.3g}", f"{times[name][1]:.3g}"]
-    print_table(
-        [
-            ["method", "fwd+bwd ms", "bwd ms", "cosine", "error %", "q, k: error %", "rho %", "q, k: rho %", "bias %"],
-            [*cells("exact"), "1", *"00000"],
-            *(
-                [
-                    *cells(r["name"]),
-                    f"{r['cosine']:.4f}",
-                    *map(percent, (r[n] for n in ("error", "error q, k", "rho", "rho q, k"))),
-                    f"{100 * r['bias']:.2g}",
-                ]
-                for r in sides["rows"]
-            ),
-        ]
-    )
-    for name in [r["name"] for r in sides["rows"] if r["name"].startswith("low-rank")]:
-        affordable = [sus for sus in times if sus.startswith("SUS") and sum(times[sus]) <= sum(times[name])]
-        print(f"in the time of {name}: {affordable[-1] if affordable else 'none of these c'}")
-
-
-# -- the picture ------------------------------------------------------------------------------------
-
-
-def draw(found: dict, middle: float, longest: int, D: int):
-    """The figure: four panels."""
-    figure, axes = import_pyplot().subplots(2, 2, figsize=(12, 8.5), layout="constrained")
-    over_bound, over_T = found["errors"]
-    draw_errors(axes[0, 0], over_bound, "bound", f"attention alone, T = {longest:,}, D = {D}", "largest score")
-    draw_errors(axes[0, 1], over_T, "T", f"attention alone, scores <= {middle:g}, D = {D}", "T")
-    draw_errors(axes[1, 0], found["model"], "T", f"a model of 4 layers, scores <= {middle:g}, D = 4", "T")
-    ax, rows = axes[1, 1], found["scaling"]
-    for i, name in enumerate(dict.fromkeys(r["name"] for r in rows)):
-        own = [r for r in rows if r["name"] == name]
-        T, both, backward = zip(*((r["T"], r["forward"] + r["backward"], r["backward"]) for r in own))
-        ax.plot(T, both, marker="o", markersize=4, color=COLORS[i], label=name)
-        ax.plot(T, backward, linestyle="--", color=COLORS[i])
-    ax.set(title=f"time, 2 heads of {D} (dashed: backward alone)", xlabel="T", ylabel="ms", xscale="log", yscale="log")
-    label_points(ax, [r["T"] for r in rows])
-    for ax in axes[0, 0], axes[1, 1]:  # the other two have the first one's lines
-        ax.legend(fontsize=8)
-    for ax in axes.flat:
-        ax.grid(alpha=0.25)
-    return figure
-
-
-def label_points(ax, xs) -> None:
-    xs = sorted(set(xs))
-    ax.set_xticks(xs, [f"{x // 1024}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}" for x in xs])
-    ax.minorticks_off()
-
-
-def draw_errors(ax, rows: list[dict], x: str, title: str, label: str) -> None:
-    for i, degree in enumerate(dict.fromkeys(r["degree"] for r in rows)):
-        own = [r for r in rows if r["degree"] == degree]
-        for name, style in (("ours", "-"), ("paper", "--")):
-            points = [(r[x], 100 * r[name]) for r in own if r[name] > 0]
-            shown = {"label": f"g = {degree}"} if name == "ours" else {}
-            ax.plot(*zip(*points), style, marker="o", markersize=4, color=COLORS[i], **shown)
-    ax.set(title=title, xlabel=label, ylabel="error of the gradient (%)", xscale="log", yscale="log")
-    ax.plot([], [], "--", color="grey", label="polynomial everywhere (paper)")
-    label_points(ax, [row[x] for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: lists on the command line, the machine, paired ratios, peak memory, files.
+"""What the benchmarks share: lists on the command line, one layer's attention, the machine, paired ratios, peak memory.
 
 A ratio is that of two things measured in the same round, and is told as its median with the lowest and the highest
 round: a machine drifts, and drifts for both. Whether it was idle is looked at by timing one and the same matrix product
@@ -8,7 +8,6 @@ now and then.
 import ctypes
 import gc
 import importlib.metadata
-import json
 import math
 import multiprocessing
 import os
@@ -22,11 +21,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from configurator import UserError
-from output import write_whole
+from data.loader import load_corpus
+from model import GPT
 from sus_attn import resolve_backend
 from training.device import Device
+from training.probe import capture
+from training.start import DATA
 
 DRIFT = 0.1  # of the matrix product's time: from there on the machine doesn't count as idle
 
@@ -52,6 +56,27 @@ def sus_backend(backend: str, device: Device, D: int, c: float, sampler: str = "
         return resolve_backend(backend, device.type, device.dtype, D, sampler=sampler, c_max=c)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+# -- one layer's attention --------------------------------------------------------------------------
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def gradients(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, **options) -> tuple[Tensor, ...]:
+    """(out, dq, dk, dv)"""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = function(q, k, v, **options)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
+
+
+def trained_inputs(model: GPT, layer: int, dataset: str, T: int, device: Device) -> tuple[Tensor, ...]:
+    """(q, k, v, grad_out) of one layer, float32, in a training step on T tokens from the middle of validation text."""
+    corpus = load_corpus(DATA / dataset, T)
+    x, y = (tokens.to(device.device) for tokens in corpus.val_batch(corpus.val_windows(3)[1:2]))
+    return capture(model, layer, x, y, Device(device.device, torch.float32, ""), None)
 
 
 # -- the machine ------------------------------------------------------------------------------------
@@ -140,7 +165,7 @@ def fit_power(x: list[float], y: list[float]) -> tuple[float, float] | None:
 def peak_of(run: Callable[[], object], device: Device) -> int | None:
     """The most bytes of memory that run() takes at once beyond what is taken before; None where that can't be known.
 
-    On the CPU it is the process's resident memory (Linux), so for a fresh process, see `in_child`. Not getrusage's
+    On the CPU it is the process's resident memory (Linux), so for a fresh process, see `apart`. Not getrusage's
     ru_maxrss: a process starts with that of the one which started it, and it never falls.
     """
     if device.type == "cuda":
@@ -176,6 +201,11 @@ def free_memory(device: Device) -> int | None:
     return 1024 * int(found[1]) if found else None
 
 
+def apart(device: Device, function: Callable, *arguments):
+    """function(*arguments), on the CPU `in_child`: what peak_of needs."""
+    return in_child(function, *arguments) if device.type == "cpu" else function(*arguments)
+
+
 def in_child(function: Callable, *arguments):
     """function(*arguments) in a fresh process, with as many threads as here. UserError if it is killed."""
     # spawn: a forked process would hold this one's memory, and threads that do not exist in it
@@ -192,24 +222,3 @@ def in_child(function: Callable, *arguments):
 
 def mib(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"
-
-
-# -- files ------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, data: dict) -> None:
-    """See write_whole."""
-    write_whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path, benchmark: str) -> dict:
-    """What write_json wrote for that benchmark. UserError."""
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from error
-    except ValueError:
-        data = None
-    if not isinstance(data, dict) or data.get("benchmark") != benchmark:
-        raise UserError(f"{path} is not what {benchmark}.py wrote by --json=FILE")
-    return data

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import UserError, key, load_config, run_main
-from data.loader import load_corpus
-from model import model_from_checkpoint
+from measure import trained_inputs
 from output import check_picture, import_pyplot, save_picture
 from sus_backends.reference import Known, row_weights, sus_multiplier
 from training import checkpoint
 from training.device import resolve_device
-from training.probe import capture
+from training.weights import model_from_checkpoint
 
 
 @dataclass
@@ -36,7 +36,7 @@ class PictureConfig:
     out: str = key("sus.png", "the picture: .png, .svg or .pdf")
 
 
-def main():
+def main() -> None:
     cfg = load_config(PictureConfig, sys.argv[1:], usage=__doc__)
     check_picture(cfg.out)
     path = Path(cfg.out_dir) / "ckpt.pt"
@@ -47,10 +47,8 @@ def main():
         raise UserError(
             f"the model has {config.n_layer} layers of {config.n_head} heads: --layer and --head count from 0"
         )
-    folder = Path(__file__).resolve().parents[1] / "data" / (cfg.dataset or saved["config"]["dataset"])
-    corpus = load_corpus(folder, config.block_size)
-    x, y = corpus.val_batch(corpus.val_windows(3)[1:2])  # from the middle of the validation text
-    q, k, _, grad_out = capture(model, cfg.layer, x, y, resolve_device("cpu", "float32"), None)
+    dataset, device = cfg.dataset or saved["config"]["dataset"], resolve_device("cpu", "float32")
+    q, k, _, grad_out = trained_inputs(model, cfg.layer, dataset, config.block_size, device)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     T, D = q.shape[2:]
     scores = (q[:, [cfg.head]] @ k[:, [cfg.head]].mT) * D**-0.5
@@ -66,7 +64,7 @@ def main():
     print(f"picture: {cfg.out}")
 
 
-def draw(w, w_kept, fraction, cfg):
+def draw(w: Tensor, w_kept: Tensor, fraction: float, cfg: PictureConfig) -> None:
     plt = import_pyplot()
     from matplotlib.colors import LogNorm
 
@@ -79,7 +77,7 @@ def draw(w, w_kept, fraction, cfg):
         pixels = torch.nn.functional.max_pool2d(weights[None, None], pool)[0, 0]
         pixels[pixels <= 1e-6] = torch.nan
         image = axis.imshow(
-            pixels, norm=LogNorm(1e-4, 1), cmap="viridis_r", interpolation="nearest", extent=(0, T, T, 0)
+            pixels.numpy(), norm=LogNorm(1e-4, 1), cmap="viridis_r", interpolation="nearest", extent=(0, T, T, 0)
         )
         axis.set(title=title, xlabel="key position")
     axes[0].set_ylabel("query position")

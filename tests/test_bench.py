@@ -1,5 +1,7 @@
 """The benchmarks: what they print and keep, that they refuse wrong results, that a step is train.py's. No times."""
 
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -19,20 +21,25 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import backprop
 import bench_attention
+import bench_attention_report
 import bench_backprop
 import bench_train
+import contenders
+import cost_model
 import measure
+import output
+import picture_of_sus
 import train
-from bench_attention import BenchConfig, Check, Contender, contenders
 from configurator import UserError
-from data.corpus import Texts, write_corpus
-from data.tokenizer import tokenizer_from_meta
-from model import GPT, GPTConfig, model_args
+from contenders import Check, Contender
+from model import GPT, GPTConfig
 from sus_attn import sus_attention
+from tiny import command, write_tiny_corpus
 from training import checkpoint
 from training.device import Device, memory_errors
 from training.probe import take_turns, time_attention
 from training.record import plain, read_record
+from training.weights import model_args
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 FLASH = Contender("SDPA flash", "exact", "FLASH_ATTENTION")
@@ -43,51 +50,39 @@ def sus_at(*cs):
     return [Contender(f"SUS c={c:g}", "sus", "reference", c) for c in cs]
 
 
-def command(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-    module.main()
+def cells(line: str) -> list[str]:
+    """They stand two blanks or more apart."""
+    return re.split(r"\s{2,}", line.strip())
 
 
 def table_in(out: str) -> list[list[str]]:
-    """The cells of the first table whose titles begin with T: they stand two blanks or more apart."""
+    """The cells of the first table whose titles begin with T."""
     lines = itertools.dropwhile(lambda line: not line.startswith("T  "), out.splitlines())
-    return [re.split(r"\s{2,}", line.strip()) for line in itertools.takewhile(str.strip, lines)]
+    return [cells(line) for line in itertools.takewhile(str.strip, lines)]
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch):
+    """The machine isn't looked at: that takes a second each time. `figures` has done it."""
+    for module in (bench_attention, bench_train):
+        monkeypatch.setattr(module, "product_ms", lambda device: 10.0)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
-    folder = tmp_path_factory.mktemp("data") / "small"
-    write_corpus(
-        folder, Texts([("a", text[:50_000])], [("b", text[50_000:])], {}), tokenizer_from_meta({"name": "byte"})
-    )
-    return folder
+    return write_tiny_corpus(tmp_path_factory.mktemp("data") / "small", 50_000, 50_000)
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """A whole run as a user starts it: (its folder, what it printed)."""
+    """A whole run: (its folder, what it printed)."""
     pytest.importorskip("matplotlib")
-    folder = tmp_path_factory.mktemp("bench")
-    result = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "experiments" / "bench_attention.py",
-            *SMALL,
-            "--T=128,64",
-            "--c=0.4,inf",
-            "--memory=False",
-            "--backend=reference",
-            "--json=all.json",
-            "--out=a.png",
-        ],
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    folder, printed = tmp_path_factory.mktemp("bench"), io.StringIO()
+    options = "--T=128,64", "--c=0.4,inf", "--memory=False", "--backend=reference", "--json=all.json", "--out=a.png"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        command(bench_attention, patch, *SMALL, *options)
+    return folder, printed.getvalue()
 
 
 # -- bench_attention.py: what it shows and keeps ----------------------------------------------------
@@ -96,26 +91,14 @@ def figures(tmp_path_factory):
 def test_the_table(figures):
     _, out = figures
     titles, *rows = table_in(out)
-    assert titles == [
-        "T",
-        "c",
-        "exact fwd",
-        "exact bwd",
-        "SUS fwd",
-        "of it draw",
-        "SUS bwd",
-        "of it sparse",
-        "fwd ratio",
-        "bwd ratio",
-        "fwd+bwd ratio",
-        "kept/row",
-        "exact MiB",
-        "SUS MiB",
-    ]
+    assert titles == cells(
+        "T  c  exact fwd  exact bwd  SUS fwd  of it draw  SUS bwd  of it sparse  fwd ratio  bwd ratio  fwd+bwd ratio  "
+        "kept/row  exact MiB  SUS MiB"
+    )
     assert [row[:2] for row in rows] == [["64", "0.4"], ["64", "inf"], ["128", "0.4"], ["128", "inf"]]
     assert rows[0][5] == "in bwd" and ".." in rows[0][8]
     for text in (
-        "threads 1",
+        f"threads {torch.get_num_threads()}",
         f"torch {torch.__version__}",
         "SDPA flash",
         "SDPA math",
@@ -149,7 +132,7 @@ def test_the_json_holds_every_figure(figures):
         "dtype": "float32",
     }
     assert data["config"]["c"] == "0.4,inf" and {row["backend"] for row in sus} == {"reference"}
-    assert len(data["idle"]["product_ms"]) == 3 and data["environment"]["threads"] == 1
+    assert len(data["idle"]["product_ms"]) == 3 and data["environment"]["threads"] == torch.get_num_threads()
     assert len(data["checks"]) >= 12 and all(check["value"] <= check["limit"] for check in data["checks"])
     for line in data["comparisons"]:
         for part in ("forward", "backward", "both"):
@@ -203,8 +186,8 @@ def made_up(Ts=(1024, 4096), cs=(10.0, 25.0), draws=True):
             "checks": [],
             "config": {"sampler": "tiles"},
             "inputs": {"from": "nowhere", "shape": [1, 4, "T", 64], "key_heads": 2, "dtype": "float32"},
-            "comparisons": bench_attention.compare(rows, list(Ts)),
-            "fits": bench_attention.fits(rows),
+            "comparisons": bench_attention_report.compare(rows, list(Ts)),
+            "fits": bench_attention_report.fits(rows),
         },
         nonfinite=str,
     )
@@ -224,7 +207,7 @@ def test_made_up_figures_give_their_exponents_and_ratios(capsys):
     line = next(line for line in data["comparisons"] if line["T"] == 4096 and line["c"] == 25)
     assert line["exact"] == "SDPA flash"  # the faster one
     assert [line[part]["median"] for part in ("forward", "backward", "both")] == pytest.approx([0.5, 4.8, 64 / 42])
-    bench_attention.report(data)
+    bench_attention_report.report(data)
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("4,096  25")).split()
     assert row[2:8] == ["32", "96", "64", "8", "20", "20"] and row[-3:] == ["9.0", "4,096", "4,096"]
@@ -245,8 +228,8 @@ def test_made_up_figures_give_their_exponents_and_ratios(capsys):
 )
 def test_a_picture_of_every_shape(tmp_path, recwarn, data):
     pytest.importorskip("matplotlib")
-    figure = bench_attention.draw(data)
-    bench_attention.save_picture(figure, tmp_path / "a.png")
+    figure = bench_attention_report.draw(data)
+    output.save_picture(figure, tmp_path / "a.png", dpi=40)
     left, right = figure.axes
     Ts = sorted({row["T"] for row in data["results"]})
     assert {f"exact, T = {T:,}" for T in Ts} <= {text.get_text() for text in left.texts}
@@ -272,8 +255,8 @@ def test_wandb_gets_the_curves_over_c(monkeypatch):
             self.finished = True
 
     mirror = Mirror()
-    monkeypatch.setattr(bench_attention, "start_wandb", lambda **run: (mirror, ""))
-    bench_attention.log_to_wandb(made_up(cs=(10.0, 25.0, math.inf)))
+    monkeypatch.setattr(bench_attention_report, "start_wandb", lambda **run: (mirror, ""))
+    bench_attention_report.log_to_wandb(made_up(cs=(10.0, 25.0, math.inf)))
     assert (("*",), {"step_metric": "c"}) in mirror.metrics and mirror.finished
     assert [line["c"] for line in mirror.lines] == [10, 25]
     assert [line["T=4096/sus_backward_ms"] for line in mirror.lines] == [8, 20]
@@ -283,7 +266,7 @@ def test_wandb_gets_the_curves_over_c(monkeypatch):
 # -- is it right? -----------------------------------------------------------------------------------
 
 
-INPUTS = bench_attention.random_inputs(2, 256, 16, 0, CPU)
+INPUTS = contenders.random_inputs(2, 256, 16, 0, CPU)
 
 
 def wrong_gradient(factor, only_if):
@@ -318,12 +301,12 @@ BROKEN = {
 
 
 def run_check(monkeypatch, slice_, cs=(8.0,)):
-    monkeypatch.setattr(bench_attention, "SLICE", slice_)
+    monkeypatch.setattr(contenders, "SLICE", slice_)
     check = Check()
     check.start(FLASH, sus_at(*cs), *INPUTS)
-    exact = bench_attention.gradients(FLASH, *INPUTS)
+    exact = measure.gradients(FLASH, *INPUTS)
     for sus in sus_at(*cs):
-        check.at(exact, bench_attention.gradients(sus, *INPUTS, seed=0), sus.c, *INPUTS[:3])
+        check.at(exact, measure.gradients(sus, *INPUTS, seed=0), sus.c, *INPUTS[:3])
     return check
 
 
@@ -336,20 +319,20 @@ def test_the_check_passes(monkeypatch, slice_):
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_check_finds_a_broken_operator(monkeypatch, broken):
     function, message = BROKEN[broken]
-    monkeypatch.setattr(bench_attention, "sus_attention", function)
+    monkeypatch.setattr(contenders, "sus_attention", function)
     with pytest.raises(UserError, match=f"no figures: .*{message}"):
         run_check(monkeypatch, 64)
 
 
 def test_no_figures_from_a_broken_operator(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench_attention, "sus_attention", BROKEN["the forward"][0])
+    monkeypatch.setattr(contenders, "sus_attention", BROKEN["the forward"][0])
     with pytest.raises(UserError, match="SUS is wrong here"):
         command(bench_attention, monkeypatch, *SMALL, "--T=32", "--backend=reference", f"--json={tmp_path / 'a.json'}")
     assert "exact" not in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_poisoned_memory_is_nan_and_then_not_any_more():
-    with bench_attention.poisoned():
+    with contenders.poisoned():
         assert torch.empty(3).isnan().all() and torch.empty_like(INPUTS[0]).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -391,7 +374,7 @@ def test_fit_power():
 
 
 def test_what_is_not_worth_measuring_is_left_out_by_name(monkeypatch):
-    members = contenders(CPU, {10.0: "cpu", 30.0: "cpu"})
+    members = contenders.contenders(CPU, {10.0: "cpu", 30.0: "cpu"})
     assert [m.name for m in members] == [
         "SDPA flash",
         "SDPA math",
@@ -434,27 +417,43 @@ def test_memory_of_attention_in_a_fresh_process():
         measure.in_child(os._exit, 1)
 
 
-def test_inputs_of_a_trained_model(tmp_path, corpus, monkeypatch, capsys):
+@pytest.fixture
+def trained(tmp_path, corpus):
+    """A run's folder."""
     config = GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, pos="rope")
-    checkpoint.save(
-        tmp_path / "ckpt.pt",
-        {
-            "model": GPT(config).state_dict(),
-            "model_args": model_args(config),
-            "iter_num": 1,
-            "best_val_loss": 1.0,
-            "config": {"dataset": str(corpus)},
-        },
-    )
-    common = [f"--inputs={tmp_path}", "--device=cpu", "--c=4", "--repeats=1", "--memory=False", "--backend=reference"]
+    state = {
+        "model": GPT(config).state_dict(),
+        "model_args": model_args(config),
+        "iter_num": 1,
+        "best_val_loss": 1.0,
+        "config": {"dataset": str(corpus)},
+    }
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+    return tmp_path
+
+
+def test_inputs_of_a_trained_model(trained, monkeypatch, capsys):
+    common = [f"--inputs={trained}", "--device=cpu", "--c=4", "--repeats=1", "--memory=False", "--backend=reference"]
     command(bench_attention, monkeypatch, *common)
     out = capsys.readouterr().out
-    assert f"q, k, v (1, 4, T, 8), 2 key heads, float32, {tmp_path}" in out
+    assert f"q, k, v (1, 4, T, 8), 2 key heads, float32, {trained}" in out
     assert [line.split()[:2] for line in out.splitlines() if line.startswith("64 ")] == [["64", "4"]]
     with pytest.raises(UserError, match="T=65 is above the 64 tokens"):
         command(bench_attention, monkeypatch, *common, "--T=65")
     with pytest.raises(UserError, match="--H and --inputs exclude each other"):
         command(bench_attention, monkeypatch, *common, "--H=4")
+
+
+def test_a_picture_of_a_trained_model(trained, monkeypatch, capsys):
+    """c is above the number of tiles, so that all is kept."""
+    pytest.importorskip("matplotlib")
+    command(picture_of_sus, monkeypatch, f"--out_dir={trained}", "--head=3", "--c=64", f"--out={trained / 'a.png'}")
+    assert (
+        "layer 1, head 3, c = 64: 32.5 of 32.5 entries a row kept, 100.00%; they hold 100.0%" in capsys.readouterr().out
+    )
+    assert (trained / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="2 layers of 4 heads"):
+        command(picture_of_sus, monkeypatch, f"--out_dir={trained}", "--layer=2")
 
 
 # -- bench_train.py ---------------------------------------------------------------------------------
@@ -474,6 +473,7 @@ def tiny(corpus):
         lr_decay_iters=12,
         min_lr=3e-4,
         sus_c=4,
+        sus_backend="reference",  # no kernel has to be compiled for it
         device="cpu",
         dtype="float32",
         dataset=corpus,
@@ -514,39 +514,35 @@ def test_a_step_is_that_of_train_py(tiny, corpus, tmp_path, monkeypatch, kind):
     assert all(torch.equal(weight, final[name]) for name, weight in trainer.model.state_dict().items())
 
 
-def test_the_training_table(tiny, tmp_path, monkeypatch, capsys):
-    order = []
-    timed_step = bench_train.Trainer.timed_step
+@pytest.fixture
+def order(monkeypatch):
+    """The steps that are timed: (T, kind, backprop, it, whether it is one that measures attention's share)."""
+    steps, timed_step = [], bench_train.Trainer.timed_step
 
-    def record_order(self, kind, it, model=None):
-        order.append((self.cfg.block_size, kind, it) if model is None else "share")
+    def noting(self, kind, it, model=None):
+        steps.append((self.cfg.block_size, kind, self.cfg.backprop, it, model is self.model))
         return timed_step(self, kind, it, model)
 
-    monkeypatch.setattr(bench_train.Trainer, "timed_step", record_order)
+    monkeypatch.setattr(bench_train.Trainer, "timed_step", noting)
+    return steps
+
+
+def test_the_training_table(tiny, order, tmp_path, monkeypatch, capsys):
     config = tmp_path / "config.py"
     config.write_text("block_size = 32\nattn_backward = 'exact'\n")  # of a config file, for train.py
     options = "--T=64,32", "--repeats=2", "--memory=False", f"--json={tmp_path / 'a.json'}"
     command(bench_train, monkeypatch, config, *tiny, *options)
-    assert [call for call in order if call != "share"] == [
-        (T, kind, it)
+    assert [step for step in order if not step[-1]] == [
+        (T, kind, "autograd", it, False)
         for T in (32, 64)
         for it, kinds in enumerate((("exact", "sus"), ("sus", "exact"), ("exact", "sus")))
         for kind in kinds
     ]
-    assert order.count("share") == 2 * 2 * bench_train.SHARE_ROUNDS
+    assert len([step for step in order if step[-1]]) == 2 * 2 * bench_train.SHARE_ROUNDS
     titles, *rows = table_in(capsys.readouterr().out)
-    assert titles == [
-        "T",
-        "exact tok/s",
-        "SUS tok/s",
-        "SUS / exact",
-        "exact ms",
-        "SUS ms",
-        "exact attention",
-        "SUS attention",
-        "exact MiB",
-        "SUS MiB",
-    ]
+    assert titles == cells(
+        "T  exact tok/s  SUS tok/s  SUS / exact  exact ms  SUS ms  exact attention  SUS attention  exact MiB  SUS MiB"
+    )
     assert [row[0] for row in rows] == ["32", "64"]
     data = json.loads((tmp_path / "a.json").read_text())
     assert [(row["T"], row["kind"]) for row in data["results"]] == [
@@ -597,21 +593,15 @@ def test_memory_of_training(tiny, corpus):
 # -- bench_backprop.py ------------------------------------------------------------------------------
 
 
-def test_the_table_of_the_analytic_backward(tiny, tmp_path, monkeypatch, capsys):
-    order = []
-    step = bench_train.Trainer.timed_step
-
-    def record_order(self, kind, it, model=None):
-        order.append((self.cfg.block_size, kind, self.cfg.backprop, it))
-        return step(self, kind, it, model)
-
-    monkeypatch.setattr(bench_train.Trainer, "timed_step", record_order)
+def test_the_table_of_the_analytic_backward(tiny, order, tmp_path, monkeypatch, capsys):
     config = tmp_path / "config.py"
     config.write_text("block_size = 32\nbackprop = 'analytic'\n")  # of a config file, for train.py
     options = "--T=64,32", "--repeats=2", "--memory=False", f"--json={tmp_path / 'a.json'}"
     command(bench_backprop, monkeypatch, config, *tiny, *options)
     steps = [("exact", "autograd"), ("exact", "analytic"), ("sus", "autograd"), ("sus", "analytic")]
-    assert order == [(T, *step, it) for T in (32, 64) for it in range(3) for step in (steps[::-1] if it % 2 else steps)]
+    assert [step[:4] for step in order] == [
+        (T, *step, it) for T in (32, 64) for it in range(3) for step in (steps[::-1] if it % 2 else steps)
+    ]
     titles, *rows = table_in(capsys.readouterr().out)
     assert titles[:5] == ["T", "attention", "autograd ms", "analytic ms", "autograd / analytic"]
     assert [row[:2] for row in rows] == [["32", "exact"], ["32", "sus"], ["64", "exact"], ["64", "sus"]]
@@ -630,20 +620,42 @@ def test_wrong_gradients_get_no_figures(tiny, corpus, monkeypatch):
         bench_backprop.compare_gradients(trainer, "exact")
 
 
-def test_memory_of_the_analytic_backward(tiny, corpus):
-    """Where it can be measured, it is less than autograd's, on activations that outweigh the model."""
-    found = [
+@pytest.mark.slow
+def test_memory_of_the_analytic_backward(tiny, corpus, monkeypatch):
+    """Where it can be measured, it is less than autograd's: here a sixth less, to a hundredth."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # or else glibc keeps what is freed, now more, now less of it
+    autograd, analytic = (
         measure.in_child(
             bench_train.memory_of,
             make_trainer(tiny, corpus, f"--backprop={way}").cfg,
             "exact",
-            4096,
+            1024,
             CPU,
-            bench_train.load_corpus(corpus, 4096),
+            bench_train.load_corpus(corpus, 1024),
         )
         for way in bench_backprop.WAYS
-    ]
-    assert found == [None, None] or found[1] < 0.9 * found[0]
+    )
+    assert autograd is None or analytic < 0.92 * autograd
+
+
+# -- the others -------------------------------------------------------------------------------------
+
+
+def test_the_cost_model_prints_a_line_for_each_length(monkeypatch, capsys):
+    command(cost_model, monkeypatch, "--T=8192,32768", "--c=4")
+    titles, *rows = table_in(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["8,192", "32,768"] and titles[-2:] == ["bwd ratio", "fwd+bwd ratio"]
+    assert float(rows[0][-1]) < float(rows[1][-1])  # the longer, the more SUS gains
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "experiments").glob("*.py")))
+def test_every_script_runs_from_anywhere(tmp_path, script):
+    path = ROOT / "experiments" / script
+    if "run_main(main)" not in path.read_text():
+        pytest.skip("a module of others")
+    result = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, text=True, capture_output=True)
+    assert result.returncode == 0 and f"experiments/{script}" in result.stdout and result.stderr == ""
 
 
 # -- mistakes ---------------------------------------------------------------------------------------
@@ -702,15 +714,15 @@ def test_foreign_json(tmp_path):
     for content in ("text", "[]", '{"benchmark": "train"}'):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(UserError, match="is not what bench_attention.py wrote"):
-            measure.read_json(tmp_path / "a.json", "bench_attention")
+            output.read_json(tmp_path / "a.json", "bench_attention")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "a.json").write_text("former")
     with pytest.raises(ValueError):
-        measure.write_json(tmp_path / "a.json", {"x": math.nan})
+        output.write_json(tmp_path / "a.json", {"x": math.nan})
     with pytest.raises(UserError, match="can't write"):
-        measure.write_json(tmp_path / "nowhere" / "a.json", {})
+        output.write_json(tmp_path / "nowhere" / "a.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "former"
 
 
@@ -722,7 +734,7 @@ def test_out_of_memory_is_one_line():
 
 
 def test_help_lists_every_key(capsys, monkeypatch):
-    for module, config in ((bench_attention, BenchConfig), (bench_train, bench_train.BenchTrainConfig)):
+    for module, config in ((bench_attention, bench_attention.BenchConfig), (bench_train, bench_train.BenchTrainConfig)):
         with pytest.raises(SystemExit):
             command(module, monkeypatch, "--help")
         out = capsys.readouterr().out

@@ -18,10 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare_runs
-from compare_runs import Run, draw, group, smooth, summary, table
+import output
+import sweep
+from compare_runs_report import draw, smooth, summary, table
 from configurator import TrainConfig, UserError, load_config
 from data.corpus import Texts, write_corpus
 from data.tokenizer import tokenizer_from_meta
+from runs import Run, group, rank
 from training.record import Record, plain, read_record
 
 
@@ -178,7 +181,7 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
         raise AssertionError("a run was started")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_runs.subprocess, "Popen", never)
+        patch.setattr(sweep.subprocess, "Popen", never)
         main(*arguments)
         again = capsys.readouterr().out
         assert "2 finished, 0 begun, 0 new" in again and table_of_groups[1] in again
@@ -276,7 +279,7 @@ def test_what_makes_another_run(config, tmp_path, main):
 )
 def test_mistakes_before_a_sweep(tmp_path, main, monkeypatch, arguments, message):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(compare_runs.subprocess, "Popen", None)
+    monkeypatch.setattr(sweep.subprocess, "Popen", None)
     write(tmp_path / "a", make_run())
     with pytest.raises(UserError) as error:
         main(*arguments)
@@ -340,7 +343,7 @@ def test_lowrank_runs_are_groups_by_their_own_keys_alone():
         make_run("d", attn_backward="sus", lowrank_degree=6),
     ]
     assert list(group(runs)) == ["exact", "lowrank, lowrank_degree=2", "lowrank, lowrank_degree=4", "sus c=25"]
-    assert sorted(runs, key=compare_runs.rank) == [runs[0], runs[3], *runs[1:3]]
+    assert sorted(runs, key=rank) == [runs[0], runs[3], *runs[1:3]]
     assert dict(zip(*table(runs[1:2])))["own bwd ms"] == "30.00"
 
 
@@ -502,7 +505,7 @@ def test_a_picture_of_every_shape_of_record(tmp_path, recwarn, runs):
     for run in runs:
         run.lines = [plain(line, nonfinite=lambda value: None) for line in run.lines]  # as they are in the file
     figure = draw(runs)
-    compare_runs.save_picture(figure, tmp_path / "a.png")
+    output.save_picture(figure, tmp_path / "a.png")
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert [label.partition(":")[0] for label in labels] == [run.name for run in runs]
     assert all(math.isfinite(limit) for ax in figure.axes for limit in (*ax.get_xlim(), *ax.get_ylim()))
@@ -546,7 +549,7 @@ def many_runs(make=timed, modes=("exact", 5, 10, 25, 50, "auto"), seeds=(1, 2, 3
 def test_a_picture_of_every_shape_of_many_runs(tmp_path, recwarn, runs):
     pytest.importorskip("matplotlib")
     figure = draw(runs)
-    compare_runs.save_picture(figure, tmp_path / "a.png", dpi=60)
+    output.save_picture(figure, tmp_path / "a.png", dpi=60)
     assert all(math.isfinite(limit) for ax in figure.axes for limit in (*ax.get_xlim(), *ax.get_ylim()))
     assert not [str(warning.message) for warning in recwarn] and (tmp_path / "a.png").stat().st_size > 10_000
 
@@ -585,11 +588,11 @@ def test_few_runs_have_the_time_axis_where_times_are_known():
 
 def test_times_are_shown_where_there_are_some():
     pytest.importorskip("matplotlib")
-    right = compare_runs.draw([make_run(), make_run("s", attn_backward="sus")]).axes[2]
+    right = draw([make_run(), make_run("s", attn_backward="sus")]).axes[2]
     assert [patch.get_height() for patch in right.patches] == [10, 30, 10, 20]  # forward, backward; exact, sus
     assert sorted(text.get_text() for text in right.texts) == ["10", "10", "20", "30"]
     bare = Run("bare", {"attn_backward": "exact"}, [{"iter": 1, "train/tok_per_sec": 500.0}])
-    right = compare_runs.draw([bare]).axes[2]
+    right = draw([bare]).axes[2]
     assert [patch.get_width() for patch in right.patches] == [500]
 
 
@@ -635,7 +638,7 @@ def test_a_mistake_is_one_line_and_exit_status_1(tmp_path):
 def test_missing_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install -r requirements-dev.txt"):
-        compare_runs.draw([make_run()])
+        draw([make_run()])
 
 
 def test_a_sweep_over_a_fine_tuning_knows_its_runs(tmp_path):
@@ -643,7 +646,7 @@ def test_a_sweep_over_a_fine_tuning_knows_its_runs(tmp_path):
 
     def planned(*arguments):
         config = load_config(TrainConfig, ["--init_from=out-1k", "--learning_rate=0.001", *arguments], usage="")
-        return compare_runs.Planned("a", tmp_path / "a", list(arguments), config)
+        return sweep.Planned("a", tmp_path / "a", list(arguments), config)
 
     adopted = dataclasses.asdict(planned().config) | {"pos": "rope", "n_layer": 2}
     record = Record(
@@ -658,8 +661,8 @@ def test_a_sweep_over_a_fine_tuning_knows_its_runs(tmp_path):
     )
     record.log({"iter": 4, "val/loss": 2.0})
     record.finish()
-    compare_runs.look(planned())
-    compare_runs.look(planned("--n_layer=2"))
+    sweep.look(planned())
+    sweep.look(planned("--n_layer=2"))
     for key, was in ("n_layer=3", 2), ("learning_rate=0.002", 0.001):
         with pytest.raises(UserError, match=f"has a run with {key.partition('=')[0]}={was}, not"):
-            compare_runs.look(planned(f"--{key}"))
+            sweep.look(planned(f"--{key}"))

@@ -15,18 +15,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import grad_variance
+import grad_variance_measure
+import grad_variance_picture
+import grad_variance_report
 import model as model_module
+import model_gradients
+import output
 from configurator import UserError, load_config, run_main
 from data.corpus import Texts, write_corpus
 from data.loader import load_corpus
 from data.tokenizer import tokenizer_from_meta
-from grad_variance import Subject, VarianceConfig, relative_variance, student_limit
-from model import GPT, GPTConfig, model_args
+from grad_variance import VarianceConfig
+from grad_variance_measure import Method, relative_variance, student_limit
+from model import GPT, GPTConfig
+from model_gradients import Parts, Subject
 from sus_attn import fold_in, sus_attention
 from sus_backends import reference
 from training import checkpoint
 from training.device import Device
 from training.record import plain
+from training.weights import model_args
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 L, H, K, D, C = 2, 4, 2, 8, 32
@@ -35,7 +43,7 @@ L, H, K, D, C = 2, 4, 2, 8, 32
 @pytest.fixture(autouse=True)
 def soon_over(monkeypatch):
     monkeypatch.setattr(grad_variance, "product_ms", lambda device: 1.0)
-    monkeypatch.setattr(grad_variance, "ESTIMATE_DRAWS", 4)
+    monkeypatch.setattr(grad_variance_measure, "ESTIMATE_DRAWS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +189,7 @@ def test_student_limit_against_tables():
 
 
 def test_estimate_is_that_of_poisson_draws(run, monkeypatch):
-    monkeypatch.setattr(grad_variance, "ESTIMATE_DRAWS", 64)
+    monkeypatch.setattr(grad_variance_measure, "ESTIMATE_DRAWS", 64)
     data = measure(run, "--c=4,20", "--samplers=poisson", "--sequences=4")
     (line,) = data["estimates"]
     assert line["c"] == 20 and line["layer"] == 1 and 0.8 < line["ratio"] < 1.25
@@ -243,7 +251,7 @@ def test_even_attention():
     for block in model.transformer.h:
         block.attn.c_attn.weight.data[: H * D] = 0  # no query: all scores are 0
     x = torch.arange(64).view(2, 32)
-    found = grad_variance.look_at_attention(Subject(model, CPU), x, [4.0, math.inf])
+    found = grad_variance_measure.look_at_attention(Subject(model, CPU), x, [4.0, math.inf])
     k = torch.arange(1, 33.0)
     for head in (head for layer in found["heads"] for head in layer):
         assert head["entropy"] == pytest.approx(16) and head["effective"] == pytest.approx(16)
@@ -262,19 +270,19 @@ def test_even_attention():
 def test_windows_are_of_validation_text_first(corpus):
     loaded = load_corpus(corpus, 32)
     room = (loaded.val_tokens - 1) // 32
-    x, y, taken = grad_variance.windows(loaded, room)
+    x, y, taken = model_gradients.windows(loaded, room)
     assert taken == {"val": room, "train": 0} and torch.equal(x, loaded.val_batch(loaded.val_windows(room))[0])
-    x, y, taken = grad_variance.windows(loaded, room + 50)
+    x, y, taken = model_gradients.windows(loaded, room + 50)
     assert taken == {"val": room, "train": 50} and torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (room + 50, 32)
     assert len({tuple(row.tolist()) for row in x}) == room + 50
     assert torch.equal(x[-1:], loaded.read("train", [[(loaded.train_tokens - 33, 32)]])[0])  # spread up to the end
     with pytest.raises(UserError, match="give fewer --sequences"):
-        grad_variance.windows(loaded, 10_000)
+        model_gradients.windows(loaded, 10_000)
 
 
 def test_the_model_is_left_as_it_was(run, monkeypatch, tmp_path):
     """Ctrl-C in the midst of it: no file, no stats left behind, the proposals' factor back."""
-    subjects, squares = [], grad_variance.Parts.squares
+    subjects, squares = [], Parts.squares
 
     def interrupted(self, x):
         subjects.append(x)
@@ -282,7 +290,7 @@ def test_the_model_is_left_as_it_was(run, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return squares(self, x)
 
-    monkeypatch.setattr(grad_variance.Parts, "squares", interrupted)
+    monkeypatch.setattr(Parts, "squares", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command(
             monkeypatch,
@@ -293,7 +301,7 @@ def test_the_model_is_left_as_it_was(run, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir()) and reference.KAPPA == 2.0
     subject = Subject(tiny_model(), CPU)
     x = torch.arange(32)[None]
-    subject.gradient(x, x, ("poisson", 2.0, "reference"))
+    subject.gradient(x, x, **Method("poisson", 2.0, "reference").keys)
     assert subject.model.config.attn_backward == "exact"
     assert all(block.attn.attend.stats is None for block in subject.model.transformer.h)
 
@@ -332,7 +340,7 @@ def made_up(Ts=(512, 2048), cs=(5.0, 25.0, 100.0), samplers=("poisson", "systema
                 )
     head = {"entropy": 9.0, "effective": 5.0, "first": 0.1, "distance": 77.0}
     toy = [[c, max(0, 1 / c - 0.02), max(0, 1 / c - 0.005)] for c in cs]
-    bins = [[1 / grad_variance.BINS] * grad_variance.BINS] * 2
+    bins = [[1 / grad_variance_measure.BINS] * grad_variance_measure.BINS] * 2
     return plain(
         {
             "benchmark": "grad_variance",
@@ -359,7 +367,7 @@ def made_up(Ts=(512, 2048), cs=(5.0, 25.0, 100.0), samplers=("poisson", "systema
                 for s in samplers
             ],
             "check": {"largest": 2.0, "count": 100, "limit": 5.0, "holds": True, "place": "T = 512"},
-            "fits": grad_variance.fits(rows),
+            "fits": grad_variance_report.fits(rows),
         },
         nonfinite=str,
     )
@@ -402,10 +410,10 @@ SHAPES = {
 def test_a_picture_and_a_table_of_every_shape(tmp_path, recwarn, capsys, shape):
     pytest.importorskip("matplotlib")
     data = json.loads(json.dumps(SHAPES[shape], allow_nan=False))
-    grad_variance.report(data)
+    grad_variance_report.report(data)
     assert len(capsys.readouterr().out.splitlines()) > 10
-    figure = grad_variance.draw(data)
-    grad_variance.save_picture(figure, tmp_path / "a.png", dpi=40)
+    figure = grad_variance_picture.draw(data)
+    output.save_picture(figure, tmp_path / "a.png", dpi=40)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert len(figure.axes) == 6 and all(
         math.isfinite(x) for ax in figure.axes for x in (*ax.get_xlim(), *ax.get_ylim())
@@ -479,7 +487,7 @@ def test_what_does_not_fit(run, corpus, monkeypatch, tmp_path):
         measure(save_run(tmp_path, corpus, {"dropout": 0.2}))
     with pytest.raises(UserError, match="dropout=0.1"):
         Subject(tiny_model(dropout=0.1), CPU)
-    monkeypatch.setattr(grad_variance, "load_pretrained", lambda name: tiny_model(vocab_size=50257))
+    monkeypatch.setattr(model_gradients, "load_pretrained", lambda name: tiny_model(vocab_size=50257))
     with pytest.raises(UserError, match=r"is in other tokens \(byte\)"):
         measure(run, "--init_from=gpt2", f"--dataset={corpus}")
 
@@ -490,7 +498,7 @@ def test_gpt2_on_a_corpus_of_nanogpt(run, monkeypatch, tmp_path):
         ids = torch.randint(50257, (200,), generator=torch.Generator().manual_seed(0))
         (tmp_path / f"{split}.bin").write_bytes(ids.to(torch.uint16).numpy().tobytes())
     monkeypatch.setattr(
-        grad_variance, "load_pretrained", lambda name: tiny_model(vocab_size=50257, pos="learned", n_kv_head=0)
+        model_gradients, "load_pretrained", lambda name: tiny_model(vocab_size=50257, pos="learned", n_kv_head=0)
     )
     data = measure(run, "--init_from=gpt2", f"--dataset={tmp_path}", "--c=4", "--samplers=poisson", "--sequences=8")
     assert data["exact"][0]["windows"] == {"val": 6, "train": 2} and data["model"]["from"] == "gpt2"

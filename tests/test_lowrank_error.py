@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import lowrank_error
+import lowrank_error_report
 import model as model_module
 from configurator import UserError
 from lowrank_attn import CHUNK, lowrank_attention, score_bound
@@ -83,5 +84,5 @@ def test_the_picture_is_of_any_figures():
     pytest.importorskip("matplotlib")
     row = {"T": 9, "bound": 1.0, "degree": 2, "paper": 0.1, "ours": 0.0, "paper q, k": 0.1, "ours q, k": math.inf}
     times = {"T": 9, "name": "exact", "forward": 1.0, "backward": 0.0, "peak": None}
-    figure = lowrank_error.draw({"errors": ([row], [row]), "model": [row], "scaling": [times]}, 1.0, 9, 3)
+    figure = lowrank_error_report.draw({"errors": ([row], [row]), "model": [row], "scaling": [times]}, 1.0, 9, 3)
     assert len(figure.axes) == 4
