@@ -15,12 +15,12 @@ import train
 from configurator import UserError
 from model import GPT, GPTConfig
 from test_model import ARCHITECTURES, GPT2_LIKE, LONG, tiny, tokens
-from test_train import TORCHRUN, corpus, curve, run, same, start, weights  # noqa: F401  (fixtures)
 from training import checkpoint
 from training.lora import LoRALinear, adapter_state, add_adapters, fingerprint, merge
 from training.optimizer import make_optimizer
 from training.record import read_record
 from training.weights import model_from_checkpoint
+from training_runs import TORCHRUN, arguments, curve, finish, same, start, train_here, weights
 
 ALL = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
 
@@ -215,24 +215,22 @@ def test_fingerprint():
 LORA = dict(lora_rank=4, lora_alpha=8, learning_rate=1e-2, min_lr=1e-3)
 
 
-def fine_tune(run, out_dir="lora", base="base", **keys):  # noqa: F811
+def fine_tune(run, out_dir="lora", base="base", **keys):
     """Adapters at 128 tokens on the base of 64 tokens that `based` made. The record's lines."""
     return run(out_dir, **{"init_from": run.tmp / base, **LORA, "block_size": 128, "rope_scaling": 2, **keys})
 
 
 @pytest.fixture(scope="session")
-def base(corpus, tmp_path_factory):  # noqa: F811
+def base(corpus, tmp_path_factory):
     """The folder of a model trained at 64 tokens."""
     out_dir = tmp_path_factory.mktemp("base") / "base"
-    process = start(
-        corpus, out_dir, max_iters=200, lr_decay_iters=200, eval_interval=200, learning_rate=1e-2, log_interval=200
-    )
-    assert process.wait(120) == 0, process.stderr.read()
+    keys = dict(max_iters=200, lr_decay_iters=200, eval_interval=200, learning_rate=1e-2, log_interval=200)
+    train_here(*arguments(corpus, out_dir, **keys))
     return out_dir
 
 
 @pytest.fixture
-def based(run, base, tmp_path):  # noqa: F811
+def based(run, base, tmp_path):
     """`run`, with a copy of the base in tmp_path / base."""
     run.tmp = tmp_path
     shutil.copytree(base, tmp_path / "base")
@@ -312,12 +310,10 @@ def test_resume_takes_the_adapters_keys_from_the_checkpoint(based, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(based, corpus, tmp_path):  # noqa: F811
+def test_two_processes_follow_one(based, corpus, tmp_path):
     keys = dict(init_from=tmp_path / "base", block_size=128, rope_scaling=2, **LORA)
     fine_tune(based, "one")
-    two = start(corpus, tmp_path / "two", *TORCHRUN, **keys)
-    _, err = two.communicate(timeout=180)
-    assert two.returncode == 0, err
+    finish(start(corpus, tmp_path / "two", *TORCHRUN, **keys))
     a, b = (read_record(tmp_path / name / "metrics.jsonl")[1] for name in ("one", "two"))
     for x, y in zip(a, b, strict=True):
         for name in {"train/loss", "val/loss", "train/grad_norm"} & x.keys():
@@ -345,7 +341,7 @@ def test_targets_above_the_probed_layer(based):
 # -- the base ----------------------------------------------------------------------------------------
 
 
-def resume(run, **keys):  # noqa: F811
+def resume(run, **keys):
     return run("lora", **{**LORA, "init_from": "resume", "block_size": 128, "rope_scaling": 2, **keys})
 
 
@@ -429,7 +425,7 @@ def test_base_mistakes(based, tmp_path):
         sample.load_model(tmp_path / "base" / "ckpt.pt", "somewhere")
 
 
-def test_the_tokenizer_of_the_base_must_be_the_corpus_s(based, tmp_path, corpus):  # noqa: F811
+def test_the_tokenizer_of_the_base_must_be_the_corpus_s(based, tmp_path, corpus):
     chars = tmp_path / "chars"
     shutil.copytree(corpus, chars)
     (chars / "meta.json").write_text((corpus / "meta.json").read_text().replace('"byte"', '"gpt2"'))
@@ -466,7 +462,7 @@ def test_a_truncated_or_spoiled_adapter_checkpoint(based, tmp_path):
     assert resume(based)[-1]["iter"] == 12
 
 
-def test_gpt2_as_the_base(run, corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_gpt2_as_the_base(run, corpus, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="transformers is a development requirement")
     sizes = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=128, vocab_size=257)
     small, other = transformers.GPT2LMHeadModel(sizes), transformers.GPT2LMHeadModel(sizes)
@@ -555,7 +551,7 @@ def test_full_fine_tuning_crops_and_extends(based, tmp_path):
         assert based(name, init_from="resume", block_size=block_size, max_iters=6)[-1]["iter"] == 6
 
 
-def test_learned_positions_are_cropped_and_not_extended(run, tmp_path):  # noqa: F811
+def test_learned_positions_are_cropped_and_not_extended(run, tmp_path):
     keys = dict(pos="learned", bias=True)
     run("base", max_iters=4, **keys)
     base = dict(init_from=tmp_path / "base", **keys)

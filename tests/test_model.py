@@ -243,7 +243,9 @@ def test_forward_is_exact_and_evaluation_does_not_draw():
     assert torch.equal(gradient(sus, x, y), gradient(exact, x, y))  # in eval mode even the gradient is exact
 
 
-@pytest.mark.parametrize("sampler", ["tiles", "systematic", "poisson"])
+@pytest.mark.parametrize(
+    "sampler", ["tiles", *(pytest.param(name, marks=pytest.mark.slow) for name in ("systematic", "poisson"))]
+)
 def test_whole_model_gradient_is_unbiased_with_the_seeds_of_training(sampler):
     """z-scores of random projections of the mean gradient over 400 (iteration, micro-batch) seeds as train.py makes
     them.
@@ -298,7 +300,11 @@ def test_activation_checkpointing_changes_nothing(keys):
 COMPILERS = [
     ("aot_eager", 0.4),
     # inductor rounds differently, which flips a few entries of the mask: compared where nothing is cut
-    pytest.param("inductor", math.inf, marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")),
+    pytest.param(
+        "inductor",
+        math.inf,
+        marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")],
+    ),
 ]
 
 

@@ -10,11 +10,11 @@ from configurator import TrainConfig, UserError, load_config
 from data.loader import load_corpus
 from model import GPT, GPTConfig
 from sus_attn import fold_in
-from test_train import TORCHRUN, corpus, run, start  # noqa: F401  (fixtures)
 from training import retention
 from training.device import Device
 from training.record import read_record
 from training.retention import HIGH, LOW, START, STEER, Retention, collect_stats
+from training_runs import TORCHRUN, finish, start
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 
@@ -78,7 +78,7 @@ def test_what_is_not_finite_moves_nothing():
     assert held.c == pytest.approx(1.25 * START)  # and the infinity is forgotten
 
 
-def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):  # noqa: F811
+def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):
     """Against the three gradients made here, and against the variance over many draws and batches."""
     monkeypatch.setattr(retention, "DECAY", 0.0)
     model, text = tiny(), load_corpus(corpus, 64)
@@ -186,7 +186,7 @@ def test_a_compiled_model_needs_no_compilation_when_c_moves():
 # -- in train.py -----------------------------------------------------------------------------------
 
 
-def test_a_run_sets_c_by_itself_and_resumes_the_same(run, tmp_path):  # noqa: F811
+def test_a_run_sets_c_by_itself_and_resumes_the_same(run, tmp_path):
     keys = dict(
         sus_c="auto",
         sus_rho=0.05,
@@ -207,10 +207,8 @@ def test_a_run_sets_c_by_itself_and_resumes_the_same(run, tmp_path):  # noqa: F8
 
 
 @pytest.mark.slow
-def test_two_processes_set_c(corpus, tmp_path):  # noqa: F811
-    process = start(corpus, tmp_path / "two", *TORCHRUN, sus_c="auto", block_size=512, max_iters=20)
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
+def test_two_processes_set_c(corpus, tmp_path):
+    finish(start(corpus, tmp_path / "two", *TORCHRUN, sus_c="auto", block_size=512, max_iters=20))
     lines = [line for line in read_record(tmp_path / "two" / "metrics.jsonl")[1] if "sus/c" in line]
     assert lines[-1]["sus/c"] != START and lines[-1]["sus/rho"] > 0
 

@@ -3,11 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,99 +21,20 @@ from training import report
 from training.optimizer import learning_rate
 from training.parallel import StopSignal
 from training.record import read_record
-
-ROOT = Path(__file__).resolve().parents[1]
-STDLIB = Path(os.__file__).parent
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """A small corpus of real text: four modules of the standard library, in bytes."""
-    text = lambda *names: [(n, (STDLIB / n).read_text(encoding="utf-8")) for n in names]
-    folder = tmp_path_factory.mktemp("data") / "small"
-    write_corpus(
-        folder,
-        Texts(text("argparse.py", "ast.py", "inspect.py"), text("enum.py"), {}),
-        tokenizer_from_meta({"name": "byte"}),
-    )
-    return folder
-
-
-TINY = dict(
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    block_size=64,
-    batch_size=2,
-    gradient_accumulation_steps=2,
-    pos="rope",
-    max_iters=12,
-    eval_interval=4,
-    eval_iters=3,
-    learning_rate=3e-3,
-    warmup_iters=3,
-    lr_decay_iters=12,
-    min_lr=3e-4,
-    attn_backward="sus",
-    sus_c=0.4,
-    wandb_log=False,
-    device="cpu",
-    dtype="float32",
-)
-
-
-def arguments(corpus, out_dir, **keys):
-    return [f"--{k}={v}" for k, v in {**TINY, "dataset": corpus, "out_dir": out_dir, **keys}.items()]
-
-
-@pytest.fixture
-def run(corpus, tmp_path, monkeypatch):
-    """run(out_dir, **keys): train in this process; the lines of the record."""
-
-    def run(out_dir="out", **keys):
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments(corpus, tmp_path / out_dir, **keys)])
-        train.main()
-        return read_record(tmp_path / out_dir / "metrics.jsonl")[1]
-
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
-
-
-def start(corpus, out_dir, *prefix, **keys):
-    """The same as a process of its own."""
-    command = [sys.executable, *prefix, ROOT / "train.py", *arguments(corpus, out_dir, **keys)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-def wait_for(process, record, text, seconds=60):
-    deadline = time.time() + seconds
-    while not (record.exists() and text in record.read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline
-        time.sleep(0.005)
-
-
-def curve(lines):
-    """What must repeat exactly: losses, learning rates and gradient norms by iteration, but no times."""
-    exact = ("iter", "train/loss", "val/loss", "val/loss_by_position", "lr", "train/grad_norm", "sus/kept_per_row")
-    return [{k: v for k, v in line.items() if k in exact} for line in lines]
-
-
-def weights(path):
-    return torch.load(path / "ckpt.pt", weights_only=True)["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
+from training_runs import (
+    PATIENCE,
+    ROOT,
+    TORCHRUN,
+    arguments,
+    curve,
+    finish,
+    same,
+    start,
+    text,
+    train_here,
+    wait_for,
+    weights,
+)  # fmt: skip
 
 # -- the record and its numbers --------------------------------------------------------------------
 
@@ -250,22 +170,22 @@ def test_learning_rate():
 # -- resume ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", [{}, {"attn_backward": "exact", "dropout": 0.2}], ids=["sus", "exact-with-dropout"])
-def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, keys):
+@pytest.mark.parametrize(
+    "keys",
+    [{}, pytest.param({"attn_backward": "exact", "dropout": 0.2}, marks=pytest.mark.slow)],
+    ids=["sus", "exact-with-dropout"],
+)
+def test_a_killed_run_resumes_bit_for_bit(run, corpus, tmp_path, keys):
     """kill -9 somewhere after the first checkpoint; the record and the weights must equal an uninterrupted run's."""
     keys = {**keys, "max_iters": 60, "lr_decay_iters": 60, "eval_interval": 10}
-    whole = start(corpus, tmp_path / "whole", **keys)
-    assert whole.wait(120) == 0, whole.stderr.read()
+    a = run("whole", **keys)
     killed = start(corpus, tmp_path / "killed", **keys)
     wait_for(killed, tmp_path / "killed" / "metrics.jsonl", '"iter": 15')
     killed.kill()
     killed.wait()
     at = torch.load(tmp_path / "killed" / "ckpt.pt", weights_only=True)["iter_num"]
     assert 10 <= at < 60
-    resumed = start(corpus, tmp_path / "killed", init_from="resume", **keys)
-    assert resumed.wait(120) == 0, resumed.stderr.read()
-    a, b = (read_record(tmp_path / name / "metrics.jsonl")[1] for name in ("whole", "killed"))
-    assert curve(a) == curve(b)
+    assert curve(a) == curve(run("killed", init_from="resume", **keys))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
@@ -275,7 +195,7 @@ def test_signals_save_and_leave(corpus, tmp_path, number):
     record = tmp_path / "out" / "metrics.jsonl"
     wait_for(process, record, '"iter": 2,')
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number and "Traceback" not in err
     assert "resume" in out
     state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
@@ -320,8 +240,7 @@ def test_resume_takes_keys_from_the_checkpoint_and_prints_changes(run, tmp_path,
     run(max_iters=4)
     capsys.readouterr()
     argv = [f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--max_iters=6", "--sus_c=5"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    train.main()
+    train_here(*argv)
     out = capsys.readouterr().out
     assert "sus_c was 0.4, is now 5.0" in out and "max_iters was 4, is now 6" in out and "n_layer" not in out
     state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
@@ -332,8 +251,8 @@ def test_resume_on_other_text_says_so(run, tmp_path, corpus, capsys):
     run(max_iters=2)
     run(max_iters=3, init_from="resume")
     assert "is not the one that the run began with" not in capsys.readouterr().out
-    text = (STDLIB / "enum.py").read_text(encoding="utf-8")
-    write_corpus(tmp_path / "other", Texts([("a", text)], [("b", text)], {}), tokenizer_from_meta({"name": "byte"}))
+    other = [("a", text(20_000, seed=9))]
+    write_corpus(tmp_path / "other", Texts(other, other, {}), tokenizer_from_meta({"name": "byte"}))
     run(max_iters=4, init_from="resume", dataset=tmp_path / "other")
     assert (
         f"the training text in {tmp_path / 'other'} is not the one that the run began with" in capsys.readouterr().out
@@ -363,6 +282,18 @@ def test_a_checkpoint_in_nanogpt_s_form_resumes(run, tmp_path):
     with pytest.raises(UserError, match="norm=rmsnorm conflicts with the checkpoint"):
         run(init_from="resume", **{**gpt2_like, "norm": "rmsnorm"})
     assert run(init_from="resume", max_iters=6, dropout=0.2, **gpt2_like)[-1]["iter"] == 6
+
+
+def test_a_checkpoint_of_november_2026_loads_and_goes_on(corpus, tmp_path):
+    """files/checkpoint-2026-11.pt was written by the version of then: what it computes is what it did."""
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes((ROOT / "tests/files/checkpoint-2026-11.pt").read_bytes())
+    model, tokenizer = sample.load_model(path)
+    idx = torch.arange(2 * 33).view(2, 33) * 7 % 257
+    assert tokenizer.name == "byte" and model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(5.6157522, abs=1e-5)
+    train_here(f"--out_dir={tmp_path}", "--init_from=resume", f"--dataset={corpus}", "--max_iters=8")
+    state = torch.load(path, weights_only=True)
+    assert state["iter_num"] == 8 and state["config"]["n_embd"] == 16 and state["config"]["sus_c"] == 0.4
 
 
 def test_a_new_run_keeps_the_earlier_one_aside(run, tmp_path, capsys):
@@ -395,23 +326,37 @@ def test_always_save_checkpoint_off_keeps_the_best_until_the_end(run, tmp_path, 
     assert saved == expected and len({it for _, it in saved}) < 8
 
 
+# -- the first command of a newcomer ------------------------------------------------------------------
+
+
+def test_the_first_command_cut_short(tmp_path):
+    """In a fresh copy, python train.py config/long_ctx.py makes its corpus, trains, and ends with a sample."""
+    theirs = shutil.ignore_patterns(".git", ".venv", "tests", "out*", "wandb", "*.bin", "meta.json", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "fresh", ignore=theirs)
+    shutil.copytree(ROOT / "sus_backends", tmp_path / "fresh/sus_backends", dirs_exist_ok=True)  # with compiled kernels
+    command = [sys.executable, "train.py", "config/long_ctx.py", "--max_iters=2", "--eval_iters=1"]
+    out, err = finish(subprocess.Popen(command, cwd=tmp_path / "fresh", text=True, stdout=-1, stderr=-1))
+    for words in ("preparing data/stdlib", "SUS backward, c = 4", "iter 2: val loss", "--- a sample", "leet ./wandb"):
+        assert words in out, (words, out, err)
+    assert (tmp_path / "fresh/out-long-ctx/ckpt.pt").exists()
+
+
 # -- several processes -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"attn_backward": "exact", "dropout": 0.1}, {"backprop": "analytic"}],
+    [
+        {},
+        pytest.param({"attn_backward": "exact", "dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"backprop": "analytic"}, marks=pytest.mark.slow),
+    ],
     ids=["sus", "exact-with-dropout", "analytic"],
 )
-def test_two_processes_follow_one(corpus, tmp_path, keys):
+def test_two_processes_follow_one(run, corpus, tmp_path, keys):
     """The same global micro-batches, seeds and draws: the same losses to rounding, wherever they are computed."""
-    one = start(corpus, tmp_path / "one", **keys)
-    assert one.wait(120) == 0, one.stderr.read()
-    two = start(corpus, tmp_path / "two", *TORCHRUN, **keys)
-    out, err = two.communicate(timeout=180)
-    assert two.returncode == 0, err
-    a, b = (read_record(tmp_path / name / "metrics.jsonl")[1] for name in ("one", "two"))
+    out, _ = finish(start(corpus, tmp_path / "two", *TORCHRUN, **keys))
+    a, b = run("one", **keys), read_record(tmp_path / "two" / "metrics.jsonl")[1]
     assert len(a) == len(b) == 16
     for x, y in zip(a, b):
         assert x["iter"] == y["iter"]
@@ -427,7 +372,7 @@ def test_ctrl_c_under_torchrun_saves(corpus, tmp_path):
     record = tmp_path / "out" / "metrics.jsonl"
     wait_for(process, record, '"iter": 2,')
     os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=90)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert "stopped by SIGINT" in out
     state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert state["iter_num"] == read_record(record)[1][-1]["iter"] >= 2
@@ -515,7 +460,7 @@ def test_mistakes(run, keys, message):
 
 def test_a_mistake_is_one_line_and_exit_status_1(corpus, tmp_path):
     process = start(corpus, tmp_path / "out", init_from="resume")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and err.startswith("error: no checkpoint at ") and err.count("\n") == 1
 
 
@@ -564,8 +509,8 @@ def test_float16_whose_gradients_are_never_finite_stops(run, monkeypatch):
 
 
 def test_too_little_memory_is_one_line(corpus, tmp_path):
-    process = start(corpus, tmp_path / "out", n_embd=2_000_000, n_head=2)
-    out, err = process.communicate(timeout=60)
+    process = start(corpus, tmp_path / "out", n_embd=2 * 10**9, n_head=2)  # an embedding of 2 TB
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and err.startswith("error: out of memory") and err.count("\n") == 1
 
 
@@ -599,8 +544,7 @@ def test_tokens_out_of_range(run, corpus, tmp_path):
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("trained") / "out"
-    process = start(corpus, out_dir, max_iters=30, lr_decay_iters=30, eval_interval=30)
-    assert process.wait(120) == 0, process.stderr.read()
+    train_here(*arguments(corpus, out_dir, max_iters=30, lr_decay_iters=30, eval_interval=30))
     return out_dir
 
 
