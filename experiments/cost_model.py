@@ -22,7 +22,7 @@ from sus_backends import reference, triton
 @dataclass
 class Config:
     T: str = key("8192,32768,131072,1048576", "positions")
-    D: int = key(64, "head dim", choices=(64, 128))
+    D: int = key(64, "head dim, 64 or 128")
     H: int = key(12, "query heads; as many key/value heads", low=1)
     c: float = key(4.0, "the retention parameter", above=0)
 
@@ -78,6 +78,8 @@ def main() -> None:
     cfg = load_config(Config, sys.argv[1:], usage=__doc__)
     if any(not arg.startswith("--") for arg in sys.argv[1:]):
         raise UserError("cost_model.py takes keys only, such as --T=32768")
+    if cfg.D not in EXACT:
+        raise UserError(f"--D={cfg.D}: the rates are known for {' and '.join(map(str, EXACT))} only")
     kernels = ["forward", "draw", "thin", "list_rows", "tile_gradients", "sums", "launches"]
     table = [["T", "exact fwd", "exact bwd", *kernels, "bwd ratio", "fwd+bwd ratio"]]
     for T in numbers("T", cfg.T, int, 16):

@@ -22,9 +22,8 @@ import output
 import sweep
 from compare_runs_report import draw, smooth, summary, table
 from configurator import TrainConfig, UserError, load_config
-from data.corpus import Texts, write_corpus
-from data.tokenizer import tokenizer_from_meta
 from runs import Run, group, rank
+from tiny import command, write_tiny_corpus
 from training.record import Record, plain, read_record
 
 
@@ -84,8 +83,7 @@ def main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
-        compare_runs.main()
+        command(compare_runs, monkeypatch, *arguments)
 
     return main
 
@@ -97,12 +95,8 @@ def main(tmp_path, monkeypatch):
 def config(tmp_path_factory):
     """A config file of a tiny model on a tiny corpus."""
     folder = tmp_path_factory.mktemp("small")
-    text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
-    write_corpus(
-        folder / "corpus", Texts([("a", text)], [("b", text[:20_000])], {}), tokenizer_from_meta({"name": "byte"})
-    )
     keys = dict(
-        dataset=str(folder / "corpus"),
+        dataset=str(write_tiny_corpus(folder / "corpus", 50_000, 20_000)),
         n_layer=1,
         n_head=2,
         n_embd=16,
@@ -150,12 +144,12 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not (record.exists() and '"iter": 2,' in record.read_text()):
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err + out
     assert "stopped by SIGINT" in out and out.endswith(f"compare_runs.py {' '.join(arguments)}\n")
     stopped_at = read_record(record)[1][-1]["iter"]
@@ -182,6 +176,8 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep.subprocess, "Popen", never)
+        patch.setattr(compare_runs, "draw", lambda runs: None)  # that takes a second each time
+        patch.setattr(compare_runs, "save_picture", lambda figure, path: None)
         main(*arguments)
         again = capsys.readouterr().out
         assert "2 finished, 0 begun, 0 new" in again and table_of_groups[1] in again
@@ -596,11 +592,12 @@ def test_times_are_shown_where_there_are_some():
     assert [patch.get_width() for patch in right.patches] == [500]
 
 
-def test_equal_names_are_told_apart(tmp_path):
+def test_equal_names_are_told_apart(tmp_path, main, capsys):
     pytest.importorskip("matplotlib")
     for name in "abc":
         write(tmp_path / name, make_run("mine"))
-    lines = compare("a", "b", "c", cwd=tmp_path).stdout.splitlines()
+    main("a", "b", "c")
+    lines = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in lines[1:4]] == ["mine (a)", "mine (b)", "mine (c)"]
 
 

@@ -4,7 +4,6 @@ of any figures.
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -22,15 +21,14 @@ import model as model_module
 import model_gradients
 import output
 from configurator import UserError, load_config, run_main
-from data.corpus import Texts, write_corpus
 from data.loader import load_corpus
-from data.tokenizer import tokenizer_from_meta
 from grad_variance import VarianceConfig
 from grad_variance_measure import Method, relative_variance, student_limit
 from model import GPT, GPTConfig
 from model_gradients import Parts, Subject
 from sus_attn import fold_in, sus_attention
 from sus_backends import reference
+from tiny import command, write_tiny_corpus
 from training import checkpoint
 from training.device import Device
 from training.record import plain
@@ -48,11 +46,7 @@ def soon_over(monkeypatch):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
-    folder = tmp_path_factory.mktemp("data") / "small"
-    tokenizer = tokenizer_from_meta({"name": "byte"})
-    write_corpus(folder, Texts([("a", text[:4000])], [("b", text[4000:4600])], {}), tokenizer)
-    return folder
+    return write_tiny_corpus(tmp_path_factory.mktemp("data") / "small", 4000, 600)
 
 
 def tiny_model(**keys):
@@ -91,11 +85,6 @@ def arguments(run, *more):
 
 def measure(run, *more):
     return grad_variance.measure(load_config(VarianceConfig, arguments(run, *more), usage=""))
-
-
-def command(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["grad_variance.py", *map(str, argv)])
-    grad_variance.main()
 
 
 # -- rho --------------------------------------------------------------------------------------------
@@ -214,7 +203,7 @@ def test_the_self_check(run, monkeypatch, capsys, tmp_path, factor):
     monkeypatch.setattr(model_module, "sus_attention", biased(factor))
     argv = [*arguments(run, "--c=20", "--samplers=systematic", "--sequences=16"), f"--json={tmp_path / 'a.json'}"]
     if factor == 1:
-        command(monkeypatch, *argv)
+        command(grad_variance, monkeypatch, *argv)
         assert "no bias found: the largest |z| of 16" in capsys.readouterr().out
         return
     monkeypatch.setattr(sys, "argv", ["grad_variance.py", *argv])
@@ -293,6 +282,7 @@ def test_the_model_is_left_as_it_was(run, monkeypatch, tmp_path):
     monkeypatch.setattr(Parts, "squares", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command(
+            grad_variance,
             monkeypatch,
             *arguments(run, "--c=2", "--sequences=4", "--kappa=4"),
             f"--json={tmp_path / 'a.json'}",
@@ -375,7 +365,7 @@ def made_up(Ts=(512, 2048), cs=(5.0, 25.0, 100.0), samplers=("poisson", "systema
 
 def test_the_tables(capsys, monkeypatch, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(made_up()))
-    command(monkeypatch, f"--from_json={tmp_path / 'a.json'}")
+    command(grad_variance, monkeypatch, f"--from_json={tmp_path / 'a.json'}")
     out = capsys.readouterr().out
     cells = [line.split() for line in out.splitlines()]
     # at c = 25 systematic keeps 2 * 25^0.75 a row and has a rho of 0.5 * 25^-1.5: twice poisson's at as many kept
@@ -429,12 +419,12 @@ def test_a_whole_run(run, monkeypatch, capsys, tmp_path):
         *arguments(run, "--c=2,8", "--sequences=4", "--T=16,32", "--samplers=poisson,systematic", "--times=True"),
         f"--json={tmp_path / 'a.json'}",
     ]
-    command(monkeypatch, *argv)
+    command(grad_variance, monkeypatch, *argv)
     out = capsys.readouterr().out
     assert (
         "poisson, c = 2, 8: the reference backend (asked for)" in out and f"every figure: {tmp_path / 'a.json'}" in out
     )
-    command(monkeypatch, f"--from_json={tmp_path / 'a.json'}", f"--out={tmp_path / 'a.svg'}")
+    command(grad_variance, monkeypatch, f"--from_json={tmp_path / 'a.json'}", f"--out={tmp_path / 'a.svg'}")
     again = capsys.readouterr().out.partition("picture:")[0]
     assert again and again in out and "<svg" in (tmp_path / "a.svg").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.svg"]
@@ -474,7 +464,7 @@ def test_mistakes(run, monkeypatch, argument, message):
 
     monkeypatch.setattr(Subject, "gradient", never)
     with pytest.raises(UserError, match=message):
-        command(monkeypatch, *arguments(run, "--samplers=poisson", argument))
+        command(grad_variance, monkeypatch, *arguments(run, "--samplers=poisson", argument))
 
 
 def test_what_does_not_fit(run, corpus, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """The experiment on the low-rank gradient: what it measures is what it says, and its mistakes are told."""
 
+import functools
 import itertools
 import math
 import sys
@@ -15,15 +16,19 @@ import lowrank_error_report
 import model as model_module
 from configurator import UserError
 from lowrank_attn import CHUNK, lowrank_attention, score_bound
+from sus_attn import sus_attention
 from test_grad_variance import corpus, run  # noqa: F401
+from tiny import command
 
 
 @pytest.fixture
 def main(monkeypatch, capsys):
     def main(*arguments):
         monkeypatch.setattr(lowrank_error, "product_ms", lambda device: 1.0)
-        monkeypatch.setattr(sys, "argv", ["lowrank_error.py", *arguments])
-        lowrank_error.main()
+        # no kernel has to be compiled for it
+        monkeypatch.setattr(lowrank_error, "sus_backend", lambda *_: ("reference", "asked for"))
+        monkeypatch.setattr(lowrank_error, "sus_attention", functools.partial(sus_attention, backend="reference"))
+        command(lowrank_error, monkeypatch, *arguments)
         return capsys.readouterr().out
 
     return main
@@ -64,6 +69,21 @@ def test_sides(main, run):  # noqa: F811
     assert exact == lowrank == 1 > c_half
     exact, c_half, _, lowrank = column(out, "  error %", ["method", "fwd+bwd"])
     assert exact == 0 and lowrank < 1e-3 < c_half and "in the time of low-rank g=2: " in out
+
+
+def test_a_whole_run(main, corpus, monkeypatch, tmp_path):  # noqa: F811
+    """Memory is measured in this process, to be quick, and may then be anything."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(lowrank_error, "apart", lambda device, function, *arguments: function(*arguments))
+    sizes = ["--T=32,300", "--long_T=32,64,300", "--degrees=2,4", "--bounds=0.5,1,2", "--D=2"]
+    out = main(*sizes, f"--dataset={corpus}", "--device=cpu", f"--out={tmp_path / 'a.png'}")
+    paper, ours = (column(out, title, ["T", "g", "paper"]) for title in ("paper", "operator"))
+    assert len(paper) == 4 and paper[0] > paper[1] and all(0 < a <= b for a, b in zip(ours, paper))
+    methods = ["exact", "SUS c=4", "low-rank g=2", "low-rank g=4", "low-rank g=2, forward too"]
+    table = out[out.index("time (ms") : out.index("\nexponents in T of forward")].splitlines()[3:]
+    assert [line.split()[0] for line in table[::5]] == ["32", "64", "300"]
+    assert [" ".join(line.split()[1:-3]) for line in table] == 3 * methods
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
