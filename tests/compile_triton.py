@@ -40,16 +40,15 @@ class Driver:
 
 
 def resources(compiled) -> dict:
-    """Registers a thread, bytes of stack a thread (where spilled registers go), shared memory a block in bytes, and the
-    instructions of each loop, those of loops inside it included.
+    """Registers and bytes of stack a thread, bytes of shared memory a block, and the instructions of each loop.
+
+    Spilled registers go to the stack. A loop's instructions include those of loops inside it.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = compiler.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", "-sass", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        command = [compiler.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)]
     jumps = [(int(m[1], 16), address) for address, line in code if (m := re.search(r"BRA.*?(0x[0-9a-f]+)", line))]

@@ -65,6 +65,12 @@ def check_layer(layer, x, backward, forward=None):
 # -- layers ----------------------------------------------------------------------------------------
 
 SHAPES = [(2, 7, 12), (1, 1, 12), (3, 5, 12)]
+NORMS = {
+    "layernorm": lambda: nn.LayerNorm(12),
+    "layernorm without bias": lambda: nn.LayerNorm(12, bias=False),
+    "rmsnorm": lambda: nn.RMSNorm(12, eps=1e-5),
+    "identity": nn.Identity,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -84,12 +90,9 @@ def test_lora(shape, trained):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm", "identity"])
+@pytest.mark.parametrize("kind", NORMS)
 def test_norms(shape, kind):
-    layer = {"rmsnorm": nn.RMSNorm(12, eps=1e-5), "identity": nn.Identity()}.get(
-        kind, nn.LayerNorm(12, bias=kind == "layernorm")
-    )
-    layer = randomize(layer.double())
+    layer = randomize(NORMS[kind]().double())
     x = 0.01 * randn(*shape)  # so small that eps counts
     check_layer(layer, x, lambda x, dy: norm_backward(layer, x, dy))
 
@@ -356,9 +359,7 @@ def test_bfloat16_autocast(keys, backward):
 
 
 def test_a_block_keeps_less_than_autograd():
-    """What stands between forward and backward: 10 C a token for GPT-2's block, beside the weights; autograd keeps
-    more.
-    """
+    """What stands between forward and backward: 10 C a token for GPT-2's block. Autograd keeps more."""
     torch.manual_seed(0)
     block = Block(GPTConfig(n_embd=32, n_head=4, block_size=64), 0)
     x = torch.randn(2, 64, 32)
@@ -422,9 +423,12 @@ def test_sus_fills_its_statistics():
 
 def test_the_seed_of_each_layer_is_its_own(monkeypatch):
     seeds = []
-    monkeypatch.setattr(
-        backprop, "fold_in", lambda seed, layer: seeds.append((int(seed), layer)) or fold_in(seed, layer)
-    )
+
+    def fold(seed, layer):
+        seeds.append((int(seed), layer))
+        return fold_in(seed, layer)
+
+    monkeypatch.setattr(backprop, "fold_in", fold)
     loss_and_gradients(tiny(attn_backward="sus", sus_c=0.4), tokens(), tokens(), sus_seed=torch.tensor(4))
     assert seeds == [(4, 0), (4, 1)]
 

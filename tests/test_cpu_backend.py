@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 from sus_attn import resolve_backend, sus_attention
 from sus_backends import cpu, reference
 from sus_backends.reference import KAPPA, TILE, UNIT, tile_slots, tiles_of
-from test_sus_attention import naive
+from test_sus_attention import multiplier_of, naive
 from training.optimizer import make_optimizer
 
 if cpu.missing():
@@ -290,8 +290,7 @@ def test_any_shape(T, D, heads, c, seed, sharpness):
     with pytest.MonkeyPatch.context() as monkeypatch:
         _, ours, m = masked(monkeypatch, tensors, c, seed)
     assert torch.equal(m, thinned_mask(*proposed_of(drawn), c, seed, grad_out))
-    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]], 0)
-    theirs = reference.backward(grad_out, q, k, v, *drawn[:2], multiplier, True, D**-0.5)
+    theirs = reference.backward(grad_out, q, k, v, *drawn[:2], multiplier_of(m), True, D**-0.5)
     for a, b in zip(ours[:3], theirs):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * max(1, b.abs().max()))
 
@@ -355,8 +354,7 @@ def test_stats_equal_the_reference_under_the_same_mask(B, H, K, T, D, c, dtype, 
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case(B, H, K, T, D, dtype)]
     q, k, v, grad_out = tensors
     drawn, (*got, stats), m = masked(monkeypatch, tensors, c)
-    multiplier = lambda w, rows, *_: (m[:, :, rows.start : rows.stop, : w.shape[-1]], 0)
-    want = reference.backward(grad_out, q, k, v, *drawn[:2], multiplier, True, D**-0.5, with_stats=True)[3]
+    want = reference.backward(grad_out, q, k, v, *drawn[:2], multiplier_of(m), True, D**-0.5, with_stats=True)[3]
     assert stats[0] == (m > 0).sum() == want[0] and stats[1] == 0
     torch.testing.assert_close(stats[2], want[2], rtol=1e-3, atol=0)
     without = cpu.backward(grad_out, q, k, v, *drawn, D**-0.5, c, torch.tensor(1), False)
@@ -856,9 +854,8 @@ def test_a_changing_c_recompiles_nothing():
 
 
 def test_a_bad_c_inside_a_compiled_function_gives_nan_gradients():
-    f = torch.compile(
-        lambda q, k, v, c: sus_attention(q, k, v, c, c_max=9.0, seed=1, backend="cpu"), backend="aot_eager"
-    )
+    attend = lambda q, k, v, c: sus_attention(q, k, v, c, c_max=9.0, seed=1, backend="cpu")
+    f = torch.compile(attend, backend="aot_eager")
     qkv = [x.requires_grad_() for x in case(1, 2, 2, 10, 4)[:3]]
     for c in (-1.0, 0.0, nan):
         assert all(x.isnan().all() for x in torch.autograd.grad(f(*qkv, torch.tensor(c)).sum(), qkv))

@@ -9,8 +9,11 @@ from backprop import loss_and_gradients
 from lowrank_attn import lowrank_attention
 from model import GPT, GPTConfig
 from sus_attn import sus_attention
+from training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+MODEL = dict(block_size=256, vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, n_embd=128, bias=False)
+MODEL |= dict(pos="rope", norm="rmsnorm")
 
 
 def inputs(device, dtype, B=2, Hq=4, Hkv=2, T=200, D=64):
@@ -68,24 +71,10 @@ def test_compiled_training_under_autocast(dtype):
     """Three compiled steps of a small GPT with SUS, new seeds and no recompilation; the loss equals the eager one."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    config = GPTConfig(
-        block_size=256,
-        vocab_size=257,
-        n_layer=2,
-        n_head=4,
-        n_embd=128,
-        pos="rope",
-        norm="rmsnorm",
-        qk_norm=True,
-        n_kv_head=2,
-        bias=False,
-        attn_backward="sus",
-        sus_c=0.8,
-        activation_checkpointing=True,
-    )
+    config = GPTConfig(**MODEL, qk_norm=True, attn_backward="sus", sus_c=0.8, activation_checkpointing=True)
     model = GPT(config).cuda()
     compiled = torch.compile(model)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda")
+    optimizer = make_optimizer(model, 0.1, 1e-3, (0.9, 0.95), "cuda")
     x = torch.randint(257, (2, 256), device="cuda")
     for step in range(3):
         seed = torch.tensor(step)
@@ -113,25 +102,7 @@ def test_lowrank_as_on_the_cpu(approximate_forward):
 @pytest.mark.parametrize("attn_backward", ["exact", "sus"])
 def test_the_analytic_backward_gives_autograd_s_gradients(attn_backward):
     torch.manual_seed(0)
-    model = (
-        GPT(
-            GPTConfig(
-                block_size=200,
-                vocab_size=257,
-                n_layer=2,
-                n_head=4,
-                n_embd=128,
-                pos="rope",
-                norm="rmsnorm",
-                n_kv_head=2,
-                bias=False,
-                attn_backward=attn_backward,
-                sus_c=0.8,
-            )
-        )
-        .cuda()
-        .double()
-    )
+    model = GPT(GPTConfig(**MODEL, attn_backward=attn_backward, sus_c=0.8)).cuda().double()
     x, seed = torch.randint(257, (2, 200), device="cuda"), torch.tensor(3)
     loss = model(x, x, sus_seed=seed)[1]
     loss.backward()
