@@ -17,10 +17,12 @@ T the forward and one draw are looked at again.
 import functools
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_attention_report import compare, draw, fits, log_to_wandb, report
 from configurator import UserError, key, load_config, run_main
 from contenders import Check, Contender, captured_inputs, contenders, random_inputs
-from measure import apart, environment, free_memory, gradients, idleness, numbers, peak_of, product_ms, sus_backend
+from measure import apart, free_memory, gradients, heading, numbers, peak_of, product_ms, sus_backend
 from output import check_picture, check_writable, deliver, progress_bar, read_json
 from sus_attn import BACKENDS, SAMPLERS
 from training import checkpoint
@@ -123,11 +125,7 @@ def measure(cfg: BenchConfig) -> dict:
             bar.update(T**2 * (cfg.repeats + 2) * (len(members) - len(running)))
             results += measure_at(T, running, inputs, cfg, device, check, bar)
             product.append(product_ms(device))
-    return {
-        "benchmark": "bench_attention",
-        "config": asdict(cfg),
-        "environment": environment(device),
-        "idle": idleness(product),
+    return heading("bench_attention", cfg, device, product) | {
         "inputs": {
             "from": cfg.inputs or "normal random numbers",
             "shape": [*inputs[0].shape[:2], "T", inputs[0].shape[3]],
@@ -142,7 +140,9 @@ def measure(cfg: BenchConfig) -> dict:
     }
 
 
-def choose(members: list[Contender], inputs, limit: float, device: Device) -> tuple[list[Contender], list[dict]]:
+def choose(
+    members: list[Contender], inputs: tuple[Tensor, ...], limit: float, device: Device
+) -> tuple[list[Contender], list[dict]]:
     """Those worth measuring at this T, and why others are not. SUS and the fastest exact one always are."""
     B, H, T, _ = inputs[0].shape
     probe_T = min(T, 2048)
@@ -176,25 +176,23 @@ def choose(members: list[Contender], inputs, limit: float, device: Device) -> tu
 
 
 def measure_at(
-    T: int, members: list[Contender], inputs, cfg: BenchConfig, device: Device, check: Check, bar
+    T: int,
+    members: list[Contender],
+    inputs: tuple[Tensor, ...],
+    cfg: BenchConfig,
+    device: Device,
+    check: Check,
+    bar: tqdm,
 ) -> list[dict]:
     """One context length: a row of results for each member. members[0] is exact."""
     q, k, v, _ = inputs
     sus = [member for member in members if member.kind == "sus"]
     if not check.deviation:
         check.start(members[0], sus, *inputs)
-    rows = {
-        m.name: {
-            "T": T,
-            "name": m.name,
-            "kind": m.kind,
-            "backend": m.how,
-            "c": m.c,
-            "forward_ms": [],
-            "backward_ms": [],
-        }
-        for m in members
-    }
+    rows = {}
+    for m in members:
+        row = {"T": T, "name": m.name, "kind": m.kind, "backend": m.how, "c": m.c}
+        rows[m.name] = row | {"forward_ms": [], "backward_ms": []}
     exact = gradients(members[0], *inputs)
     for member in sus:
         stats = torch.zeros(3, device=q.device)
@@ -225,25 +223,20 @@ def memory_of(member: Contender, shapes: list[tuple], device: Device) -> dict:
     """{"peak_bytes", "saved_bytes"} of one forward and backward: the most at once beyond the inputs, and what autograd
     keeps in between, beyond q, k and v.
     """
-
-    def inputs(T=None):
-        return [
-            torch.randn(B, H, T or shape_T, D, device=device.device).to(device.dtype) for B, H, shape_T, D in shapes
-        ]
-
-    gradients(member, *inputs(128))  # loads and compiles what it needs
-    q, k, v, grad_out = inputs()
+    new = lambda *shape: torch.randn(shape, device=device.device).to(device.dtype)
+    gradients(member, *(new(B, H, 128, D) for B, H, _, D in shapes))  # loads and compiles what it needs
+    q, k, v, grad_out = (new(*shape) for shape in shapes)
     peak = peak_of(lambda: gradients(member, q, k, v, grad_out), device)
     storages = {}
 
-    def pack(x):
+    def pack(x: Tensor) -> Tensor:
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = member(*(x.requires_grad_() for x in (q, k, v)))
-    inputs_ = {x.untyped_storage().data_ptr() for x in (q, k, v)}
-    saved = sum(size for pointer, size in storages.items() if pointer not in inputs_)
+    inputs = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    saved = sum(size for pointer, size in storages.items() if pointer not in inputs)
     del out
     return {"peak_bytes": peak, "saved_bytes": saved}
 

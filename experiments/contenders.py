@@ -142,7 +142,7 @@ class Check:
         if not value <= limit:  # NaN fails
             raise UserError(f"SUS is wrong here, so there are no figures: {what} is {value:.3g}, above {limit:.3g}")
 
-    def start(self, exact: Contender, sus: list[Contender], q, k, v, grad_out) -> None:
+    def start(self, exact: Contender, sus: list[Contender], q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> None:
         """On a short slice of the inputs: all values in float64's light, and the mean of many draws at each c."""
         inputs = tuple(x[:, :, :SLICE] for x in (q, k, v, grad_out))
         math_ = Contender("", "exact", "MATH")
@@ -176,7 +176,9 @@ class Check:
             )
             self.deviation[contender.c] = whole_shares([grads for _, *grads in draws], truth[1:]).std(0)
 
-    def at(self, exact: tuple[Tensor, ...], results: tuple[Tensor, ...], c: float, q, k, v) -> None:
+    def at(
+        self, exact: tuple[Tensor, ...], results: tuple[Tensor, ...], c: float, q: Tensor, k: Tensor, v: Tensor
+    ) -> None:
         """At full length: some rows of the forward in float64's light, and whether one draw is off by too much."""
         T, G = q.shape[2], q.shape[1] // k.shape[1]
         rows = torch.linspace(0, T - 1, min(T, 64), device=q.device).long()
@@ -201,7 +203,7 @@ class Check:
         )
 
 
-def whole_shares(draws: list, truth) -> Tensor:
+def whole_shares(draws: list[tuple[Tensor, ...]], truth: tuple[Tensor, ...]) -> Tensor:
     """(draws, 3) float64: each draw's share of the exact dq, dk, dv."""
     return torch.tensor(
         [[((g.double() * t).sum() / (t * t).sum()).item() for g, t in zip(grads, truth)] for grads in draws],

@@ -17,7 +17,7 @@ It checks itself: ghat_s - g_s must be zero on average along many directions. Wh
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +28,7 @@ from data.loader import load_corpus
 from grad_variance_measure import Method, check_estimate, judge, look_at_attention, measure_at
 from grad_variance_picture import draw
 from grad_variance_report import fits, report, typical
-from measure import environment, exact_attention, free_memory, idleness, numbers, product_ms, sus_backend
+from measure import exact_attention, free_memory, heading, numbers, product_ms, sus_backend
 from model_gradients import Parts, Subject, load_model, windows
 from output import check_picture, check_writable, deliver, pick, progress_bar, read_json
 from sus_attn import BACKENDS, SAMPLERS
@@ -185,11 +185,7 @@ def measure(cfg: VarianceConfig) -> dict:
                 rows += of_T
                 exact.append({"T": T, "windows": texts[T][2], **of_exact})
                 product.append(product_ms(device))
-    return {
-        "benchmark": "grad_variance",
-        "config": asdict(cfg),
-        "environment": environment(device),
-        "idle": idleness(product),
+    return heading("grad_variance", cfg, device, product) | {
         "model": {
             "from": cfg.init_from if cfg.init_from != "resume" else Path(cfg.out_dir).name,
             "dataset": dataset,

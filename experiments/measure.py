@@ -6,6 +6,7 @@ now and then.
 """
 
 import ctypes
+import dataclasses
 import gc
 import importlib.metadata
 import math
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from training.device import Device
 from training.probe import capture
 from training.start import DATA
 
+Result = TypeVar("Result")
 DRIFT = 0.1  # of the matrix product's time: from there on the machine doesn't count as idle
 
 
@@ -121,6 +124,16 @@ def idleness(product: list[float]) -> dict:
     return {"product_ms": product, "drift": drift, "idle": drift <= DRIFT}
 
 
+def heading(benchmark: str, cfg: object, device: Device, product: list[float]) -> dict:
+    """What the figures begin with: of which benchmark they are, and how and where they came about. cfg: a dataclass."""
+    return {
+        "benchmark": benchmark,
+        "config": dataclasses.asdict(cfg),
+        "environment": environment(device),
+        "idle": idleness(product),
+    }
+
+
 def describe_machine(data: dict) -> list[str]:
     """Lines for the head and the foot of a table: (what it was measured on, whether that was idle)."""
     idle = data["idle"]
@@ -201,12 +214,12 @@ def free_memory(device: Device) -> int | None:
     return 1024 * int(found[1]) if found else None
 
 
-def apart(device: Device, function: Callable, *arguments):
+def apart(device: Device, function: Callable[..., Result], *arguments: object) -> Result:
     """function(*arguments), on the CPU `in_child`: what peak_of needs."""
     return in_child(function, *arguments) if device.type == "cpu" else function(*arguments)
 
 
-def in_child(function: Callable, *arguments):
+def in_child(function: Callable[..., Result], *arguments: object) -> Result:
     """function(*arguments) in a fresh process, with as many threads as here. UserError if it is killed."""
     # spawn: a forked process would hold this one's memory, and threads that do not exist in it
     context = multiprocessing.get_context("spawn")

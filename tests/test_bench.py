@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,6 @@ import cost_model
 import measure
 import output
 import picture_of_sus
-import train
 from configurator import UserError
 from contenders import Check, Contender
 from model import GPT, GPTConfig
@@ -40,6 +38,7 @@ from training.device import Device, memory_errors
 from training.probe import take_turns, time_attention
 from training.record import plain, read_record
 from training.weights import model_args
+from training_runs import TINY, train_here
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 FLASH = Contender("SDPA flash", "exact", "FLASH_ATTENTION")
@@ -474,24 +473,9 @@ def test_a_whole_run_as_a_user_starts_it(tmp_path):
 
 @pytest.fixture
 def tiny(corpus):
-    keys = dict(
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        batch_size=2,
-        gradient_accumulation_steps=2,
-        pos="rope",
-        learning_rate=3e-3,
-        warmup_iters=3,
-        lr_decay_iters=12,
-        min_lr=3e-4,
-        sus_c=4,
-        sus_backend="reference",  # no kernel has to be compiled for it
-        device="cpu",
-        dtype="float32",
-        dataset=corpus,
-        grad_clip=0.1,
-    )
+    """Keys of bench_train.py, which sets block_size and attn_backward itself."""
+    keys = TINY | dict(sus_c=4, sus_backend="reference", dataset=corpus, grad_clip=0.1)
+    del keys["block_size"], keys["attn_backward"]
     return [f"--{name}={value}" for name, value in keys.items()]
 
 
@@ -503,21 +487,8 @@ def make_trainer(tiny, corpus, *arguments, T=64):
 @pytest.mark.parametrize("kind", ["exact", "sus"])
 def test_a_step_is_that_of_train_py(tiny, corpus, tmp_path, monkeypatch, kind):
     """It is written out in both files: they must not drift apart."""
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-    command(
-        train,
-        monkeypatch,
-        *tiny,
-        f"--attn_backward={kind}",
-        "--block_size=64",
-        "--max_iters=4",
-        "--eval_iters=1",
-        "--wandb_log=False",
-        "--eval_interval=100",
-        f"--out_dir={tmp_path / 'out'}",
-    )
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    keys = f"--attn_backward={kind}", "--block_size=64", "--max_iters=4", "--eval_iters=1", "--eval_interval=100"
+    train_here(*tiny, *keys, f"--out_dir={tmp_path / 'out'}")
     lines = [line for line in read_record(tmp_path / "out" / "metrics.jsonl")[1] if "train/loss" in line]
     trainer = make_trainer(tiny, corpus)
     steps = [trainer.step(kind, it) for it in range(4)]

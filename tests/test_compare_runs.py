@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from configurator import TrainConfig, UserError, load_config
 from runs import Run, group, rank
 from tiny import command, write_tiny_corpus
 from training.record import Record, plain, read_record
+from training_runs import PATIENCE, TINY, wait_for
 
 
 def make_run(name="exact-1", val=(5.5, 2.0, 1.9), attn_backward="exact", seed=1, every=10, **config):
@@ -95,25 +95,20 @@ def main(tmp_path, monkeypatch):
 def config(tmp_path_factory):
     """A config file of a tiny model on a tiny corpus."""
     folder = tmp_path_factory.mktemp("small")
-    keys = dict(
+    keys = TINY | dict(
         dataset=str(write_tiny_corpus(folder / "corpus", 50_000, 20_000)),
         n_layer=1,
-        n_head=2,
         n_embd=16,
         block_size=32,
         batch_size=1,
-        pos="rope",
         gradient_accumulation_steps=1,
         max_iters=200,
         lr_decay_iters=200,
-        warmup_iters=5,
         eval_interval=100,
         eval_iters=2,
-        wandb_log=False,
-        device="cpu",
-        dtype="float32",
         sus_backend="reference",
     )
+    del keys["attn_backward"], keys["sus_c"]  # they are the sweep's
     (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in keys.items()))
     return folder / "tiny.py"
 
@@ -144,13 +139,10 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.time() + 300
-    while not (record.exists() and '"iter": 2,' in record.read_text()):
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.005)
+    wait_for(process, record, '"iter": 2,')
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "Traceback" not in err + out
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and "Traceback" not in err + out, err
     assert "stopped by SIGINT" in out and out.endswith(f"compare_runs.py {' '.join(arguments)}\n")
     stopped_at = read_record(record)[1][-1]["iter"]
     assert 2 <= stopped_at < 200 and f"exact-seed1 stops at iteration {stopped_at}" in out
