@@ -37,6 +37,8 @@ def run_main(main: Callable[[], object]) -> None:
     """Call main(). A UserError becomes one message on stderr and exit status 1; Ctrl-C exit status 130; and a reader
     of the output which leaves early, such as head, ends it quietly.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed, as by pythonw and >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # whatever a model writes, a terminal of any encoding can show
     try:
@@ -262,6 +264,7 @@ class TrainConfig:
     eval_iters: int = key(200, "micro-batches an evaluation; the windows are fixed", low=1)
     eval_only: bool = key(False, "evaluate once, then exit")
     always_save_checkpoint: bool = key(True, "False: save ckpt.pt only if validation improved")
+    keep_checkpoints: int = key(0, "of ckpt.pt's iterations so many stay, as ckpt-ITERATION.pt; 0: none", low=0)
     log_interval: int = key(1, "iterations between logged lines", low=1)
     wandb_log: bool = key(True, "mirror the record to wandb, offline if not logged in")
     wandb_project: str = key("nanosus", "project of the wandb runs")

@@ -241,17 +241,24 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        self.register_buffer("rope", self._rope(), persistent=False)
+        self._set_rope()
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():  # GPT-2's scaled initialisation of the residual projections
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def _rope(self, device: torch.device | None = None) -> Tensor | None:
-        c = self.config
-        if c.pos != "rope":
-            return None
-        return rope_table(c.n_embd // c.n_head, c.block_size, c.rope_theta, c.rope_scaling).to(device)
+    def _set_rope(self) -> None:
+        c, table = self.config, None
+        if c.pos == "rope":
+            table = rope_table(c.n_embd // c.n_head, c.block_size, c.rope_theta, c.rope_scaling)
+            table = table.to(self.lm_head.weight.device)
+        self.register_buffer("rope", table, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GPT":  # what .to(), .bfloat16() and so on are made of
+        super()._apply(fn, recurse)
+        if self.rope is not None and self.rope.dtype != torch.float32:
+            self._set_rope()  # rounded, its angles would be off by whole turns
+        return self
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -261,14 +268,9 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        sus_seed: Tensor | None = None,
-        cache: KVCache | None = None,
-        reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, idx: Tensor, targets: Tensor | None = None, *,
+        sus_seed: Tensor | None = None, cache: KVCache | None = None, reduction: str = "mean",
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """(None, loss) with targets, else (logits of the last token (B, 1, V), None).
 
         idx (B, T) int64; targets (B, T) int64, -1 is ignored. reduction: "mean" gives a 0-d loss, "none" the loss of
@@ -327,7 +329,7 @@ class GPT(nn.Module):
         if config.pos == "learned":
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         else:
-            self.register_buffer("rope", self._rope(self.lm_head.weight.device), persistent=False)
+            self._set_rope()
 
     # -- sampling --------------------------------------------------------------------------------
 
@@ -351,21 +353,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        tokens: list[int],
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        n_vocab: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[int]:
+        self, tokens: list[int], max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, n_vocab: int | None = None, generator: torch.Generator | None = None,
+    ) -> Iterator[int]:  # fmt: skip
         """Continue a non-empty prompt, yielding each new token as it is drawn. Call model.eval() first.
 
-        temperature 0 takes the likeliest token. top_k, top_p: keep the k likeliest, or the fewest that hold
-        probability p. n_vocab: ids from there on (a padded vocabulary) are never drawn. generator: on the CPU.
-        What doesn't fit into block_size is forgotten: of a longer prompt the last block_size tokens are read, and
+        temperature 0 takes the likeliest token. top_k, top_p: keep the k likeliest (0 or None: all), or the fewest
+        that hold probability p. n_vocab: ids from there on (a padded vocabulary) are never drawn. generator: of the
+        CPU. What doesn't fit into block_size is forgotten: of a longer prompt the last block_size tokens are read, and
         whenever the context is full, its older half is dropped.
         """
         tokens = list(tokens)
@@ -389,7 +384,7 @@ def sample_token(
     if temperature < 1e-6:  # also where a division would overflow
         return int(logits.argmax())
     logits = logits / temperature
-    if top_k is not None:
+    if top_k:  # None and 0: all
         logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
     probabilities, order = torch.softmax(logits, -1).sort(descending=True)
     if top_p is not None:

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,20 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backprop import loss_and_gradients
 from configurator import TrainConfig, UserError, load_config, run_main, validate
-from data.loader import Corpus
+from data.loader import Corpus, TextChanged
 from model import GPT
 from sus_attn import fold_in
 from training import checkpoint, report
 from training.device import Device, memory_errors, resolve_device
-from training.lora import adapter_state
-from training.optimizer import learning_rate, new_optimizer
-from training.parallel import Processes, StopSignal
+from training.evaluation import evaluate
+from training.optimizer import learning_rate
+from training.parallel import Processes, StopSignal, outlasting_readers
 from training.probe import probe_attention
 from training.record import Record
 from training.report import Progress
-from training.retention import CALIBRATE, STEER, Retention, collect_stats
-from training.start import Origin, check_writable, find_origin, new_model, open_corpus
-from training.weights import model_args
+from training.retention import CALIBRATE, STEER
+from training.start import check_writable, find_origin, new_model, open_corpus
+from training.state import State
 
 
 def main() -> None:
@@ -67,59 +68,44 @@ def main() -> None:
     model, lora = origin.model(cfg)
     processes.join(cfg, device)
     corpus = open_corpus(cfg, origin, model, processes)
-    run = Run(cfg, processes, device, corpus, origin, model or new_model(cfg, corpus.vocab_size), lora)
-    if processes.master:
-        run.introduce(attention)
-    run.train()
-    if run.record is not None:
-        run.record.finish()
-        if run.it >= cfg.max_iters > 0:
-            report.print_sample(run.model, corpus, device, cfg.seed)
-            report.print_what_next(cfg.out_dir, run.record.look)
-    processes.leave(run.stop.status if run.it < cfg.max_iters else 0)
+    run = Run(cfg, processes, device, corpus, origin.saved, model or new_model(cfg, corpus.vocab_size), lora)
+    with outlasting_readers() as outlets, ExitStack() as held:
+        if processes.master:
+            run.introduce(attention, held)
+        run.train(StopSignal(processes.world, outlets))
+        if run.record is not None:
+            run.record.finish()
+            if run.is_finished:
+                report.print_sample(run.model, corpus, device, cfg.seed)
+                report.print_what_next(cfg.out_dir, run.record.look)
+    processes.leave(0 if run.is_finished else run.stop.status)
 
 
-class Run:
-    """What a run has, and what it does again and again: steps, evaluations, checkpoints."""
+class Run(State):
+    """A State, and what is done with it again and again: steps, evaluations, checkpoints."""
 
     def __init__(
-        self, cfg: TrainConfig, processes: Processes, device: Device, corpus: Corpus, origin: Origin, model: GPT,
+        self, cfg: TrainConfig, processes: Processes, device: Device, corpus: Corpus, saved: dict | None, model: GPT,
         lora: dict | None,
     ):  # fmt: skip
-        """lora: what a checkpoint keeps of the adapters and their base."""
-        self.cfg, self.processes, self.device, self.corpus = cfg, processes, device, corpus
-        self.out_dir, self.saved, self.lora = Path(cfg.out_dir), origin.saved, lora
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT
-        self.model = model.to(device.device)
-        self.optimizer, self.scaler = new_optimizer(cfg, model, device)
-        self.it, self.best_val_loss = 0, math.inf
-        if self.saved is not None:
-            checkpoint.restore_optimizer(self.saved, self.out_dir / "ckpt.pt", self.optimizer, self.scaler)
-            self.it, self.best_val_loss = self.saved["iter_num"], self.saved["best_val_loss"]
-        self.stats = collect_stats(model) if cfg.attn_backward == "sus" else None
-        self.retention = None
-        if self.stats is not None and cfg.sus_c == "auto":
-            self.retention = Retention(model, self.stats, cfg.sus_rho)
-            if (self.saved or {}).get("retention"):
-                self.retention.state = self.saved["retention"]
-
+        super().__init__(cfg, device, corpus, saved, model, lora, processes.master)
+        self.processes = processes
         compiles = device.type == "cuda" and cfg.backprop == "autograd" if cfg.compile is None else cfg.compile
         self.compiled: nn.Module = torch.compile(model) if compiles else model
         self.ddp = self.compiled
         if processes.world > 1 and cfg.backprop == "autograd":
             on = [device.device.index] if device.type == "cuda" else None
             self.ddp = DistributedDataParallel(self.compiled, device_ids=on)
-
         self.record: Record | None = None
         self.val_starts = corpus.val_windows(cfg.eval_iters * cfg.batch_size)
-        # A checkpoint's iteration was evaluated before it was saved.
-        self.evaluated_at = self.it if self.saved is not None and not cfg.eval_only else None
         self.warned = False
 
-    def introduce(self, attention: str) -> None:
-        """Say what the run is, and open its record. attention: of report.describe_attention."""
+    def introduce(self, attention: str, held: ExitStack) -> None:
+        """Say what the run is, and open its record. attention: of report.describe_attention. held: gets the folder."""
         cfg = self.cfg
+        if not cfg.eval_only:
+            held.enter_context(checkpoint.own(self.out_dir))
+            checkpoint.check_room(self.out_dir, self.size_to_save(), cfg.keep_checkpoints)
         if self.saved is None and not cfg.eval_only:
             checkpoint.keep_earlier_run(self.out_dir)
         cfg.wandb_run_name = cfg.wandb_run_name or report.run_name(cfg)
@@ -131,34 +117,46 @@ class Run:
                 self.out_dir,
                 dataclasses.asdict(cfg),
                 run_name=cfg.wandb_run_name,
-                run_id=self.saved.get("wandb_run_id") if self.saved else None,
+                run_id=(self.saved or {}).get("wandb_run_id"),
                 group=f"{self.corpus.folder.name}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}",
                 wandb_log=cfg.wandb_log,
                 wandb_project=cfg.wandb_project,
                 resume_iter=self.it if self.saved else None,
+                evaluation_owed=self.evaluated_at is None,
             )
 
-    def train(self) -> None:
+    def train(self, stop: StopSignal) -> None:
         """The loop. It ends at max_iters, after the evaluation with eval_only, or where a signal asks for it."""
-        cfg, first_it = self.cfg, self.it
-        self.stop = StopSignal(self.processes.world)
-        self.progress = Progress(cfg, self.it, self.processes.master)
+        self.stop = stop
+        self.progress = Progress(self.cfg, self.it, self.processes.master)
+        try:
+            self.loop()
+        except TextChanged:  # the weights are still those after the last whole step
+            self.save_latest()
+            raise
+        finally:
+            self.progress.close()
+
+    def loop(self) -> None:
+        cfg, stop, first_it = self.cfg, self.stop, self.it
         self.start_clock()
         while True:
-            is_due = self.it % cfg.eval_interval == 0 or self.it == cfg.max_iters or cfg.eval_only
-            if is_due and self.it != self.evaluated_at:
+            if self.evaluation_is_owed:
                 self.progress.note("evaluating")
                 self.evaluate()
                 self.progress.note("")
                 self.start_clock()  # evaluation is no training time
-            if self.it >= cfg.max_iters or cfg.eval_only:
-                break
-            if self.stop.agreed(self.device):
-                if self.record is not None and self.it > 0:
-                    self.save("ckpt.pt")
+            if (self.it >= cfg.max_iters or cfg.eval_only) and not self.evaluation_is_owed:
+                return
+            if stop.agreed(self.device):
+                self.save_latest()
                 if self.processes.master:
-                    self.progress.say(report.describe_stop(self.stop.name, self.it, cfg.out_dir))
-                break
+                    is_saved = self.record is not None and self.it > 0
+                    self.progress.say(report.describe_stop(stop.name, self.it, cfg.out_dir, is_saved))
+                return
+            if stop.saves:
+                stop.saves = False
+                self.save_latest()
             loss, norm = self.step()
             if self.it == first_it + 1 and self.compiled is not self.model:
                 self.device.synchronize()
@@ -166,24 +164,29 @@ class Run:
             if self.processes.master and (self.it % cfg.log_interval == 0 or self.it == cfg.max_iters):
                 self.log_steps(loss, norm)
             self.progress.advance()
-        self.progress.close()
 
     def step(self) -> tuple[float, float]:
-        """One iteration, and what follows from it for c. Returns (loss, norm of the gradient). UserError if not finite."""
+        """One iteration, and what follows from it for c. Returns (loss, norm of the gradient).
+
+        UserError if either is not finite.
+        """
         cfg, it, rank, world = self.cfg, self.it, self.processes.rank, self.processes.world
         scale = self.scaler.get_scale()
-        loss, norm = train_step(cfg, self.ddp, self.optimizer, self.scaler, self.corpus, self.device, it, rank, world)
+        loss, norm = train_step(
+            cfg, self.ddp, self.optimizer, self.scaler, self.corpus, self.device, it, rank, world, self.window
+        )
         check_finite(loss, f"loss of iteration {it}", self.out_dir)
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself, and lowers its scale
             check_finite(norm, f"gradient norm of iteration {it}", self.out_dir)
         elif self.scaler.get_scale() < 1e-3:
             check_finite(math.nan, f"float16 gradient of iteration {it}, at every loss scale,", self.out_dir)
         self.it = it = it + 1
+        self.window += cfg.gradient_accumulation_steps * cfg.batch_size
         if self.retention is not None:
             self.retention.observe(scale / (cfg.gradient_accumulation_steps // world), world)
             if it % CALIBRATE == 1:  # after a step: what is compiled is compiled for DDP
                 self.retention.calibrate(
-                    cfg, self.compiled, self.corpus, self.device, it, rank, world, self.scaler.get_scale()
+                    cfg, self.compiled, self.corpus, self.device, it, self.window, rank, world, self.scaler.get_scale()
                 )
             if it % STEER == 0:
                 self.retention.steer()
@@ -211,12 +214,26 @@ class Run:
         self.progress.steps(it, loss, dt, tok_per_sec, mfu, self.retention and self.retention.c.item())
 
     def evaluate(self) -> None:
-        """The validation loss, attention's time, and the checkpoints that are due."""
+        """The validation loss, attention's time, and the checkpoints that are due. A signal to stop cuts it off.
+
+        What happens meanwhile costs nothing of the training: a checkpoint is there before, or else after a failure.
+        """
         cfg, it, processes = self.cfg, self.it, self.processes
+        if cfg.always_save_checkpoint:
+            self.save_latest()
+        where = self.val_starts, cfg.batch_size, self.device, processes.rank, processes.world
+        try:
+            by_position = evaluate(self.compiled, self.corpus, *where, self.stop)
+            if by_position is None:
+                return
+            probed = {}
+            if self.record is not None:
+                x, y = (t.to(self.device.device) for t in self.corpus.val_batch(self.val_starts[:1]))
+                probed = probe_attention(self.model, x, y, self.device, torch.tensor(fold_in(cfg.seed, it)))
+        except (MemoryError, RuntimeError):
+            self.save_latest()
+            raise
         self.evaluated_at = it
-        by_position = evaluate(
-            self.compiled, self.corpus, self.val_starts, cfg.batch_size, self.device, processes.rank, processes.world
-        )
         val_loss = float(by_position.mean())
         check_finite(val_loss, f"validation loss at iteration {it}", self.out_dir)
         improved = val_loss < self.best_val_loss and it > 0
@@ -226,34 +243,25 @@ class Run:
             self.progress.say(report.describe_evaluation(it, val_loss, improved, buckets))
         if self.record is None:
             return
-        x, y = (t.to(self.device.device) for t in self.corpus.val_batch(self.val_starts[:1]))
-        probed = probe_attention(self.model, x, y, self.device, torch.tensor(fold_in(cfg.seed, it)))
         self.record.log({"iter": it, "val/loss": val_loss, "val/loss_by_position": buckets, **probed})
         if (error := probed.get("lowrank/worst_error", 0)) > 1 and not self.warned:
             self.warned = True
             self.progress.say(report.lowrank_warning(cfg, it, probed["lowrank/bound"], error))
         if improved:
             self.save("ckpt_best.pt")
-        if it > 0 and (improved or cfg.always_save_checkpoint or it == cfg.max_iters):
+        if improved or cfg.always_save_checkpoint or it == cfg.max_iters:
+            self.save_latest()
+
+    def save_latest(self) -> None:
+        """ckpt.pt, and what keep_checkpoints keeps; nothing before the first step, or where another process saves."""
+        if self.record is not None and self.it > 0:
             self.save("ckpt.pt")
+            if self.cfg.keep_checkpoints:
+                checkpoint.keep(self.out_dir, self.it, self.cfg.keep_checkpoints)
 
     def save(self, name: str) -> None:
-        """A checkpoint, under nanoGPT's names and our own: see training/checkpoint.py."""
-        state = {
-            "model": adapter_state(self.model) if self.lora else self.model.state_dict(),
-            "lora": self.lora,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "model_args": model_args(self.model.config),
-            "iter_num": self.it,
-            "best_val_loss": self.best_val_loss,
-            "config": dataclasses.asdict(self.cfg),
-            "tokenizer": self.corpus.tokenizer_meta,
-            "train_sha256": self.corpus.checksum,
-            "wandb_run_id": self.record.run_id,
-            "retention": self.retention.state if self.retention else None,
-        }
-        checkpoint.save(self.out_dir / name, state)
+        assert self.record is not None
+        checkpoint.save(self.out_dir / name, self.to_save(self.record.run_id))
 
 
 def train_step(
@@ -266,11 +274,15 @@ def train_step(
     it: int,
     rank: int = 0,
     world: int = 1,
+    first: int | None = None,
 ) -> tuple[float, float]:
     """One iteration: the gradient over all micro-batches, clipped, and a step. Returns (loss, norm of the gradient).
 
-    model: a GPT, compiled or not, in DDP if world > 1; with backprop=analytic a plain GPT.
+    model: a GPT, compiled or not, in DDP if world > 1; with backprop=analytic a plain GPT. first: the number of the
+    iteration's first window of text; None: as if all iterations had been like this one.
     """
+    if first is None:
+        first = it * cfg.gradient_accumulation_steps * cfg.batch_size
     analytic = cfg.backprop == "analytic"
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, it)
@@ -280,7 +292,7 @@ def train_step(
         micro = step * world + rank  # counted over all processes
         seed = fold_in(cfg.seed, it, micro)
         torch.manual_seed(seed)  # dropout
-        batch = corpus.batch(cfg.batch_size, cfg.seed, it, micro, cfg.gradient_accumulation_steps)
+        batch = corpus.batch(cfg.batch_size, cfg.seed, first + micro * cfg.batch_size)
         x, y = (t.to(device.device) for t in batch)
         sus_seed = torch.tensor(seed) if cfg.attn_backward == "sus" else None
         if world > 1:
@@ -315,24 +327,6 @@ def check_finite(value: float, name: str, out_dir: Path) -> None:
             f"the {name} is {value}{earlier}. Try a lower --learning_rate, a longer --warmup_iters, "
             "--grad_clip=1.0, or --dtype=float32 or bfloat16 instead of float16"
         )
-
-
-@torch.no_grad()
-def evaluate(model, corpus, starts, batch_size, device, rank, world) -> torch.Tensor:
-    """The mean validation loss at each position of the context, (T,) float64, over the fixed windows at `starts`."""
-    total = torch.zeros(corpus.block_size, dtype=torch.float64)
-    mine = starts[rank::world]
-    model.eval()
-    for i in range(0, len(mine), batch_size):
-        x, y = (t.to(device.device) for t in corpus.val_batch(mine[i : i + batch_size]))
-        with device.autocast():
-            _, losses = model(x, y, reduction="none")
-        total += losses.float().sum(0).cpu().double()
-    model.train()
-    if world > 1:
-        total = total.to(device.device)
-        dist.all_reduce(total)
-    return total.cpu() / len(starts)
 
 
 if __name__ == "__main__":

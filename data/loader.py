@@ -1,6 +1,6 @@
 """A prepared corpus as batches of token windows.
 
-A training batch is a pure function of (seed, iteration, micro-batch). It depends neither on what was drawn before,
+A training batch is a pure function of (seed, number of its first window). It depends neither on what was drawn before,
 nor on evaluation, nor on how many processes share the work: a resumed run sees just what an uninterrupted one does.
 Validation is on fixed windows, the same for every run, so that two runs compare without noise.
 
@@ -13,7 +13,8 @@ epoch cuts elsewhere. How it is cut is the key `windows`:
                 left of these, and documents that are shorter, share windows.
 
 Windows are read from the file, not through a memory map, whose pages would count as this process's memory as they
-fill up.
+fill up. The files stay open: a corpus that is prepared anew takes their names, not their bytes, and the run goes on
+with the text that it began with.
 
 Dims: B windows in a batch, T tokens in a window (block_size), D documents.
 """
@@ -23,7 +24,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,10 @@ from data.tokenizer import GPT2_VOCAB_SIZE
 
 Window = list[tuple[int, int]]  # stretches (start, length) of a file's tokens, mostly one; their lengths add up to T
 Places = npt.NDArray[np.int64]  # in a file, in tokens
+
+
+class TextChanged(UserError):
+    """A corpus is no longer what was opened."""
 
 
 class Epoch:
@@ -102,15 +107,20 @@ class Corpus:
     val_tokens: int
     windows: str = "packed"
     checksum: str | None = None  # of train.bin; None: of nanoGPT's make
+    val_checksum: str | None = None  # of val.bin
+    # The open ones, and when they were last written to then, in ns.
+    _files: dict[str, tuple[BinaryIO, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     # The last ones used, by (seed, epoch).
     _epochs: dict[tuple[int, int], Epoch] = field(default_factory=dict, init=False, repr=False)
 
-    def batch(self, batch_size: int, seed: int, iteration: int, micro: int, micros: int = 1) -> tuple[Tensor, Tensor]:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}  # another process opens its own
+
+    def batch(self, batch_size: int, seed: int, first: int) -> tuple[Tensor, Tensor]:
         """(x, y), both (B, T) int64, B = batch_size: windows of train.bin, and the token after each of theirs.
-        micro is the micro-batch's number within the step, of `micros` over all processes. All arguments are >= 0.
+        first: the number of the first one, counted from 0 since the run began, over all steps and processes.
         """
-        n = (iteration * micros + micro) * batch_size
-        return self.read("train", [self._window(seed, i) for i in range(n, n + batch_size)])
+        return self.read("train", [self._window(seed, n) for n in range(first, first + batch_size)])
 
     def _window(self, seed: int, n: int) -> Window:
         """The n-th window of a run."""
@@ -128,8 +138,20 @@ class Corpus:
         last = getattr(self, f"{split}_tokens") - 1
         if self.windows == "packed":
             return np.array([0, last])
-        ends = np.fromfile(self.folder / f"{split}_ends.bin", np.uint64).astype(np.int64)
+        file = self.file(f"{split}_ends.bin")
+        file.seek(0)
+        ends = np.frombuffer(file.read(), np.uint64).astype(np.int64)
         return np.concatenate([[0], ends[:-1], [last]])
+
+    def file(self, name: str) -> BinaryIO:
+        """One of the folder's files, open. TextChanged: it was written to since it was opened."""
+        if name not in self._files:
+            opened: BinaryIO = open(self.folder / name, "rb")
+            self._files[name] = opened, os.fstat(opened.fileno()).st_mtime_ns
+        file, written = self._files[name]
+        if os.fstat(file.fileno()).st_mtime_ns != written:
+            raise TextChanged(f"{self.folder / name} has changed since training began: {_remake(self.folder)}")
+        return file
 
     def val_windows(self, count: int) -> Places:
         """(n,) int64 starts of windows, evenly spread over val.bin: n = count, or fewer where no more are distinct.
@@ -155,16 +177,16 @@ class Corpus:
         x = np.empty((len(windows), self.block_size), np.int64)
         y = np.empty_like(x)
         try:
-            with open(path, "rb") as file:
-                for row, stretches in enumerate(windows):
-                    at = 0
-                    for start, length in stretches:
-                        file.seek(start * dtype.itemsize)
-                        tokens = np.frombuffer(file.read((length + 1) * dtype.itemsize), dtype, length + 1)
-                        x[row, at : at + length], y[row, at : at + length] = tokens[:-1], tokens[1:]
-                        at += length
+            file = self.file(path.name)
+            for row, stretches in enumerate(windows):
+                at = 0
+                for start, length in stretches:
+                    file.seek(start * dtype.itemsize)
+                    tokens = np.frombuffer(file.read((length + 1) * dtype.itemsize), dtype, length + 1)
+                    x[row, at : at + length], y[row, at : at + length] = tokens[:-1], tokens[1:]
+                    at += length
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} has changed since training began ({error}): {_remake(self.folder)}") from error
+            raise TextChanged(f"{path} has changed since training began ({error}): {_remake(self.folder)}") from error
         if (largest := max(x.max(), y.max())) >= self.vocab_size:
             raise UserError(
                 f"{path} has the token id {largest}, but its vocabulary is {self.vocab_size}: "
@@ -208,7 +230,7 @@ def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = 
             f"{folder / changed[0]} is not what was written there: its checksum differs from meta.json's. "
             f"Copy it again, or {_remake(folder)}"
         )
-    return Corpus(
+    corpus = Corpus(
         folder,
         block_size,
         meta["vocab_size"],
@@ -218,7 +240,11 @@ def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = 
         meta["val_tokens"],
         windows,
         meta.get("train_sha256"),
+        meta.get("val_sha256"),
     )
+    for name in ("train.bin", "val.bin", *(("train_ends.bin", "val_ends.bin") if windows == "document" else ())):
+        corpus.file(name)
+    return corpus
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def compare_gradients(trainer: Trainer, kind: str) -> dict:
     """
     model, device, seed = trainer.model, trainer.device, torch.tensor(0)
     model.config.attn_backward = kind
-    x, y = (t.to(device.device) for t in trainer.corpus.batch(trainer.cfg.batch_size, trainer.cfg.seed, 0, 0))
+    x, y = (t.to(device.device) for t in trainer.corpus.batch(trainer.cfg.batch_size, trainer.cfg.seed, 0))
     found = {}
     for way in WAYS:
         with device.autocast():

@@ -138,7 +138,7 @@ def measure_loading() -> tuple[dict[str, float], dict[str, float], int, list[int
         if n in (100, BATCHES + 99):  # after the first of them has what it needs
             memory.append(resident("VmRSS"))
         start = time.perf_counter()
-        corpus.batch(train.batch_size, train.seed, n // micros, n % micros, micros)
+        corpus.batch(train.batch_size, train.seed, n * train.batch_size)
         times.append(time.perf_counter() - start)
     return spread(times), spread(steps[1:]), micros, memory
 

@@ -31,8 +31,7 @@ from data.loader import Corpus, load_corpus
 from measure import (
     apart,
     describe_machine,
-    environment,
-    idleness,
+    heading,
     mib,
     numbers,
     peak_of,
@@ -171,11 +170,7 @@ def measure(benchmark: str, measure_at: Callable, rounds: int, cfg: BenchTrainCo
             bar.set_description(f"T = {T:,}")
             results += measure_at(cfg, T, device, corpus, bar)
             product.append(product_ms(device))
-    return {
-        "benchmark": benchmark,
-        "config": dataclasses.asdict(cfg),
-        "environment": environment(device),
-        "idle": idleness(product),
+    return heading(benchmark, cfg, device, product) | {
         "sus_backend": backend,
         "dtype": str(device.dtype).removeprefix("torch."),
         "results": results,
@@ -211,7 +206,7 @@ def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, ba
 @torch.no_grad()
 def check_forward(trainer: Trainer) -> None:
     """UserError unless SUS's loss is exact's, as its forward is. Its gradient is checked by bench_attention.py."""
-    x, y = (t.to(trainer.device.device) for t in trainer.corpus.batch(1, trainer.cfg.seed, 0, 0))
+    x, y = (t.to(trainer.device.device) for t in trainer.corpus.batch(1, trainer.cfg.seed, 0))
     losses = {}
     for kind in KINDS:
         trainer.model.config.attn_backward = kind

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import random
 
 import numpy as np
@@ -11,7 +12,11 @@ import torch
 
 from configurator import UserError
 from data import corpus as corpus_module
-from data.loader import Epoch, load_corpus
+from data.corpus import Texts, write_corpus
+from data.loader import Epoch, TextChanged, load_corpus
+from data.tokenizer import tokenizer_from_meta
+
+BYTE = tokenizer_from_meta({"name": "byte"})
 
 
 def make(folder, train=1000, val=300, dtype="uint16", vocab_size=1000, **changes):
@@ -38,7 +43,7 @@ def test_batch_is_windows_and_the_same_shifted(tmp_path, dtype):
     offset = 0 if dtype == "uint16" else 70_000
     make(tmp_path, dtype=dtype, vocab_size=1000 + offset)
     (np.arange(1000) + offset).astype(dtype).tofile(tmp_path / "train.bin")
-    x, y = load_corpus(tmp_path, 16).batch(5, seed=1, iteration=2, micro=3)
+    x, y = load_corpus(tmp_path, 16).batch(5, seed=1, first=55)
     for tokens in x, y:
         assert tokens.shape == (5, 16) and tokens.dtype == torch.int64 and tokens.is_contiguous()
     assert torch.equal(y, x + 1)
@@ -51,44 +56,37 @@ def test_batch_is_windows_and_the_same_shifted(tmp_path, dtype):
 def test_batch_is_a_pure_function(tmp_path):
     corpus = load_corpus(make(tmp_path), 16)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    first = corpus.batch(4, 7, 10, 2)
-    for other in (8, 10, 2), (7, 11, 2), (7, 10, 3), (10, 7, 2):
+    first = corpus.batch(4, 7, 48)
+    for other in (8, 48), (7, 52), (7, 49), (48, 7):
         assert not torch.equal(corpus.batch(4, *other)[0], first[0])
         corpus.val_batch(corpus.val_windows(3))
-    assert torch.equal(load_corpus(tmp_path, 16).batch(4, 7, 10, 2)[0], first[0])
+    assert torch.equal(load_corpus(tmp_path, 16).batch(4, 7, 48)[0], first[0])
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_batch_is_the_same_on_every_machine_and_version(tmp_path):
-    assert load_corpus(make(tmp_path), 16).batch(4, 1337, 0, 0)[0][:, 0].tolist() == [84, 196, 324, 20]
+    assert load_corpus(make(tmp_path), 16).batch(4, 1337, 0)[0][:, 0].tolist() == [84, 196, 324, 20]
 
 
 def test_an_epoch_takes_each_token_once(tmp_path):
-    """With any accumulation, in any order of asking; and other epochs cut elsewhere."""
+    """In any order of asking; and other epochs cut elsewhere."""
     corpus = load_corpus(make(tmp_path), 16)
     epochs = []
     for epoch in range(3):
-        batches = [
-            corpus.batch(3, 5, iteration, micro, 7)[0]
-            for iteration in range(3 * epoch, 3 * epoch + 3)
-            for micro in range(7)
-        ]
+        batches = [corpus.batch(3, 5, first)[0] for first in range(63 * epoch, 63 * epoch + 63, 3)]
         seen = torch.cat(batches).flatten().bincount()  # 63 windows: 62 whole ones, and the rest
         assert len(seen) == 999 and seen.min() == 1 and (seen - 1).sum() == 63 * 16 - 999
         epochs.append(sorted(torch.cat(batches)[:, 0].tolist()))
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    straddling = corpus.batch(4, 5, 15, 0)[0]  # windows 60 to 63: the last is of another epoch
-    assert torch.equal(straddling[:3], corpus.batch(3, 5, 20, 0)[0]) and torch.equal(
-        straddling[3:], corpus.batch(1, 5, 63, 0)[0]
-    )
+    straddling = corpus.batch(4, 5, 60)[0]  # windows 60 to 63: the last is of another epoch
+    assert torch.equal(straddling[:3], corpus.batch(3, 5, 60)[0])
+    assert torch.equal(straddling[3:], corpus.batch(1, 5, 63)[0])
 
 
-def test_order_does_not_depend_on_the_number_of_processes(tmp_path):
+def test_order_does_not_depend_on_the_size_of_batches(tmp_path):
     corpus = load_corpus(make(tmp_path), 16)
-    one_by_one = [corpus.batch(1, 5, n, 0)[0] for n in range(24)]
-    assert torch.equal(
-        torch.cat([corpus.batch(2, 5, it, micro, 4)[0] for it in range(3) for micro in range(4)]), torch.cat(one_by_one)
-    )
+    one_by_one = torch.cat([corpus.batch(1, 5, n)[0] for n in range(24)])
+    assert torch.equal(torch.cat([corpus.batch(2, 5, n)[0] for n in range(0, 24, 2)]), one_by_one)
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -131,8 +129,8 @@ def test_what_is_left_of_documents_is_shuffled():
 
 def test_two_epochs_are_held_at_most(tmp_path):
     corpus = load_corpus(make(tmp_path), 16)
-    for iteration in (0, 62, 63, 200, 10, 500):
-        corpus.batch(3, 5, iteration, 0)
+    for first in (0, 186, 189, 600, 30, 1500):
+        corpus.batch(3, 5, first)
         assert 1 <= len(corpus._epochs) <= 2
 
 
@@ -145,7 +143,7 @@ def documents_of(folder, lengths, val_lengths=(300,)):
 
 def test_batches_within_documents(tmp_path):
     corpus = load_corpus(documents_of(tmp_path, [100, 7, 500, 3, 390]), 64, "document")
-    x, y = corpus.batch(16, 1, 0, 0)
+    x, y = corpus.batch(16, 1, 0)
     assert torch.equal(y, x + 1)  # the token after, also where a stretch ends
     whole = [row for row in x if torch.equal(row, row[:1] + torch.arange(64))]
     assert len(whole) >= 1 + 7 + 6
@@ -175,7 +173,7 @@ def test_within_documents_needs_their_ends(tmp_path, size):
 
 def test_seeds_up_to_63_bits(tmp_path):
     corpus = load_corpus(make(tmp_path), 16)
-    assert not torch.equal(corpus.batch(4, 2**63 - 1, 0, 0)[0], corpus.batch(4, 2**32 - 1, 0, 0)[0])
+    assert not torch.equal(corpus.batch(4, 2**63 - 1, 0)[0], corpus.batch(4, 2**32 - 1, 0)[0])
 
 
 # -- validation --------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ def test_nanogpt_corpus_without_meta(tmp_path, capsys):
     corpus = load_corpus(tmp_path, 16)
     assert (corpus.vocab_size, corpus.tokenizer_meta, corpus.train_tokens) == (50304, {"name": "gpt2"}, 1000)
     assert "no meta.json" in capsys.readouterr().out
-    assert corpus.batch(2, 0, 0, 0)[0].shape == (2, 16)
+    assert corpus.batch(2, 0, 0)[0].shape == (2, 16)
 
 
 def test_odd_nanogpt_corpus(tmp_path):
@@ -340,15 +338,34 @@ def test_id_outside_the_vocabulary(tmp_path):
     with pytest.raises(UserError, match="val.bin has the token id 799, but its vocabulary is 799"):
         corpus.val_batch([283])
     with pytest.raises(UserError, match=r"train.bin has the token id \d+, but its vocabulary is 799"):
-        for iteration in range(100):
-            corpus.batch(8, 0, iteration, 0)
+        for n in range(100):
+            corpus.batch(8, 0, 8 * n)
 
 
-@pytest.mark.parametrize("size", [None, 0, 1, 100])
-def test_file_shrinks_or_goes(tmp_path, size):
+@pytest.mark.parametrize("size", [0, 1, 100, 600])
+def test_a_file_that_is_written_to_is_refused(tmp_path, size):
+    """In place, as cp does: the bytes that were opened are gone."""
     corpus = load_corpus(make(tmp_path), 16)
-    (tmp_path / "val.bin").unlink()
-    if size is not None:
-        (tmp_path / "val.bin").write_bytes(bytes(size))
-    with pytest.raises(UserError, match="val.bin has changed since training began"):
+    (tmp_path / "val.bin").write_bytes(bytes(size))
+    with pytest.raises(TextChanged, match="val.bin has changed since training began"):
         corpus.val_batch(corpus.val_windows(3))
+
+
+@pytest.mark.parametrize("windows", ["packed", "document"])
+def test_a_corpus_prepared_anew_does_not_reach_a_run_that_reads_the_old_one(tmp_path, windows):
+    def prepare(*texts):
+        write_corpus(tmp_path, Texts([(t, t * 300) for t in texts], [("v", texts[0] * 300)], {}), BYTE)
+
+    prepare("ab", "cd")
+    corpus, untouched = load_corpus(tmp_path, 16, windows), load_corpus(tmp_path, 16, windows)
+    want = [untouched.batch(4, 1, 4 * n)[0] for n in range(40)], untouched.val_batch([0])[0]  # more than an epoch
+    corpus.batch(4, 1, 0)
+    prepare("xyz")
+    assert all(torch.equal(corpus.batch(4, 1, 4 * n)[0], x) for n, x in enumerate(want[0]))
+    assert torch.equal(corpus.val_batch([0])[0], want[1]) and corpus.checksum == untouched.checksum
+    assert load_corpus(tmp_path, 16, windows).val_batch([0])[0].tolist() != want[1].tolist()
+
+
+def test_a_corpus_goes_to_another_process(tmp_path):
+    corpus = load_corpus(make(tmp_path), 16)
+    assert torch.equal(pickle.loads(pickle.dumps(corpus)).batch(2, 0, 6)[0], corpus.batch(2, 0, 6)[0])

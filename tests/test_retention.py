@@ -87,7 +87,7 @@ def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):
     cfg = SimpleNamespace(batch_size=2, seed=5, gradient_accumulation_steps=1)
 
     def gradient(it, seed):
-        x, y = text.batch(2, 5, it, 0)
+        x, y = text.batch(2, 5, 2 * it)
         loss = model(x, y, sus_seed=torch.tensor(seed))[1]
         weights = [block.attn.c_attn.weight for block in model.transformer.h]
         return torch.cat(
@@ -96,7 +96,7 @@ def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):
 
     found = []
     for it in range(40):
-        held.calibrate(cfg, model, text, CPU, it, loss_scale=8.0)
+        held.calibrate(cfg, model, text, CPU, it, 2 * it, loss_scale=8.0)
         found.append((held.amplification, held.own))
     a, again, other = (
         gradient(0, fold_in(5, 0, 0, 1)),

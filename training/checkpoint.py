@@ -14,17 +14,21 @@ machine dies, the name holds either the former checkpoint or the new one. What i
 next save overwrites.
 """
 
+import contextlib
 import itertools
 import math
 import os
 import re
+import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configurator import UserError
+from data.lock import locked
 
 REQUIRED: dict[str, Any] = {
     "model": dict,
@@ -66,7 +70,7 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
     too, those of a compiled or DDP model under their plain names. UserError if the file is missing, truncated,
     damaged or something else.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise UserError(f"no checkpoint at {path}: train first, or give the --out_dir of a run")
     try:
         with zipfile.ZipFile(path) as archive:  # the format of torch.save, which doesn't compare checksums on loading
@@ -98,9 +102,17 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict:
                 f"{path} is no adapter checkpoint of train.py: missing or of the wrong type: {', '.join(wrong)}"
             )
     # torch.compile and DDP put these prefixes before the names of the weights
-    state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): weight for name, weight in state["model"].items()}
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): weight for name, weight in state["model"].items()}
+    state["model"] = {name: weight for name, weight in weights.items() if not _is_causal_mask(name, weight)}
     state["best_val_loss"] = float(state["best_val_loss"])  # a tensor in nanoGPT's
     return state
+
+
+def _is_causal_mask(name: str, weight: torch.Tensor) -> bool:
+    """Whether it is the buffer (1, 1, T, T) that GPTs kept in every layer before PyTorch 2, or its fill value."""
+    return name.endswith(".attn.masked_bias") or (
+        name.endswith(".attn.bias") and isinstance(weight, torch.Tensor) and weight.dim() == 4
+    )
 
 
 def find(path: str | Path) -> Path:
@@ -126,9 +138,21 @@ def restore_optimizer(saved: dict, path: Path, optimizer: torch.optim.Optimizer,
         group.update(mine)
 
 
+@contextlib.contextmanager
+def own(out_dir: Path) -> Iterator[None]:
+    """The folder, made if it isn't there, is this run's alone. UserError if another run writes to it."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with locked(out_dir, f"another run writes to out_dir={out_dir} just now: choose another --out_dir"):
+            yield
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} can't be used: {error.strerror}") from error
+
+
 def keep_earlier_run(out_dir: Path) -> None:
     """A run from scratch moves what an earlier one left in out_dir into a subfolder, instead of overwriting it."""
-    files = [out_dir / name for name in ("ckpt.pt", "ckpt_best.pt", "metrics.jsonl") if (out_dir / name).exists()]
+    names = ("ckpt.pt", "ckpt_best.pt", "metrics.jsonl")
+    files = [*(out_dir / name for name in names if (out_dir / name).exists()), *kept(out_dir)]
     if files:
         n = next(n for n in itertools.count(1) if not (out_dir / f"earlier-{n}").exists())
         (out_dir / f"earlier-{n}").mkdir()
@@ -137,6 +161,43 @@ def keep_earlier_run(out_dir: Path) -> None:
         print(
             f"the earlier run in {out_dir} is kept in {out_dir / f'earlier-{n}'} (--init_from=resume goes on with a "
             "run)"
+        )
+
+
+def kept(out_dir: Path) -> list[Path]:
+    """The checkpoints that `keep` keeps, by iteration."""
+    found = [path for path in out_dir.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", path.name)]
+    return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
+
+
+def keep(out_dir: Path, it: int, count: int) -> None:
+    """Let ckpt.pt, of iteration it, stay as ckpt-IT.pt, too, and the last `count` of these. UserError."""
+    copy, aside = out_dir / f"ckpt-{it}.pt", out_dir / f"ckpt-{it}.pt.aside"
+    try:
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(out_dir / "ckpt.pt", aside)  # the next save makes a new file, and leaves this one
+        except OSError:  # a file system without links
+            shutil.copyfile(out_dir / "ckpt.pt", aside)
+        os.replace(aside, copy)
+        for old in kept(out_dir)[:-count]:
+            old.unlink()
+    except OSError as error:
+        raise UserError(f"can't keep {copy}: {error.strerror}; make room, or set --keep_checkpoints=0") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_room(out_dir: Path, size: int, keeps: int) -> None:
+    """UserError if the disk hasn't room for the checkpoints of a run, of `size` bytes each, with `keeps` older ones."""
+    files = [*(out_dir / name for name in ("ckpt.pt", "ckpt_best.pt") if (out_dir / name).exists()), *kept(out_dir)]
+    there = sum(path.stat().st_size for path in files)
+    needed = (3 + keeps) * size - there  # the latest, the best, and one that is written aside
+    free = shutil.disk_usage(out_dir).free
+    if needed > free:
+        raise UserError(
+            f"the disk of out_dir={out_dir} has {free / 1e6:,.0f} MB left, and this run's checkpoints take "
+            f"{needed / 1e6:,.0f} MB more: make room, choose another --out_dir, or a lower --keep_checkpoints"
         )
 
 

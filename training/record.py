@@ -37,7 +37,8 @@ say = tqdm.write  # print, but above a progress bar if there is one
 class Record:
     """The record of one run. config: plain values, of the first line. run_id: of the run to go on with, from its
     checkpoint; None makes one from run_name. group: what wandb overlays by. resume_iter: the checkpoint's iteration,
-    after which the lines are cut off; None starts a new file. UserError if the file can't be read or written.
+    after which the lines are cut off; None starts a new file. evaluation_owed: so is that iteration's evaluation.
+    UserError if the file can't be read or written.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Record:
         wandb_log: bool,
         wandb_project: str,
         resume_iter: int | None,
+        evaluation_owed: bool = False,
     ):
         self.path = Path(out_dir) / "metrics.jsonl"
         self.run_id = run_id or make_id(run_name)
@@ -58,6 +60,8 @@ class Record:
         lines = []
         if resume_iter is not None and self.path.exists():
             lines = [line for line in read_record(self.path)[1] if line["iter"] <= resume_iter]
+            if evaluation_owed:  # it will be made again
+                lines = [line for line in lines if line["iter"] < resume_iter or "val/loss" not in line]
         self._rewrite([{"config": config, "run_id": self.run_id, "run_name": run_name}, *lines])
         self.mirror, self.look = None, ""  # look: where wandb shows the curves
         if wandb_log:
@@ -178,8 +182,8 @@ def start_wandb(**run: Any) -> tuple[Any, str]:
                         shutil.rmtree(failed, ignore_errors=True)
         mirror = init(mode="offline", settings=settings, **run)
         use_iter_axis(mirror)
-        command = "wandb" if shutil.which("wandb") else os.path.relpath(Path(sys.executable).with_name("wandb"))
-        look = f"{command} leet {os.path.join('.', os.path.relpath(folder))}"
+        command = "wandb" if shutil.which("wandb") else relative(Path(sys.executable).with_name("wandb"))
+        look = f"{command} leet {os.path.join('.', relative(folder))}"
         say(f"wandb is offline ({why}); to see the curves, also while they grow: {look}")
         return mirror, look
     except Exception as error:
@@ -190,6 +194,14 @@ def start_wandb(**run: Any) -> tuple[Any, str]:
 def use_iter_axis(mirror: Any) -> None:
     mirror.define_metric("iter")
     mirror.define_metric("*", step_metric="iter")
+
+
+def relative(path: str | Path, start: str | Path = os.curdir) -> str:
+    """The path as seen from start; the absolute one where no way leads there, as between Windows's drives."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:
+        return os.path.abspath(path)
 
 
 def make_id(run_name: str) -> str:

@@ -17,6 +17,7 @@ from lowrank_attn import count_features
 from model import GPT
 from sus_attn import resolve_backend
 from training.device import Device
+from training.record import relative
 from training.retention import HIGH, Retention
 
 MOST_FEATURES = 1 << 20  # of the low-rank backward: a chunk of them takes half a gigabyte, a few times
@@ -188,13 +189,13 @@ def lowrank_warning(cfg: TrainConfig, it: int, bound: float, error: float) -> st
 
 def own_python() -> str:
     """The interpreter that runs this, for commands to copy."""
-    return os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
+    return relative(sys.executable) if sys.prefix != sys.base_prefix else "python"
 
 
-def describe_stop(signal_name: str, it: int, out_dir: str) -> str:
-    """The last line of a run that a signal stopped after iteration `it`, whose checkpoint is saved."""
+def describe_stop(signal_name: str, it: int, out_dir: str, is_saved: bool) -> str:
+    """The last line of a run that a signal stopped after iteration `it`."""
     saved = f"saved in {out_dir}. To go on:\n    {own_python()} train.py --init_from=resume --out_dir={out_dir}"
-    return f"stopped by {signal_name} at iteration {it}, {saved if it > 0 else 'with nothing to save yet'}"
+    return f"stopped by {signal_name} at iteration {it}, {saved if is_saved else 'with nothing to save yet'}"
 
 
 def print_what_next(out_dir: str, look: str) -> None:

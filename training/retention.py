@@ -97,16 +97,18 @@ class Retention:
         corpus: Corpus,
         device: Device,
         it: int,
+        first: int,
         rank: int = 0,
         world: int = 1,
         loss_scale: float = 1.0,
     ) -> None:
         """Three micro-batches' gradients; the model's own (.grad) stay what they are. model: compiled or not, not in
-        DDP. loss_scale: for float16, see GradScaler.
+        DDP. first: the number of iteration it's first window. loss_scale: for float16, see GradScaler.
         """
 
-        def gradient(batch: int, draw: int) -> list[torch.Tensor]:
-            tokens = corpus.batch(cfg.batch_size, cfg.seed, batch, rank, cfg.gradient_accumulation_steps)
+        def gradient(steps: int, draw: int) -> list[torch.Tensor]:
+            window = first + (steps * cfg.gradient_accumulation_steps + rank) * cfg.batch_size
+            tokens = corpus.batch(cfg.batch_size, cfg.seed, window)
             x, y = (t.to(device.device) for t in tokens)
             with device.autocast():
                 _, loss = model(x, y, sus_seed=torch.tensor(fold_in(cfg.seed, it, rank, 1 + draw)))
@@ -116,11 +118,11 @@ class Retention:
             squares = (((x.float() - y.float()) / loss_scale).square().sum() for x, y in zip(a, b))
             return torch.as_tensor(sum(squares)) / 2
 
-        first = gradient(it, 0)
+        a = gradient(0, 0)
         estimate = self.estimate() / loss_scale**2
-        added = half_distance(first, gradient(it, 1))
+        added = half_distance(a, gradient(0, 1))
         estimate = (estimate + self.estimate() / loss_scale**2) / 2
-        both = half_distance(first, gradient(it + 1, 2))
+        both = half_distance(a, gradient(1, 2))
         mean_added, mean_estimate, own = _mean(torch.stack([added, estimate, both - added]), world).tolist()
         if mean_added > 0 and mean_estimate > 0:  # not if all was kept
             self.amplification = _running(self.amplification, mean_added / mean_estimate)

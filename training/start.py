@@ -15,6 +15,7 @@ from model import ARCHITECTURE_KEYS, GPT, TRAINING_KEYS, GPTConfig
 from training import checkpoint
 from training.lora import add_adapters, fingerprint
 from training.parallel import Processes
+from training.record import relative
 from training.retention import START
 from training.weights import PRETRAINED, adapted_model, load_base, load_pretrained, model_args, model_from_checkpoint
 
@@ -31,14 +32,18 @@ class Origin:
 
     def is_finished(self, cfg: TrainConfig) -> bool:
         """Whether there is nothing left to train."""
-        return self.saved is not None and self.saved["iter_num"] >= cfg.max_iters and not cfg.eval_only
+        if self.saved is None or cfg.eval_only or self.saved.get("evaluation_owed"):
+            return False
+        return self.saved["iter_num"] >= cfg.max_iters
 
     def model(self, cfg: TrainConfig) -> tuple[GPT | None, dict | None]:
         """The model, None from scratch; and `lora`, what a checkpoint keeps of the adapters and their base."""
         if self.saved is not None:
             return resumed_model(cfg, self.saved)
         if cfg.init_from != "scratch":
-            return fine_tuned_model(cfg, self.base, self.base_path)
+            made = fine_tuned_model(cfg, self.base, self.base_path)
+            (self.base or {}).pop("model", None)  # it has been copied
+            return made
         return None, None
 
 
@@ -64,7 +69,7 @@ def find_base(cfg: TrainConfig) -> Path | None:
     if cfg.init_from in ("scratch", "resume", *PRETRAINED):
         return None
     path = checkpoint.find(cfg.init_from)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"init_from={cfg.init_from} must be one of scratch, resume, {', '.join(PRETRAINED)}, or the path of a "
             f"checkpoint or its folder, and there is no {path}: train that model first"
@@ -189,11 +194,17 @@ def base_from(out_dir: str, base: str) -> str:
     """The base of adapters, as their checkpoint keeps it: by its path from out_dir, or GPT-2's name."""
     if base in PRETRAINED:
         return base
-    return os.path.relpath(checkpoint.find(base).resolve(), Path(out_dir).resolve())
+    return relative(checkpoint.find(base).resolve(), Path(out_dir).resolve())
 
 
 def check_writable(out_dir: Path) -> None:
     """UserError if out_dir can't be written to, or can't be made; it isn't made yet."""
+    try:
+        os.lstat(out_dir)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"out_dir={out_dir} can't be used: {error.strerror}") from None
     there = next(folder for folder in (out_dir, *out_dir.absolute().parents) if os.path.lexists(folder))
     if not there.is_dir():
         raise UserError(f"out_dir={out_dir} can't be used: {there} is not a folder")

@@ -1,5 +1,6 @@
 """A GPT with weights that exist: those of a checkpoint, of a base and its adapters, or of GPT-2."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: fl
         folder = path.resolve().parent  # or the one above, for a run that was moved into earlier-1/
         places = [Path(lora_base)] if lora_base else [folder / base, folder.parent / base]
         files = [checkpoint.find(place) for place in places]
-        base = next((file for file in files if file.is_file()), files[0]).resolve()
-        if not base.is_file():
+        base = next((file for file in files if os.path.isfile(file)), files[0]).resolve()
+        if not os.path.isfile(base):
             raise UserError(
                 f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, say "
                 "where to, by --lora_base=PATH of train.py, sample.py or merge_lora.py"

@@ -1,0 +1,27 @@
+"""One process at a time in a folder."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from configurator import UserError
+
+LOCK = "lock"  # the file in the folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path, taken: str) -> Iterator[None]:
+    """No other process may be in here. The system frees it when this one ends, however it does.
+
+    UserError, with the text `taken`, if another one is there. Where the file system has no locks nothing is held.
+    """
+    with open(folder / LOCK, "wb") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(taken) from None
+        except (ImportError, OSError):
+            pass
+        yield

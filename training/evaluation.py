@@ -1,0 +1,38 @@
+"""The validation loss."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.loader import Corpus, Places
+from training.device import Device
+from training.parallel import StopSignal
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, corpus: Corpus, starts: Places, batch_size: int, device: Device, rank: int, world: int,
+    stop: StopSignal,
+) -> torch.Tensor | None:  # fmt: skip
+    """The mean validation loss at each position of the context, (T,) float64, over the fixed windows at `starts`.
+
+    None if a signal asked for an end before it was known.
+    """
+    total = torch.zeros(corpus.block_size, dtype=torch.float64)
+    mine = starts[rank::world]
+    model.eval()
+    for i in range(0, -(-len(starts) // world), batch_size):  # in all processes as often, as they ask one another
+        if stop.agreed(device):
+            model.train()
+            return None
+        if i >= len(mine):
+            continue
+        x, y = (t.to(device.device) for t in corpus.val_batch(mine[i : i + batch_size]))
+        with device.autocast():
+            _, losses = model(x, y, reduction="none")
+        total += losses.float().sum(0).cpu().double()
+    model.train()
+    if world > 1:
+        total = total.to(device.device)
+        dist.all_reduce(total)
+    return total.cpu() / len(starts)
