@@ -249,7 +249,9 @@ def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     """meta.json's dict with the keys that load_corpus needs, when all three files are there."""
-    missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
+    missing = [
+        name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)
+    ]  # of too long a name, too
     path = folder / "meta.json"
     if missing:
         there = {file.parent.name for file in folder.parent.glob("*/train.bin")}
@@ -286,7 +288,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _remake(folder: Path) -> str:
     """What makes the corpus in folder, as the end of a message."""
-    if (folder / "prepare.py").exists() and folder.name != "text":
+    if os.path.isfile(folder / "prepare.py") and folder.name != "text":
         return f"run python {folder / 'prepare.py'}"
     name = "NAME" if folder.name == "text" else folder.name
     return f"run python {folder.parent / 'text' / 'prepare.py'} --input=FILE_OR_FOLDER --out={name}"

@@ -362,3 +362,21 @@ def test_weight_decay_is_on_matrices_only():
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in rest["params"])
     assert len(rest["params"]) == 2 * (2 * 2 + 4) + 2
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_rope_table_stays_float32_through_casts(cast):
+    """In bfloat16 the angles of position 1000 would be off by whole turns."""
+    model, want = tiny(**LONG), tiny(**LONG).rope
+    assert torch.equal(model.to(cast).rope, want) and model.rope.dtype == torch.float32
+    assert model.lm_head.weight.dtype == cast and "rope" not in model.state_dict()
+    assert model.eval()(tokens())[0].dtype == cast
+
+
+def test_top_k_of_0_draws_from_all():
+    logits = torch.arange(5.0)
+    draw = lambda top_k: sample_token(logits, 1.0, top_k, None, torch.Generator().manual_seed(3))
+    assert draw(0) == draw(None) == draw(5)
+    model = tiny(**LONG).eval()
+    generate = lambda top_k: list(model.generate([1, 2], 8, top_k=top_k, generator=torch.Generator().manual_seed(0)))
+    assert generate(0) == generate(None)

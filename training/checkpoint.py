@@ -117,7 +117,7 @@ def _is_causal_mask(name: str, weight: torch.Tensor) -> bool:
 
 def find(path: str | Path) -> Path:
     """The checkpoint's file: path itself, or ckpt.pt where path is a run's folder."""
-    return Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
+    return Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
 
 
 def restore_optimizer(saved: dict, path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
