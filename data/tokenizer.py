@@ -11,6 +11,7 @@ of to_meta(), and comes back through tokenizer_from_meta(): no pickle, and a che
 Dims: N, the tokens of a text.
 """
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,9 @@ ENCODINGS = "gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k
 TOKENIZERS = "byte", *ENCODINGS  # those for any text
 PADDING = 128  # the embedding of an encoding has a multiple of so many rows: faster on GPUs
 GPT2_VOCAB_SIZE = 50304  # 50257, padded
+# A run of a million white-space characters overflows the stack of tiktoken's regular expressions. LONG_RUN leaves room.
+LONG_RUN = 500_000
+BLANK = r"\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # its \s, but for \n and \r
 
 
 class Tokenizer:
@@ -77,9 +81,36 @@ class BytePairTokenizer(Tokenizer):
         try:
             if self.name == "byte":  # hundreds of times faster than a search for merges, of which there are none
                 return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
-            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+            return self._ordinary(text)
         except UnicodeEncodeError as error:
             raise UserError(f"the text has no UTF-8 form: {error.reason} at character {error.start}") from None
+        except ValueError:  # the regular expression's stack
+            return self._without_long_runs(text)
+
+    def _ordinary(self, text: str) -> Ids:
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+
+    def _without_long_runs(self, text: str) -> Ids:
+        r"""What `_ordinary` would give if it had stack enough: long runs of white space are cut out and merged here.
+
+        The rule that needs the stack, \s+(?!\S), takes white space but for its last character, which may belong to the
+        word behind; at the text's end it takes all. Earlier rules of some encodings leave it less: \s*[\r\n] takes what
+        ends in a line end, \s++$ what ends the text. So both ends of what is cut out are where tokens begin.
+        """
+        rules = self._encoding._pat_str
+        by_line, at_end = r"\s*[\r\n]" in rules, r"\s++$" in rules
+        space = BLANK + ("" if by_line else r"\r\n")
+        behind = r"(?![\r\n])" * by_line + r"(?!\Z)" * at_end
+        found, at = [], 0
+        try:
+            for run in re.finditer(rf"(?<![{space}])[{space}]{{{LONG_RUN},}}+{behind}", text):
+                stop = run.end() - (run.end() < len(text))
+                ids = self._encoding._encode_single_piece(text[run.start() : stop])
+                found += [self._ordinary(text[at : run.start()]), np.array(ids, np.int64)]
+                at = stop
+            return np.concatenate([*found, self._ordinary(text[at:])])
+        except ValueError as error:
+            raise UserError(f"the {self.name} tokenizer can't encode the text ({str(error)[:200]})") from None
 
     def _decode_bytes(self, ids: Ids) -> bytes:
         return self._encoding.decode_bytes(ids.tolist())

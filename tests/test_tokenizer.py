@@ -5,13 +5,16 @@ import codecs
 import hashlib
 import json
 import random
+import re
+import types
 
 import numpy as np
 import pytest
+import tiktoken
 
 from configurator import UserError
 from data.corpus import pieces
-from data.tokenizer import ENCODINGS, tokenizer_from_meta
+from data.tokenizer import ENCODINGS, BytePairTokenizer, tokenizer_from_meta
 
 TEXTS = [
     "",
@@ -136,16 +139,113 @@ def test_where_there_is_nowhere_to_cut_it_is_cut_all_the_same():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["x" * 1_000_000, " " * 1_000_000, "\n" * 1_000_000, "漢字" * 300_000],
-    ids=["letters", "spaces", "lines", "han"],
+    "run", ["x", " ", "\n", "漢字", " \n\u3000"], ids=["letters", "spaces", "lines", "han", "mixed"]
 )
-def test_long_runs(tokenizer, text):
+def test_long_runs(tokenizer, run):
     """One run without a break must neither overflow the regex engine nor take quadratic time."""
+    text = f"a{run * (1_200_000 // len(run))}b"
     if tokenizer.name == "char":
         tokenizer = tokenizer_from_meta({"name": "char", "chars": "".join(sorted(set(text)))})
     assert "".join(pieces(text)) == text
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.fixture(params=["r50k_base", "cl100k_base", "o200k_base"])
+def pattern_tokenizer(request, monkeypatch):
+    """With the pattern of an encoding, and merges that show where it cuts: those of white space, and with a word's
+    first letter. The other encodings have these patterns. It needs no files.
+    """
+    from tiktoken_ext import openai_public
+
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: {})
+    merges = [
+        b"  ",
+        b"   ",
+        b"    ",
+        b"\n\n",
+        b" \n",
+        b"\n ",
+        b"\t\t",
+        b" a",
+        b"\ta",
+        b".\n",
+        b".\n\n",
+        b"\n/",
+        b"\xc2\xa0",
+    ]
+    ranks = [bytes([byte]) for byte in range(256)] + merges
+    encoding = tiktoken.Encoding(
+        request.param,
+        pat_str=openai_public.ENCODING_CONSTRUCTORS[request.param]()["pat_str"],
+        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+        special_tokens={"<|endoftext|>": len(ranks)},
+    )
+    return BytePairTokenizer(encoding, 300)
+
+
+def test_long_runs_of_white_space_are_cut_where_tokens_begin(pattern_tokenizer, monkeypatch):
+    """Where tiktoken has stack enough for a run, what is done where it has not gives the same tokens."""
+    monkeypatch.setattr("data.tokenizer.LONG_RUN", 4)
+    draw, long = random.Random(2), 0
+    words = [
+        "a",
+        "B",
+        "é",
+        "1",
+        "23",
+        ".",
+        "/",
+        "_",
+        "'s",
+        "🙂",
+        "\u0301",
+        "\x1c",
+        "...",
+        ".\n",
+        "漢",
+        "",
+        "",
+        "\u200b",
+    ]
+    blanks = [" ", "\n", "\t", " \n", "\r\n", "\u00a0 ", "\u3000", "\x1c", "\x1f \n", "\u0085\u2028", " \t"]
+    for _ in range(6000):
+        text = ""
+        for _ in range(draw.randint(1, 5)):
+            text += draw.choice(words) + "".join(draw.choices(draw.choice(blanks), k=draw.randint(0, 9)))
+        plain = pattern_tokenizer._encoding.encode_ordinary(text)
+        assert pattern_tokenizer.encode(text).tolist() == plain
+        assert pattern_tokenizer._without_long_runs(text).tolist() == plain, repr(text)
+        long += bool(re.search(r"\S\s{5,}\S", text))
+    assert long > 2000
+
+
+@pytest.mark.parametrize(
+    "text, overflows",
+    [
+        (f"a{' ' * 1_000_001}a", ("r50k_base", "cl100k_base", "o200k_base")),
+        (f".{chr(10) * 1_000_001}/", ("r50k_base",)),
+        (" " * 1_000_001, ("o200k_base",)),
+    ],
+    ids=["spaces", "lines", "nothing but spaces"],
+)
+def test_what_overflows_the_regular_expression_is_encoded(pattern_tokenizer, text, overflows):
+    """The stack of tiktoken 0.14 has room for a million: it depends on the pattern what is too much for it."""
+    ids = pattern_tokenizer.encode(text)
+    try:
+        plain = pattern_tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        assert pattern_tokenizer.name in overflows and pattern_tokenizer.decode(ids) == text
+    else:
+        assert pattern_tokenizer.name not in overflows and np.array_equal(ids, plain)
+
+
+def test_text_that_tiktoken_refuses_all_the_same(gpt2, monkeypatch):
+    def refuses(text, disallowed_special):
+        raise ValueError("Regex error while tokenizing: no more stack")
+
+    monkeypatch.setattr(gpt2, "_encoding", types.SimpleNamespace(_pat_str="", encode_to_numpy=refuses))
+    with pytest.raises(UserError, match="gpt2 tokenizer can't encode the text .*no more stack"):
+        gpt2.encode("text")
 
 
 def test_byte_ids_are_the_bytes():
@@ -157,8 +257,6 @@ def test_gpt2_ids_are_the_published_ones(gpt2):
 
 
 def test_all_of_tiktokens_encodings_can_be_named():
-    import tiktoken
-
     assert set(ENCODINGS) == set(tiktoken.list_encoding_names())
 
 
