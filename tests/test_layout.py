@@ -13,7 +13,7 @@ FLOORS = [
     "sus_backends.reference sus_backends.cpu_kernels sus_backends.cpu sus_backends.triton_kernels sus_backends.triton",
     "sus_attn lowrank_attn rope",
     "model",
-    "data.tokenizer data.lock data.corpus data.loader data.hub",
+    "data.tokenizer data.lock data.reading data.rows data.lengths data.corpus data.loader data.hub",
     "training.device training.lora backprop training.checkpoint training.optimizer training.parallel training.probe"
     " training.record training.retention training.weights training.evaluation training.state",
     "data.stdlib.prepare",  # the default corpus, which train.py makes where it isn't there
