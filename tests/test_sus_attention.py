@@ -310,7 +310,7 @@ def test_autocast(dtype):
 # -- torch.compile and the custom op ---------------------------------------------------------------
 
 
-OPCHECKS = [  # what is said of shapes and strides does not look at the sampler: the others once each, the rest is slow
+OPCHECKS = [  # nothing that is checked depends on the sampler: those beside tiles have one each, and the rest is slow
     pytest.param(sampler, dtype, strided, marks=[pytest.mark.slow] * (sampler != "tiles" and i > 0))
     for sampler in SAMPLERS
     for i, (dtype, strided) in enumerate(itertools.product((torch.float32, torch.bfloat16), (True, False)))

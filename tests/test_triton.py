@@ -260,9 +260,11 @@ def test_thinning_is_that_of_the_reference():
 
 
 @many_programs
-@pytest.mark.parametrize("H, seeds", [(1, 2), pytest.param(2, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("H, seeds", [(1, 2), pytest.param(2, 10, marks=pytest.mark.slow)])
 def test_unbiased_over_seeds(H, seeds):
-    """16 draws a seed. What 4.5 standard errors are: of 32 draws 0.8 of one's standard deviation, of 320 a quarter."""
+    """16 draws a seed. A bias is found that is 4.5 standard errors: of 32 draws 0.8 of one's standard deviation, of 160
+    a third. Smaller ones are left to the test above and to the kernels' likeness to the reference.
+    """
     tensors = case(1, H, 1, 75, 32)
     tensors[0] /= 3
     tensors[3] *= torch.arange(75)[:, None] / 40
