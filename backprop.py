@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import model as model_module
 from model import GPT, Block, rotate, widened
-from sus_attn import fold_in, sus_attention_and_backward
+from sus_attn import sus_attention_and_backward
 from training.lora import LoRALinear
 
 
@@ -246,7 +246,7 @@ def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None
             v,
             config.sus_c,
             c_max=config.sus_c_max,
-            seed=fold_in(seed, attn.layer),
+            seed=seed,
             sampler=config.sus_sampler,
             backend=config.sus_backend,
             stats=attn.attend.stats,
@@ -305,18 +305,19 @@ def loss_and_gradients(
     rope = None if model.rope is None else model.rope[:, :T]
     recomputes = config.activation_checkpointing and model.training
     kept = []
-    for block in parts.h:
-        y, activations = block_forward(block, x, rope, sus_seed)
+    seeds = model.seeds_by_layer(sus_seed)
+    for block, seed in zip(parts.h, seeds):
+        y, activations = block_forward(block, x, rope, seed)
         kept.append(x if recomputes else activations)
         x = y
     del activations
     loss, dx = cross_entropy(model.lm_head, parts.ln_f(x), targets, scale)
     with torch.autocast(idx.device.type, enabled=False):
         dx = norm_backward(parts.ln_f, x, dx)
-    for block in reversed(parts.h):
+    for block, seed in zip(reversed(parts.h), reversed(seeds)):
         activations = kept.pop()
         if recomputes:
-            _, activations = block_forward(block, activations, rope, sus_seed)
+            _, activations = block_forward(block, activations, rope, seed)
         with torch.autocast(idx.device.type, enabled=False):  # the dtypes are the forward's
             dx = block_backward(block, activations, dx, rope)
         del activations

@@ -155,7 +155,7 @@ class CausalSelfAttention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotations are float32
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = self.attend(q, k, v, None if seed is None else fold_in(seed, self.layer))
+        y = self.attend(q, k, v, seed)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -286,11 +286,11 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
         x = self.transformer.drop(x)
         rope = None if self.rope is None else self.rope[:, start : start + T]
-        for block in self.transformer.h:
+        for block, seed in zip(self.transformer.h, self.seeds_by_layer(sus_seed)):
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rope, sus_seed, cache, use_reentrant=False)
+                x = checkpoint(block, x, rope, seed, cache, use_reentrant=False)
             else:
-                x = block(x, rope, sus_seed, cache)
+                x = block(x, rope, seed, cache)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
@@ -300,6 +300,12 @@ class GPT(nn.Module):
         if reduction == "mean":
             loss = loss.sum() / (targets != -1).sum()
         return None, loss
+
+    def seeds_by_layer(self, sus_seed: Tensor | None) -> Sequence[Tensor | None]:
+        """Another seed for each layer, 0-d int64: folded on the model's device, so that nothing waits for it."""
+        if sus_seed is None:
+            return [None] * self.config.n_layer
+        return fold_in(sus_seed, torch.arange(self.config.n_layer, device=self.lm_head.weight.device)).unbind()
 
     def num_params(self) -> int:
         """Parameters, without the position embedding (as nanoGPT counts)."""

@@ -35,7 +35,7 @@ from training.parallel import Processes, StopSignal, outlasting_readers
 from training.probe import probe_attention
 from training.record import Record
 from training.report import Progress
-from training.retention import CALIBRATE, STEER
+from training.retention import CALIBRATE, STEER, collect_stats
 from training.start import check_writable, find_origin, new_model, open_corpus
 from training.state import State
 
@@ -161,7 +161,7 @@ class Run(State):
             if self.it == first_it + 1 and self.compiled is not self.model:
                 self.device.synchronize()
                 self.start_clock()  # compilation is no training time
-            if self.processes.master and (self.it % cfg.log_interval == 0 or self.it == cfg.max_iters):
+            if self.processes.master and self.logs_after(self.it - 1):
                 self.log_steps(loss, norm)
             self.progress.advance()
 
@@ -172,6 +172,9 @@ class Run(State):
         """
         cfg, it, rank, world = self.cfg, self.it, self.processes.rank, self.processes.world
         scale = self.scaler.get_scale()
+        steers = self.retention is not None and (it + 1) % STEER == 0
+        if self.stats is not None:
+            collect_stats(self.model, self.stats, wanted=steers or self.logs_after(it))
         loss, norm = train_step(
             cfg, self.ddp, self.optimizer, self.scaler, self.corpus, self.device, it, rank, world, self.window
         )
@@ -183,14 +186,19 @@ class Run(State):
         self.it = it = it + 1
         self.window += cfg.gradient_accumulation_steps * cfg.batch_size
         if self.retention is not None:
-            self.retention.observe(scale / (cfg.gradient_accumulation_steps // world), world)
+            if steers:
+                self.retention.observe(scale / (cfg.gradient_accumulation_steps // world), world)
             if it % CALIBRATE == 1:  # after a step: what is compiled is compiled for DDP
                 self.retention.calibrate(
                     cfg, self.compiled, self.corpus, self.device, it, self.window, rank, world, self.scaler.get_scale()
                 )
-            if it % STEER == 0:
+            if steers:
                 self.retention.steer()
         return loss, norm
+
+    def logs_after(self, it: int) -> bool:
+        """Whether iteration `it` is to be logged once it is done."""
+        return (it + 1) % self.cfg.log_interval == 0 or it + 1 == self.cfg.max_iters
 
     def start_clock(self) -> None:
         self.clock, self.clock_it = time.perf_counter(), self.it

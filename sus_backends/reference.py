@@ -58,11 +58,13 @@ def seed_state(seed: IntOrTensor, stream: int) -> IntOrTensor:
 @overload
 def fold_in(seed: int, *words: int) -> int: ...
 @overload
+def fold_in(seed: int | Tensor, *words: Tensor) -> Tensor: ...
+@overload
 def fold_in(seed: int | Tensor, *words: int | Tensor) -> int | Tensor: ...
 def fold_in(seed, *words):
     """A new seed in [0, 2^32) from a seed and integers (iteration, micro-batch, layer, ...).
 
-    All are ints or 0-d int64 tensors. The new one is an int if all are, else a 0-d int64 tensor.
+    All are ints or int64 tensors, of shapes that broadcast. The new one is an int if all are, else such a tensor.
     """
     state = seed_state(seed, STREAM_FOLD)
     for word in words:

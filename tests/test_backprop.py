@@ -424,13 +424,13 @@ def test_sus_fills_its_statistics():
 def test_the_seed_of_each_layer_is_its_own(monkeypatch):
     seeds = []
 
-    def fold(seed, layer):
-        seeds.append((int(seed), layer))
-        return fold_in(seed, layer)
+    def spy(*args, seed, **kwargs):
+        seeds.append(int(seed))
+        return sus_attention_and_backward(*args, seed=seed, **kwargs)
 
-    monkeypatch.setattr(backprop, "fold_in", fold)
+    monkeypatch.setattr(backprop, "sus_attention_and_backward", spy)
     loss_and_gradients(tiny(attn_backward="sus", sus_c=0.4), tokens(), tokens(), sus_seed=torch.tensor(4))
-    assert seeds == [(4, 0), (4, 1)]
+    assert seeds == [fold_in(4, 0), fold_in(4, 1)]
 
 
 # -- refusals ------------------------------------------------------------------------------------------

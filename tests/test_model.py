@@ -255,7 +255,7 @@ def test_whole_model_gradient_is_unbiased_with_the_seeds_of_training(sampler):
 
 def test_one_seed_for_all_layers_would_be_seen(monkeypatch):
     """The same check with one seed for both layers, whose draws are then correlated: it must fail."""
-    monkeypatch.setattr(model_module, "fold_in", lambda seed, layer: fold_in(seed, 0))
+    monkeypatch.setattr(model_module, "fold_in", lambda seed, layers: fold_in(seed, 0 * layers))
     assert max_z("systematic") > 6
 
 

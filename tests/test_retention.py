@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from configurator import TrainConfig, UserError, load_config
 from data.loader import load_corpus
 from model import GPT, GPTConfig
@@ -13,7 +14,7 @@ from sus_attn import fold_in
 from training import retention
 from training.device import Device
 from training.record import read_record
-from training.retention import HIGH, LOW, START, STEER, Retention, collect_stats
+from training.retention import HIGH, LOW, START, STEER, Retention, collect_stats, new_stats
 from training_runs import TORCHRUN, finish, start
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
@@ -40,7 +41,8 @@ def tiny(block_size=64, **keys):
 def test_c_goes_where_rho_is_the_target(target, want):
     """rho = 0.64 c^-1.5 in a made-up world, noisily seen: c settles, and stays, where that is the target."""
     model = tiny()
-    stats = collect_stats(model)
+    stats = new_stats(model)
+    collect_stats(model, stats)
     held = Retention(model, stats, target)
     held.amplification, held.own = 10.0, 10.0
     noise = torch.Generator().manual_seed(0)
@@ -64,7 +66,8 @@ def test_c_goes_where_rho_is_the_target(target, want):
 
 def test_what_is_not_finite_moves_nothing():
     model = tiny()
-    stats = collect_stats(model)
+    stats = new_stats(model)
+    collect_stats(model, stats)
     held = Retention(model, stats, 0.01)
     held.steer()  # nothing was calibrated, nothing observed
     held.amplification, held.own = 1.0, 1.0
@@ -82,7 +85,7 @@ def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):
     """Against the three gradients made here, and against the variance over many draws and batches."""
     monkeypatch.setattr(retention, "DECAY", 0.0)
     model, text = tiny(), load_corpus(corpus, 64)
-    held = Retention(model, collect_stats(model), 0.01)
+    held = Retention(model, new_stats(model), 0.01)
     held.config.sus_c = held.c.fill_(0.4)  # below what it would set: all 64 keys are of one tile
     cfg = SimpleNamespace(batch_size=2, seed=5, gradient_accumulation_steps=1)
 
@@ -163,7 +166,8 @@ def kept_when_compiled(cs):
     """How many entries a compiled model keeps at each c in turn, from the same seed."""
     torch._dynamo.reset()
     model = tiny(512, sus_backend="reference")
-    held = Retention(model, collect_stats(model), 0.01)
+    held = Retention(model, new_stats(model), 0.01)
+    collect_stats(model, held.stats)
     compiled = torch.compile(model, backend="aot_eager")
     x = torch.arange(512)[None] % 61
     for c in cs:
@@ -220,3 +224,21 @@ def test_the_key(tmp_path):
     for wrong in ("--sus_c=often", "--sus_c=-1", "--sus_rho=0", "--sus_rho=auto"):
         with pytest.raises(UserError, match="must be"):
             load_config(TrainConfig, [wrong], usage="")
+
+
+def test_statistics_are_collected_only_where_they_are_looked_at(run, monkeypatch):
+    """They take time in every backward: at iterations that are logged, or that c is steered by."""
+    seen = []
+    real = train.train_step
+
+    def step(cfg, model, *args):
+        seen.append((args[4] + 1, model.transformer.h[0].attn.attend.stats is not None))
+        return real(cfg, model, *args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    run(log_interval=4, max_iters=11)
+    assert [it for it, collects in seen if collects] == [4, 8, 11]
+    seen.clear()
+    lines = run("auto", log_interval=7, max_iters=22, sus_c="auto", block_size=256, batch_size=1)
+    assert [it for it, collects in seen if collects] == [7, 10, 14, 20, 21, 22]
+    assert all(sum(line["sus/added_variance"].values()) > 0 for line in lines if "sus/added_variance" in line)

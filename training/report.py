@@ -161,7 +161,7 @@ def position_buckets(by_position: Tensor) -> dict[str, float]:
 def sus_metrics(model: GPT, stats: list[Tensor] | None, retention: Retention | None) -> dict:
     """What the record keeps of SUS: c, and by layer an estimate of the variance that the last micro-batch's draw added.
 
-    stats: of `collect_stats`; None without SUS.
+    stats: of `new_stats`; None without SUS.
     """
     if stats is None:
         return {}

@@ -12,7 +12,7 @@ From the kept entries each backward estimates what its draw adds to dQ, dK and d
 nearly free, but falls short of what arrives in the parameters' gradients by a factor, the amplification, which hardly
 depends on c. So, every CALIBRATE iterations, three gradients are made aside: of micro-batch A with two draws, and of
 B with a third. |A1 - A2|^2 / 2 is the added variance, and gives the amplification; |A1 - B|^2 / 2 is both together. In
-between, every STEER iterations, c moves towards the target by the free estimate alone.
+between, every STEER iterations, c moves towards the target by the estimate of that iteration alone.
 """
 
 import math
@@ -35,29 +35,31 @@ DECAY = 0.8
 POWER, GAIN = 1.6, 0.3  # rho falls as c^-POWER; the share of the way, on a log scale, that one step goes
 
 
-def collect_stats(model: GPT) -> list[torch.Tensor]:
-    """A float32 tensor (3,) for each layer, from now on filled by each backward, see sus_attention."""
-    stats = []
-    for (
-        block
-    ) in model.transformer.h:  # rows of one tensor would share a version, which autograd checks in compiled code
-        block.attn.attend.stats = torch.zeros(3, device=block.attn.c_attn.weight.device)
-        stats.append(block.attn.attend.stats)
-    return stats
+def new_stats(model: GPT) -> list[torch.Tensor]:
+    """A float32 tensor (3,) for each layer, see sus_attention."""
+    # Rows of one tensor would share a version, which autograd checks in compiled code.
+    return [torch.zeros(3, device=block.attn.c_attn.weight.device) for block in model.transformer.h]
+
+
+def collect_stats(model: GPT, stats: list[torch.Tensor], wanted: bool = True) -> None:
+    """Have each backward fill stats from now on; or not, as it takes time."""
+    for block, of_layer in zip(model.transformer.h, stats):
+        block.attn.attend.stats = of_layer if wanted else None
 
 
 class Retention:
     """c, what it is steered by, and how. The model reads c through its config. A checkpoint keeps `state`."""
 
     def __init__(self, model: GPT, stats: list[torch.Tensor], target: float):
-        """stats: of `collect_stats`. target: of rho."""
-        self.config, self.stats, self.target = model.config, stats, target
+        """stats: of `new_stats`. target: of rho."""
+        self.model, self.config, self.stats, self.target = model, model.config, stats, target
         layers = [block.attn for block in model.transformer.h]
         # With LoRA c_attn.weight is frozen. lora_b's gradient, of the same rows, is what its own would be, projected by
         # lora_a.
         self.weights = [getattr(layer.c_attn, "lora_b", layer.c_attn.weight) for layer in layers]
         self.rows = (layers[0].n_head + layers[0].n_kv_head) * layers[0].D  # of these: those of queries and keys
-        self.c = torch.tensor(START)  # a tensor, so that a compiled model needs no compilation when it changes
+        # A tensor, so that a compiled model needs no compilation when it changes; on the device, so that nothing waits.
+        self.c = torch.tensor(START, device=stats[0].device)
         self.rho: float = math.nan  # as last estimated
         self.amplification = self.own = math.nan  # running means of the calibrations: added / estimated, own variance
         self.seen = torch.zeros((), device=stats[0].device)  # estimates since c last moved: their sum
@@ -65,9 +67,10 @@ class Retention:
         self._set(START)
 
     def _set(self, c: float) -> None:
-        self.c.fill_(min(max(c, LOW), HIGH))
+        c = min(max(c, LOW), HIGH)
+        self.c.fill_(c)
         # c_max sizes buffers, and a compiled model is compiled anew when it changes: in few steps
-        self.config.sus_c, self.config.sus_c_max = self.c, min(HIGH, 2.0 ** math.ceil(math.log2(self.c)))
+        self.config.sus_c, self.config.sus_c_max = self.c, min(HIGH, 2.0 ** math.ceil(math.log2(c)))
 
     @property
     def state(self) -> dict[str, float]:
@@ -118,6 +121,7 @@ class Retention:
             squares = (((x.float() - y.float()) / loss_scale).square().sum() for x, y in zip(a, b))
             return torch.as_tensor(sum(squares)) / 2
 
+        collect_stats(self.model, self.stats)
         a = gradient(0, 0)
         estimate = self.estimate() / loss_scale**2
         added = half_distance(a, gradient(0, 1))
@@ -130,7 +134,7 @@ class Retention:
             self.own = _running(self.own, own)
 
     def observe(self, loss_scale: float, world: int = 1) -> None:
-        """After each step. loss_scale: what the loss of its last micro-batch was multiplied by."""
+        """After a step that collected stats. loss_scale: what the loss of its last micro-batch was multiplied by."""
         self.seen += _mean(self.estimate() / loss_scale**2, world)
         self.n += 1
 

@@ -13,7 +13,7 @@ from training import checkpoint
 from training.device import Device
 from training.lora import adapter_state
 from training.optimizer import new_optimizer
-from training.retention import Retention, collect_stats
+from training.retention import Retention, new_stats
 from training.weights import model_args
 
 
@@ -42,7 +42,7 @@ class State:
                 self.best_val_loss = saved["best_val_loss"]
             if not cfg.eval_only and not saved.get("evaluation_owed"):
                 self.evaluated_at = self.it
-        self.stats = collect_stats(model) if cfg.attn_backward == "sus" else None
+        self.stats = new_stats(model) if cfg.attn_backward == "sus" else None
         self.retention = None
         if self.stats is not None and cfg.sus_c == "auto":
             self.retention = Retention(model, self.stats, cfg.sus_rho)
