@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compare_runs_report import MANY, draw, summary, table
 from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from output import check_picture, print_table, save_picture
-from runs import Run, rank, read_run
-from sweep import Planned, look, train_all
+from runs import Run, check_copies, rank, read_run
+from sweep import Planned, look, own, train_all
 from training.record import read_record
 
 
@@ -44,7 +44,9 @@ def main() -> None:
     paths = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     if "sweep" in cfg.explicit:
         check_picture(cfg.out)  # now rather than after hours of training
-        train_all(planned := plan(cfg, paths))
+        planned = plan(cfg, paths)
+        with own(Path(cfg.runs)):
+            train_all(planned)
         runs = sorted((read_run(run.folder) for run in planned), key=rank)
     else:
         runs = read_all(cfg, [Path(path) for path in paths])
@@ -72,6 +74,7 @@ def read_all(cfg: CompareConfig, paths: list[Path]) -> list[Run]:
         inside = [] if (path / "metrics.jsonl").exists() else [f.parent for f in path.glob("*/metrics.jsonl")]
         begun = [folder for folder in inside if read_record(folder / "metrics.jsonl")[1]]
         runs += sorted(map(read_run, begun), key=rank) if begun else [read_run((inside or [path])[0])]
+    check_copies(runs)
     names = [run.name for run in runs]  # the user's, which may repeat
     return [dataclasses.replace(r, name=f"{r.name} ({r.folder})") if names.count(r.name) > 1 else r for r in runs]
 

@@ -23,6 +23,7 @@ UNRELATED = {
     "eval_only",
     "log_interval",
     "always_save_checkpoint",
+    "keep_checkpoints",
     "wandb_log",
     "wandb_project",
     "wandb_run_name",
@@ -114,6 +115,16 @@ def group(runs: list[Run]) -> dict[str, list[Run]]:
         ]
         groups.setdefault(", ".join(label), []).append(run)
     return groups
+
+
+def check_copies(runs: list[Run]) -> None:
+    """UserError if a run is there twice: it would count as two seeds. Same seed, same keys, same losses."""
+    for members in group(runs).values():
+        for a, b in itertools.combinations(members, 2):
+            common = a.losses.keys() & b.losses.keys()
+            alike = all(a.losses[it] == b.losses[it] for it in common)
+            if a.config.get("seed") == b.config.get("seed") and common and alike:
+                raise UserError(f"{b.folder or b.name} is the same run as {a.folder or a.name}: give one of them")
 
 
 def losses_of(runs: list[Run]) -> dict[int, list[float]]:

@@ -3,6 +3,7 @@
 compare_runs.py plans them; `look` finds out what is in a run's folder already, `train_all` trains what is missing.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -11,11 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configurator import TrainConfig, UserError
+from data.lock import locked
 from output import progress_bar
 from runs import UNRELATED, Run, matters
 from training.record import plain, read_record
@@ -56,6 +59,17 @@ def look(run: Planned) -> Planned:
     run.state = "finished" if at_end else "begun" if ckpt.exists() else "new"
     run.it = lines[-1]["iter"] if lines and run.state != "new" else 0
     return run
+
+
+@contextlib.contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """The folder of the runs, made if it isn't there, is this sweep's alone. UserError if another one trains in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, f"another sweep trains in --runs={folder} just now: choose another, or wait for its end"):
+            yield
+    except OSError as error:
+        raise UserError(f"can't make {folder}: {error.strerror}; choose another --runs") from error
 
 
 def train_all(planned: list[Planned]) -> None:

@@ -146,7 +146,7 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
     assert "stopped by SIGINT" in out and out.endswith(f"compare_runs.py {' '.join(arguments)}\n")
     stopped_at = read_record(record)[1][-1]["iter"]
     assert 2 <= stopped_at < 200 and f"exact-seed1 stops at iteration {stopped_at}" in out
-    assert (tmp_path / "runs" / "exact-seed1" / "ckpt.pt").exists() and len(list((tmp_path / "runs").iterdir())) == 1
+    assert (tmp_path / "runs" / "exact-seed1" / "ckpt.pt").exists() and len(list((tmp_path / "runs").glob("*/"))) == 1
 
     main(*arguments)
     out = capsys.readouterr().out
@@ -586,8 +586,8 @@ def test_times_are_shown_where_there_are_some():
 
 def test_equal_names_are_told_apart(tmp_path, main, capsys):
     pytest.importorskip("matplotlib")
-    for name in "abc":
-        write(tmp_path / name, make_run("mine"))
+    for seed, name in enumerate("abc"):
+        write(tmp_path / name, make_run("mine", seed=seed))
     main("a", "b", "c")
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in lines[1:4]] == ["mine (a)", "mine (b)", "mine (c)"]
@@ -655,3 +655,27 @@ def test_a_sweep_over_a_fine_tuning_knows_its_runs(tmp_path):
     for key, was in ("n_layer=3", 2), ("learning_rate=0.002", 0.001):
         with pytest.raises(UserError, match=f"has a run with {key.partition('=')[0]}={was}, not"):
             sweep.look(planned(f"--{key}"))
+
+
+def test_a_run_and_its_copy_are_not_two_seeds(tmp_path, monkeypatch):
+    """As cp -r makes one. Another seed, another key or another curve is another run."""
+    a = write(tmp_path / "a", make_run(seed=1))
+    copy = write(tmp_path / "b", make_run(seed=1, val=(5.5, 2.0)))  # and a copy that is older
+    others = [
+        write(tmp_path / name, make_run(**keys))
+        for name, keys in (("c", dict(seed=2)), ("d", dict(n_layer=5)), ("e", dict(val=(5.5, 2.0, 1.8))))
+    ]
+    cfg = load_config(compare_runs.CompareConfig, [], usage="")
+    with pytest.raises(UserError, match="b is the same run as .*a: give one of them"):
+        compare_runs.read_all(cfg, [Path(a), Path(copy)])
+    assert len(compare_runs.read_all(cfg, [Path(a), *map(Path, others)])) == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_two_sweeps_in_one_folder(tmp_path):
+    with sweep.own(tmp_path / "runs"):
+        with pytest.raises(UserError, match="another sweep trains in --runs=.*runs just now"):
+            with sweep.own(tmp_path / "runs"):
+                pass
+    with sweep.own(tmp_path / "runs"):
+        pass
