@@ -162,8 +162,7 @@ def forward(
 
     q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T).
 
-    Returns out (B, H, T, D), the log-sum-exp, float32 (B, H, T), and tiles and masses (B, H, T, slots): see
-    reference.proposals_like.
+    Returns out (B, H, T, D), the log-sum-exp, float32 (B, H, T), and reference.proposals_like's (B, H, T, slots).
     """
     B, H, T, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
