@@ -16,51 +16,36 @@ same bytes as if it never had been; an earlier corpus stays as it was until then
 Dims: D, the documents of a split.
 """
 
-import codecs
 import contextlib
 import copy
 import hashlib
 import io
-import itertools
 import json
 import os
-import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from configurator import UserError
+from data.lengths import Meta, draw, report, statistics
+from data.lock import LOCK, locked
+from data.reading import pieces
 from data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-    from pyarrow.parquet import ParquetFile
-
 Json = Any  # what the module json writes, and reads back as it was
-Meta = dict[str, Any]  # what is in meta.json
 
-ASIDE, JOURNAL, LOCK = "unfinished", "journal.json", "lock"  # the folder aside, and what is in it
+ASIDE, JOURNAL = "unfinished", "journal.json"  # the folder aside, and what is in it
 SPLITS = "train", "val"
-LONG = {"2k": 2048, "8k": 8192, "32k": 32768, "128k": 131072}  # tokens
-# Where every tokenizer begins a token, whatever came before: at a space between words, or at any white space behind a
-# letter or a digit. (Punctuation may take the line's end along.)
-TOKEN_START = re.compile(r"(?<=\S)(?= \S)|(?<=[^\W_])(?=\s)")
-BLOCK = 1 << 20  # bytes read at once
-PIECE = 1 << 20  # characters
-LONGEST = (
-    16  # pieces: where there is nowhere to cut for so long, it is cut all the same: that may change a token or two
-)
-ZST_RATIO = 4  # bytes of text from one of a compressed file, roughly
 BATCH = 1 << 18  # characters that a thread encodes at once, or a piece if that is more
 SAVE = 5.0  # seconds between two entries of the journal
 ROOM = 1.1  # of the disk space that a corpus is guessed to need
@@ -115,159 +100,6 @@ class Texts(Source):
         return self.count
 
 
-# -- reading text ------------------------------------------------------------------------------
-
-
-def files_under(folder: Path, skip: Collection[str] = (), without: Path | None = None) -> list[Path]:
-    """Sorted paths of the regular files below folder, but for hidden ones, for folders whose name is in skip, and for
-    the folder `without`. Links are followed, but into no folder twice.
-    """
-
-    def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"can't read {error.filename}: {error.strerror}")
-
-    def is_file(path: Path) -> bool:  # to read a pipe would wait for ever
-        try:
-            return path.is_file()
-        except OSError as error:
-            refuse(error)
-
-    found, seen = [], {os.path.realpath(path) for path in (folder, without) if path}
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        candidates = sorted(name for name in folders if not name.startswith(".") and name not in skip)
-        folders.clear()  # os.walk goes into those that are put back
-        for name in candidates:
-            if (real := os.path.realpath(Path(parent, name))) not in seen:
-                seen.add(real)
-                folders.append(name)
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(filter(is_file, found))
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without byte order mark and with LF line ends. UserError: unreadable, or not text."""
-    return "".join(text_blocks(path))
-
-
-def why_not_text(value: object) -> str | None:
-    """What is wrong with a row's text, or None."""
-    if not isinstance(value, str):
-        return f"has no text, but {type(value).__name__}"
-    if "\0" in value:
-        return "has a NUL in its text"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f"has half a surrogate pair in its text, at character {error.start:,}"
-    return None
-
-
-def row_text(value: str) -> str:
-    """A row's text as read_text would have it, of a file."""
-    return value.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def bytes_of_text(path: Path, column: str) -> int:
-    """How many bytes of text are in a file, about; column is where, in those of rows. UserError: a .parquet file is
-    damaged.
-    """
-    if path.suffix.lower() == ".parquet":
-        with open_parquet(path) as file:
-            places = [place for place, name in enumerate(file.schema.names) if name == column]
-            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-            return sum(group.column(place).total_uncompressed_size for group in groups for place in places)
-    return path.stat().st_size * (ZST_RATIO if compressed(path) else 1)
-
-
-@contextlib.contextmanager
-def open_parquet(path: Path) -> "Iterator[ParquetFile]":
-    """A pyarrow ParquetFile; also what is read within the block. UserError: not such a file, or damaged."""
-    pyarrow = import_pyarrow(path)
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        # Without these options all rows of a group are in memory at once.
-        with ParquetFile(path, pre_buffer=False, buffer_size=BLOCK) as file:
-            yield file
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} is damaged, or no parquet file ({error}): fetch it again") from None
-
-
-def compressed(path: Path) -> bool:
-    """Whether it is a .zst file."""
-    return path.suffix.lower() == ".zst"
-
-
-def raw_blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, block by block. UserError: unreadable, truncated."""
-    try:
-        if compressed(path) and not path.stat().st_size:
-            raise UserError(f"{path} has 0 bytes, fewer than anything compressed has: fetch it again")
-        with (
-            import_pyarrow(path).input_stream(str(path), compression="zstd")
-            if compressed(path)
-            else open(path, "rb") as file
-        ):
-            while block := file.read(BLOCK):
-                yield block
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror or error}") from None
-
-
-def import_pyarrow(path: Path) -> ModuleType:
-    """pyarrow, to read this file with. UserError: it isn't installed."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(f"{path} needs a package more: pip install -r requirements-data.txt") from None
-    return pyarrow
-
-
-def text_blocks(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks, as read_text gives it in one. UserError: unreadable, or not text."""
-    decoder, begun, rest = codecs.getincrementaldecoder("utf-8")(), 0, ""
-    for raw in itertools.chain(raw_blocks(path), [b""]):
-        if b"\0" in raw:
-            raise UserError(f"{path} is not text: byte {begun + raw.index(0):,} is NUL")
-        waiting = len(decoder.getstate()[0])
-        try:
-            block = decoder.decode(raw, final=not raw)
-        except UnicodeDecodeError as error:
-            at = begun - waiting + error.start
-            raise UserError(
-                f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x} "
-                "(if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW)"
-            ) from None
-        block = (rest + (block if begun else block.removeprefix("\ufeff"))).replace("\r\n", "\n")
-        begun += len(raw)
-        rest = "\r" if block.endswith("\r") and raw else ""
-        yield block.removesuffix(rest)
-
-
-def pieces(text: str | Iterable[str], size: int = PIECE) -> Iterator[str]:
-    """text in pieces of about size characters, so that a huge document needs little memory. Cuts are made where every
-    tokenizer begins a token, see TOKEN_START and LONGEST: the pieces' ids are the whole text's ids.
-    text: a string, or an iterable of strings, which are joined.
-    """
-    rest, searched = "", 0
-    for part in [text] if isinstance(text, str) else text:
-        rest += part
-        start = 0
-        while len(rest) - start > size:
-            if found := TOKEN_START.search(rest, max(start + size, searched)):
-                cut = found.start()
-            elif len(rest) - start > LONGEST * size:
-                cut = start + LONGEST * size
-            else:
-                break
-            yield rest[start:cut]
-            start = cut
-        rest = rest[start:]
-        searched = len(rest) - 2  # what follows may make a token start of that
-    if rest:
-        yield rest
-
-
 # -- encoding, in threads and in order ---------------------------------------------------------
 
 
@@ -313,11 +145,14 @@ def _batches(source: Source, state: Json, skip: int) -> Iterator[Batch]:
 def _encode(batch: Batch, tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
     found: list[bytes | None] = []
     size = 0
-    for _, text in batch.items:
+    for document, text in batch.items:
         if text is None:
             found.append(None)
             continue
-        ids = tokenizer.encode(text)
+        try:
+            ids = tokenizer.encode(text)
+        except UserError as error:
+            raise UserError(f"{document.name or 'a document'}: {error}") from None
         if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.n_vocab:  # a cast to dtype would wrap in silence
             raise ValueError(f"ids from {ids.min()} to {ids.max()}, but n_vocab is {tokenizer.n_vocab}")
         found.append(ids.astype(dtype).tobytes())
@@ -508,7 +343,7 @@ def write_corpus(
     unfinished = None
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        with _locked(aside):
+        with locked(aside, f"another process is preparing {folder} just now"):
             try:
                 if moving := _moving(aside, key):
                     meta = moving
@@ -534,24 +369,9 @@ def write_corpus(
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # only an empty folder goes: nothing came of it
-    _report(folder, meta)
-    _draw_lengths(folder, meta)
+    report(folder, meta)
+    draw(folder, meta)
     return meta
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """No other process may be in here; the system frees it when this one ends, however it does."""
-    with open(folder / LOCK, "wb") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {folder.parent} just now") from None
-        except (ImportError, OSError):
-            pass  # no locks on this system, or on that file system
-        yield
 
 
 def _fill(
@@ -647,8 +467,7 @@ def _summary(unfinished: _Unfinished, folder: Path) -> Meta:
             f"{split}_sha256": unfinished.checksums[f"{split}.bin"].hexdigest(),
             f"{split}_ends_sha256": unfinished.checksums[f"{split}_ends.bin"].hexdigest(),
         }
-        if split == "train":
-            meta["document_lengths"] = _statistics(np.diff(ends, prepend=np.uint64(0)).astype(np.int64))
+        meta["document_lengths" if split == "train" else "val_document_lengths"] = statistics(ends)
     return meta | {"left_out_as_too_short": unfinished.entry["dropped"]}
 
 
@@ -656,7 +475,7 @@ def _moving(aside: Path, key: str) -> Meta | None:
     """The meta data of this corpus, if it is whole already and was stopped while it moved."""
     try:
         journal, meta = (json.loads((aside / name).read_bytes()) for name in (JOURNAL, "meta.json"))
-        return meta if journal["key"] == key else None
+        return meta if journal["key"] == key and "val_document_lengths" in meta else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -699,86 +518,6 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
     with open(path, "wb") as file:
         yield file
         _to_disk(file)
-
-
-# -- what came of it ---------------------------------------------------------------------------
-
-
-def _statistics(lengths: npt.NDArray[np.int64]) -> dict[str, Json]:
-    """meta.json's document_lengths. lengths: (D,) of the training documents, in tokens."""
-    share = {name: round(float(lengths[lengths >= bound].sum() / lengths.sum()), 4) for name, bound in LONG.items()}
-    powers = np.bincount(np.log2(lengths).astype(int))  # log2 is exact for powers of two
-    histogram = {str(2**power): int(count) for power, count in enumerate(powers) if count}
-    return {
-        "min": int(lengths.min()),
-        "median": int(np.median(lengths)),
-        "mean": int(lengths.mean()),
-        "max": int(lengths.max()),
-        "share_of_tokens_in_documents_of_at_least": share,
-        "documents_from_this_length_to_its_double": histogram,
-    }
-
-
-def _report(folder: Path, meta: Meta) -> None:
-    for split in SPLITS:
-        print(
-            f"{folder / split}.bin: {meta[f'{split}_tokens']:,} tokens in {meta[f'{split}_documents']:,} documents, "
-            f"sha256 {meta[f'{split}_sha256'][:16]}"
-        )
-    if left_out := meta["left_out_as_too_short"]:
-        print(f"left out, as they are too short: {left_out:,} documents")
-    lengths = meta["document_lengths"]
-    share = lengths["share_of_tokens_in_documents_of_at_least"]
-    print(
-        f"training documents in tokens: shortest {lengths['min']:,}, median {lengths['median']:,}, "
-        f"mean {lengths['mean']:,}, longest {lengths['max']:,}"
-    )
-    print(
-        "share of the tokens in documents of at least "
-        + ", ".join(f"{name}: {part:.0%}" for name, part in share.items())
-    )
-    if (shorter := min(meta["train_tokens"], meta["val_tokens"])) <= LONG["2k"]:
-        print(f"note: one split has only {shorter:,} tokens, and block_size must be below that")
-
-
-def _draw_lengths(folder: Path, meta: Meta) -> None:
-    """The lengths of the training documents as a picture, where matplotlib is there to draw it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    of_documents, of_tokens = figure.subplots(1, 2)
-    ends = np.fromfile(folder / "train_ends.bin", np.uint64)
-    lengths = np.diff(ends, prepend=np.uint64(0)).astype(np.int64)
-    power = np.log2(lengths).astype(int)
-    powers = np.arange(power.min(), power.max() + 1)
-    documents, tokens = np.bincount(power)[powers], np.bincount(power, lengths)[powers]
-    names = [
-        f"{2**power}" if power < 10 else f"{2 ** (power - 10)}k" if power < 20 else f"{2 ** (power - 20)}M"
-        for power in powers
-    ]
-    for ax, heights, what in (
-        (of_documents, documents, "documents"),
-        (of_tokens, 100 * tokens / tokens.sum(), "% of the tokens"),
-    ):
-        ax.bar(powers, heights, width=0.9, align="edge", color="#3b75af")
-        ax.set(xlabel="length of the document, tokens", title=f"{what}, by length")
-        step = -(-len(powers) // 9)
-        ax.set_xticks(powers[::step], names[::step])
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{folder.name}: {meta['train_tokens']:,} training tokens in {meta['train_documents']:,} documents", fontsize=10
-    )
-    aside = folder / "documents.aside.png"
-    try:
-        figure.savefig(aside, dpi=110)
-        os.replace(aside, folder / "documents.png")
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        print(f"no picture of their lengths: {error.strerror}")
-    else:
-        print(f"their lengths as a picture: {folder / 'documents.png'}")
 
 
 # -- is it still what was written? -------------------------------------------------------------

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from configurator import UserError, key
-from data.corpus import Document, Json, Meta, Source, bytes_of_text, pieces, row_text, why_not_text, write_corpus
+from data.corpus import Document, Json, Source, write_corpus
+from data.lengths import Meta, next_step
+from data.reading import pieces
+from data.rows import bytes_of_text, row_text, why_not_text
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
 if TYPE_CHECKING:
@@ -72,8 +75,8 @@ def prepare(config: Config, source: "Hub", folder: Path) -> Meta:
     )
     if source.left_out:
         print(f"left out, as they are not text (NUL or broken characters): {source.left_out:,} rows")
-    recipe = "long_ctx" if config.tokenizer == "byte" else "long_ctx_124m"  # the former is of the size for bytes
-    print(f"now: python train.py config/{recipe}.py --dataset={folder.name}")
+    # long_ctx is of the size for bytes
+    next_step(meta, folder.name, "long_ctx" if config.tokenizer == "byte" else "long_ctx_124m")
     return meta
 
 
@@ -144,7 +147,7 @@ class Hub(Source):
 
     def documents(self, state: Json = None) -> Iterator[Document]:
         for split, row in self.rows(state):
-            yield Document(split, str(row[self.name]) if self.name else "", pieces(row[self.columns[0]]))
+            yield Document(split, str(row[self.name]) if self.name else self.hub, pieces(row[self.columns[0]]))
 
     def state(self) -> Json:
         assert self.stream is not None  # from the first row on

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import TrainConfig, UserError, key, load_config, run_main
-from data.corpus import files_under, read_text
 from data.loader import load_corpus
+from data.reading import files_under, read_text
 from data.text.prepare import prepare
 from data.tokenizer import ENCODINGS, BytePairTokenizer, Tokenizer, tokenizer_from_meta
 from measure import describe_machine, environment, idleness, product_ms, ratio, ratio_text, resident, spread

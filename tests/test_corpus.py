@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gzip
 import hashlib
 import importlib
 import io
@@ -20,9 +21,11 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from data import corpus
-from data.corpus import Document, Source, Texts, files_under, pieces, read_text, write_corpus
+from data import corpus, reading, rows
+from data.corpus import Document, Source, Texts, write_corpus
 from data.loader import load_corpus
+from data.lock import locked
+from data.reading import files_under, pieces, read_text
 from data.tokenizer import tokenizer_from_meta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +41,8 @@ def picture(monkeypatch):
     """What draws the picture of lengths. No test draws one but its own, and none waits for the disk: these take longer
     than all the rest.
     """
-    draw = corpus._draw_lengths
-    monkeypatch.setattr(corpus, "_draw_lengths", lambda folder, meta: None)
+    draw = corpus.draw
+    monkeypatch.setattr(corpus, "draw", lambda folder, meta: None)
     monkeypatch.setattr(os, "fsync", lambda number: None)
     return draw
 
@@ -96,11 +99,21 @@ def test_files_hold_the_documents(tmp_path, capsys):
                 "share_of_tokens_in_documents_of_at_least": {"2k": 0, "8k": 0, "32k": 0, "128k": 0},
                 "documents_from_this_length_to_its_double": {"8": 1, "16": 1},
             },
+            "val_document_lengths": {
+                "min": 30,
+                "median": 30,
+                "mean": 30,
+                "max": 30,
+                "share_of_tokens_in_documents_of_at_least": {"2k": 0, "8k": 0, "32k": 0, "128k": 0},
+                "documents_from_this_length_to_its_double": {"16": 1},
+            },
             "left_out_as_too_short": 0,
         }
     )
     out, err = capsys.readouterr()
     assert "42 tokens in 2 documents" in out and "note: one split has only 30 tokens" in out
+    assert "training documents in tokens: shortest 15, median 21, mean 21, longest 27\n  share of" in out
+    assert "validation documents in tokens: shortest 30, median 30, mean 30, longest 30\n  share of" in out
     assert err == ""  # no progress bar where nobody looks
 
 
@@ -118,7 +131,7 @@ def test_share_of_long_documents(tmp_path, capsys):
 def test_picture_of_lengths(tmp_path, monkeypatch, capsys, picture):
     """Without matplotlib, or room on the disk, there is none."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(corpus, "_draw_lengths", picture)
+    monkeypatch.setattr(corpus, "draw", picture)
     write(tmp_path / "x", [("long", "x" * 8191), ("short", "y" * 2046)])
     assert content(tmp_path / "x")["documents.png"].startswith(b"\x89PNG")
     assert f"their lengths as a picture: {tmp_path}/x/documents.png" in capsys.readouterr().out
@@ -377,7 +390,7 @@ def test_a_journal_which_is_none_begins_anew(tmp_path, small_steps, capsys, brok
 
 def test_two_preparations_of_one_corpus(tmp_path):
     (tmp_path / "unfinished").mkdir()
-    with corpus._locked(tmp_path / "unfinished"), pytest.raises(UserError, match="another process is preparing"):
+    with locked(tmp_path / "unfinished", "taken"), pytest.raises(UserError, match="another process is preparing"):
         write(tmp_path)
     write(tmp_path)
 
@@ -530,11 +543,18 @@ def test_stopped_while_it_moves(tmp_path, monkeypatch, moves):
         (b"a\rb\n", "a\rb\n"),
         ("größer".encode(), "größer"),
         (b"", ""),
+        ("größer\r\n🙂".encode("utf-16"), "größer\n🙂"),
+        (b"\xfe\xff" + "größer".encode("utf-16-be"), "größer"),
+        ("größer".encode("utf-32"), "größer"),
+        (b"\0\0\xfe\xff" + "größer".encode("utf-32-be"), "größer"),
+        (gzip.compress("größer\r\n".encode()) + gzip.compress(b"more"), "größer\nmore"),
+        (gzip.compress("größer".encode("utf-16")), "größer"),
     ],
 )
 def test_read_text(tmp_path, raw, text):
-    (tmp_path / "f").write_bytes(raw)
-    assert read_text(tmp_path / "f") == text
+    path = tmp_path / ("f.gz" if raw.startswith(b"\x1f\x8b") else "f")
+    path.write_bytes(raw)
+    assert read_text(path) == text
 
 
 @pytest.mark.parametrize(
@@ -542,7 +562,11 @@ def test_read_text(tmp_path, raw, text):
     [
         (b"PNG\0...", "f is not text: byte 3 is NUL"),
         ("größer".encode("latin1"), "f is not UTF-8 text: byte 2 is 0xf6 .*iconv"),
-        ("größer".encode("utf-16"), "f is not text: byte 3 is NUL"),
+        ("größer".encode("utf-16-le"), r"f is not text: byte 1 is NUL \(if it is UTF-16: iconv"),
+        ("größer".encode("utf-16")[:-1], "f is not UTF-16 text, as its byte order mark says: truncated data"),
+        (b"\xff\xfe\0\xd8a\0", "f is not UTF-16 text, as its byte order mark says: illegal"),
+        ("a\0b".encode("utf-16"), "f is not text: there is a NUL in its UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "f is not the file, .*: git lfs pull"),
         (None, "can't read .*f: No such file"),
     ],
 )
@@ -576,6 +600,7 @@ def test_links_are_followed_but_into_no_folder_twice(tmp_path):
     assert [path.relative_to(tmp_path / "here").as_posix() for path in files_under(tmp_path / "here")] == [
         "a/x.txt",
         "file.txt",
+        "gone",  # leads nowhere: whoever reads it says so
         "up/there/y.txt",
         "z.txt",
     ]
@@ -719,7 +744,12 @@ def test_text_of_a_folder(tmp_path):
     )
     assert documents(folder, "train") == [first[:180], second[:189], "one\ntwo\n"]
     assert documents(folder, "val") == [first[180:], second[189:]]
-    assert meta["source"] == {"input": str(tmp_path / "in"), "files": 4, "val_fraction": 0.1}
+    assert meta["source"] == {
+        "input": str(tmp_path / "in"),
+        "files": 4,
+        "val_fraction": 0.1,
+        "validation": "the end of each document",
+    }
     assert load_corpus(folder, 8).tokenizer_meta == {"name": "byte"}
 
 
@@ -821,7 +851,7 @@ def jsonl(*rows):
 
 
 def test_text_of_mixed_files(tmp_path):
-    """A row is a document, all of it for training or for validation; a file gives its end to validation."""
+    """A row is a document, and so is a text."""
     (tmp_path / "in").mkdir()
     parquet(tmp_path / "in/d.parquet", text=["seventh", "eighth"], other=[1, 2])
     meta, folder = text_corpus(
@@ -837,16 +867,19 @@ def test_text_of_mixed_files(tmp_path):
     one, two = "\\section{One} " * 10, "größer " * 20
     rows = ["first", "second\n", "third", "fourth", "fifth", "seventh", "eighth"]
     train, val = documents(folder, "train"), documents(folder, "val")
-    assert sorted(train + val) == sorted([one[:112], one[112:], two[:112], two[112:], *rows])
-    assert [text for text in val if text in rows] == ["first", "seventh"]  # of the rows, the first and then one in five
-    assert meta["source"]["files"] == 5
+    assert sorted(train + val) == sorted([one, two, *rows])
+    assert val == ["fourth"]  # of the two texts, one would be far more than a fifth
+    assert meta["source"]["files"] == 5 and meta["source"]["validation"] == "whole documents"
 
 
 def test_text_of_a_column(tmp_path):
     meta, folder = text_corpus(
-        tmp_path, {"a.jsonl": jsonl({"body": "one"}, {"body": "two"}, {"body": "three"})}, column="body"
+        tmp_path,
+        {"a.jsonl": jsonl({"body": "one"}, {"body": "two"}, {"body": "three"})},
+        column="body",
+        val_fraction=0.4,
     )
-    assert documents(folder, "train") + documents(folder, "val") == ["two", "three", "one"]
+    assert documents(folder, "train") + documents(folder, "val") == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -917,7 +950,7 @@ def test_text_in_parquet_takes_little_memory(tmp_path):
     draw = np.random.default_rng(0)
     parquet(tmp_path / "a.parquet", text=[draw.bytes(10_000).hex() for _ in range(8000)])
     before = pyarrow.total_allocated_bytes()
-    most = max(pyarrow.total_allocated_bytes() for _ in script["text"].rows_of(tmp_path / "a.parquet", "text"))
+    most = max(pyarrow.total_allocated_bytes() for _ in rows.rows_of(tmp_path / "a.parquet", "text"))
     assert most - before < (tmp_path / "a.parquet").stat().st_size / 2
 
 
@@ -932,8 +965,8 @@ def test_text_leaves_bad_rows_out_if_told_to(tmp_path, capsys):
         jsonl({"text": "one"}, {"text": 5}, {"body": "x"}, {"text": "a\0"}, {"text": None}, {"text": "\ufefftwo"})
         + b"{\n"
     )
-    _, folder = text_corpus(tmp_path, {"a.jsonl": rows}, skip_bad=True)
-    assert documents(folder, "train") + documents(folder, "val") == ["two", "one"]
+    _, folder = text_corpus(tmp_path, {"a.jsonl": rows}, skip_bad=True, val_fraction=0.5)
+    assert documents(folder, "train") + documents(folder, "val") == ["one", "two"]
     assert "not text: 4 rows" in capsys.readouterr().out
 
 
@@ -946,25 +979,25 @@ def test_text_a_wrong_column_is_no_bad_file(tmp_path):
         text_corpus(tmp_path, files, skip_bad=True)
 
 
-def test_text_goes_on_with_the_next_document(tmp_path):
+@pytest.mark.parametrize("val_fraction, count", [(0.1, 8), (0.3, 4)])  # two halves of each; whole ones
+def test_text_goes_on_with_the_next_document(tmp_path, val_fraction, count):
     tree(
         tmp_path,
         {"a.jsonl": jsonl({"text": "one"}, {"text": 5}, {"text": "two"}), "b.txt": "text " * 20, "c.md": "more " * 30},
     )
-    files = script["text"].Files(str(tmp_path), 0.1, "text", False, True, None)
+    files = script["text"].Files([str(tmp_path)], val_fraction, "text", False, True, None)
     read = lambda documents: [(d.split, d.name, "".join(d.texts)) for d in documents]
     whole = read(files.documents())
-    assert len(whole) == 6
+    assert len(whole) == count
     for n, _ in enumerate(files.documents(), 1):
         state = json.loads(json.dumps(files.state()))
         assert state == n
-    for state in range(7):
-        assert (
-            read(script["text"].Files(str(tmp_path), 0.1, "text", False, True, None).documents(state)) == whole[state:]
-        )
+    again = lambda: script["text"].Files([str(tmp_path)], val_fraction, "text", False, True, None)
+    for state in range(count + 1):
+        assert read(again().documents(state)) == whole[state:]
     before = files.fingerprint
     os.utime(tmp_path / "b.txt", (1, 1))
-    assert script["text"].Files(str(tmp_path), 0.1, "text", False, True, None).fingerprint != before
+    assert again().fingerprint != before
 
 
 def test_text_is_not_taken_from_where_the_corpus_goes(tmp_path):
@@ -974,12 +1007,10 @@ def test_text_is_not_taken_from_where_the_corpus_goes(tmp_path):
 
 
 def test_text_a_long_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 7)
-    rows = [{"text": "word " * n} for n in (0, 100, 1, 50)]
-    (tmp_path / "a.jsonl").write_bytes(b"\n" + jsonl(*rows) + b"\n")
-    assert list(script["text"].rows_of(tmp_path / "a.jsonl", "text")) == [
-        (n, row["text"], None) for n, row in enumerate(rows, 2)
-    ]
+    monkeypatch.setattr(reading, "BLOCK", 7)
+    texts = ["word " * n for n in (0, 100, 1, 50)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + jsonl(*({"text": text} for text in texts)) + b"\n")
+    assert list(rows.rows_of(tmp_path / "a.jsonl", "text")) == [(n, text, None) for n, text in enumerate(texts, 2)]
 
 
 def test_text_share_of_rows_beside_files(tmp_path):
@@ -1005,7 +1036,7 @@ def test_text_leaves_bad_files_out_if_told_to(tmp_path, capsys):
 
 @pytest.mark.parametrize("block", [1 << 20, 500, 150])  # the first has to hold where the book begins
 def test_text_without_project_gutenberg(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(corpus, "BLOCK", block)
+    monkeypatch.setattr(reading, "BLOCK", block)
     head = "The Project Gutenberg EBook of X\n\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n"
     book = "\n Chapter 1\n" + "Call me Ishmael. " * 100 + "***\n* * *\nThe End of it.\n"
     for n, end in enumerate(
@@ -1023,7 +1054,7 @@ def test_text_without_project_gutenberg(tmp_path, monkeypatch, block):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
 def test_text_is_read_in_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(corpus, "BLOCK", block)
+    monkeypatch.setattr(reading, "BLOCK", block)
     (tmp_path / "f").write_bytes("größer\r\n漢字\r🙂\r".encode())
     assert read_text(tmp_path / "f") == "größer\n漢字\r🙂\r"
     (tmp_path / "g").write_bytes("größer".encode() + b"\xe6\xbc")

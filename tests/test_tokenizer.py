@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 
 from configurator import UserError
-from data.corpus import pieces
+from data.reading import pieces
 from data.tokenizer import ENCODINGS, BytePairTokenizer, tokenizer_from_meta
 
 TEXTS = [

@@ -20,9 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Document, Json, pieces
+from data.corpus import Document, Json
 from data.hub import Config as HubConfig
 from data.hub import Hub, Row, name_key, prepare, share_key
+from data.reading import pieces
 
 TRIED = 20_000  # files, until a language that none of them has must be a mistake
 

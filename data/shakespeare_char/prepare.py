@@ -14,7 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Meta, Texts, read_text, write_corpus
+from data.corpus import Texts, write_corpus
+from data.lengths import Meta
+from data.reading import read_text
 from data.tokenizer import tokenizer_from_meta
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

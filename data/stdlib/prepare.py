@@ -16,7 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import Meta, Texts, files_under, read_text, write_corpus
+from data.corpus import Texts, write_corpus
+from data.lengths import Meta
+from data.reading import files_under, read_text
 from data.tokenizer import tokenizer_from_meta
 
 SKIP = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")

@@ -1,49 +1,42 @@
-"""A corpus of your own text: data/NAME/ from one file, or from all files of a folder but hidden ones.
+"""A corpus of your own text: data/NAME/ from files, or from all files of folders but hidden ones.
 
     python data/text/prepare.py --input=FILE_OR_FOLDER --out=NAME
-    python data/text/prepare.py --input=books/ --out=books --tokenizer=gpt2 --strip_gutenberg=True
-    python data/text/prepare.py --input=papers/ --out=papers --column=article
+    python data/text/prepare.py --input=books/ --input=more/ --out=books --tokenizer=gpt2 --strip_gutenberg=True
+    python data/text/prepare.py --input=papers/ --out=papers --column=article.body
 
-    .jsonl, .parquet    a document a row: its text is in the column --column. One row in 1 / val_fraction is for
-                        validation
-    any other           text in UTF-8 (.txt, .md, .tex, source code, ...), a document a file; its end is for validation
-    .zst                one of these, compressed: .txt.zst, .jsonl.zst
+    .jsonl, .parquet    a document a row: its text is in the column --column; article.body is the entry body of what is
+                        in the column article
+    .json               the same, of an array of objects, or of an object a line; another .json is a text
+    any other           a text, a document a file (.txt, .md, .tex, source code, ...), in UTF-8, or in UTF-16 with a
+                        byte order mark
+    .gz, .zst           one of these, compressed: .txt.gz, .jsonl.zst; .parquet is compressed by itself
 
-An earlier data/NAME is replaced when the new one is whole. .parquet and .zst need requirements-data.txt.
+Of 1 / val_fraction documents and more, some are for validation, whole, so that about val_fraction of the text is; of
+fewer, the end of each. An earlier data/NAME is replaced when the new one is whole. .parquet and .zst need
+requirements-data.txt.
 """
 
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, key, load_config, run_main
-from data.corpus import (
-    Document,
-    Meta,
-    Source,
-    bytes_of_text,
-    compressed,
-    files_under,
-    open_parquet,
-    pieces,
-    raw_blocks,
-    row_text,
-    text_blocks,
-    why_not_text,
-    write_corpus,
-)
+from data.corpus import Document, Source, write_corpus
+from data.lengths import Meta, next_step
+from data.reading import files_under, kind, pieces, text_blocks
+from data.rows import NO_COLUMN, NoColumn, bytes_of_text, has_rows, row_text, rows_of, why_not_text
 from data.tokenizer import TOKENIZERS, tokenizer_from_meta
 
-ROWS = ".jsonl", ".ndjson", ".parquet"
-NO_COLUMN = "has no column"
 GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*[^\n]*\n", re.DOTALL)
 GUTENBERG_END = re.compile(
     r"^(?:End of (?:The |the )?Project Gutenberg|\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG)", re.MULTILINE
@@ -53,20 +46,22 @@ GUTENBERG_LONGEST = 400  # characters that such a line has at most
 
 @dataclass
 class Config:
-    input: str = key("", "file, or folder of files")
+    input: str = key("", "file, or folder of files; may be given several times")
     out: str = key("", "name of the data set")
     tokenizer: str = key(
         "byte", "byte: no vocabulary to fetch; the others are tiktoken's: 4 times fewer tokens", choices=TOKENIZERS
     )
-    val_fraction: float = key(0.05, "share of each document, or of the rows, that is for validation", above=0, below=1)
-    column: str = key("text", "of .jsonl and .parquet files: where the text is")
+    val_fraction: float = key(
+        0.05, "share of the documents that is for validation, or of each if they are few", above=0, below=1
+    )
+    column: str = key("text", "of files of rows: where the text is; a.b is b in a")
     strip_gutenberg: bool = key(False, "leave out what Project Gutenberg puts before and behind a book")
     skip_bad: bool = key(False, "leave out the files and rows that are not text, instead of stopping")
     num_proc: int = key(0, "threads that encode; 0: one for each CPU", low=0)
 
 
 def prepare(
-    input: str,
+    input: str | Sequence[str],
     out: str,
     tokenizer: str = "byte",
     val_fraction: float = 0.05,
@@ -76,22 +71,27 @@ def prepare(
     num_proc: int = 0,
     data: Path = Path(__file__).parents[1],
 ) -> Meta:
-    """Write data/out/ from the file or folder input. UserError: no such input, a file that isn't text, a bad name."""
+    """Write data/out/ from the file or folder input, or from several. UserError: no such input, a file that isn't
+    text, a bad name.
+    """
     folder = data / out
-    if not input:
+    inputs = [input] if isinstance(input, str) else list(input)
+    if not inputs or "" in inputs:
         raise UserError("--input is missing: give a file, or a folder of files")
     if not re.fullmatch(r"[^\W_][\w.-]{0,99}", out) or folder.is_file():
         raise UserError(f"--out={out}: give a name of letters, digits, '_', '-' and '.', for a folder under {data}")
     if (folder / "prepare.py").exists():
         raise UserError(f"--out={out}: this data set has a prepare.py of its own; give another name")
     encoder = tokenizer_from_meta({"name": tokenizer})
-    if folder.resolve() in [Path(input).resolve(), *Path(input).resolve().parents]:
-        raise UserError(
-            f"--input={input} is in {folder}, which is where the corpus goes: keep texts elsewhere, or give another "
-            "--out"
-        )
-    source = Files(input, val_fraction, column, strip_gutenberg, skip_bad, without=folder)
-    meta = write_corpus(folder, source, encoder, val_every=max(2, round(1 / val_fraction)), workers=num_proc)
+    for name in inputs:
+        where = Path(os.path.expanduser(name)).resolve()
+        if folder.resolve() in [where, *where.parents]:
+            raise UserError(
+                f"--input={name} is in {folder}, which is where the corpus goes: keep texts elsewhere, or give another "
+                "--out"
+            )
+    source = Files(inputs, val_fraction, column, strip_gutenberg, skip_bad, without=folder)
+    meta = write_corpus(folder, source, encoder, workers=num_proc)
     if source.bad_rows:
         print(f"left out, as they are not text: {source.bad_rows:,} rows")
     for mistake in source.cut_off:
@@ -100,110 +100,183 @@ def prepare(
 
 
 class Files(Source):
-    """The documents of a file, or of a folder's files but those in the folder `without`. Texts are looked through
+    """The documents of files, and of folders' files but those in the folder `without`. Texts are looked through
     beforehand, so that a stray picture stops an hour's work before it begins.
     """
 
     def __init__(
-        self, input: str, val_fraction: float, column: str, strip_gutenberg: bool, skip_bad: bool, without: Path | None
+        self,
+        inputs: list[str],
+        val_fraction: float,
+        column: str,
+        strip_gutenberg: bool,
+        skip_bad: bool,
+        without: Path | None,
     ):
-        where = Path(os.path.expanduser(input))
-        if not (os.path.isdir(where) or os.path.isfile(where)):
-            raise UserError(f"--input={input}: no such file or folder; give a file, or a folder of files")
-        self.paths = files_under(where, without=without) if os.path.isdir(where) else [where]
-        if not self.paths:
-            raise UserError(f"--input={input}: this folder has no files (hidden ones don't count)")
         self.val_fraction, self.column = val_fraction, column
         self.strip_gutenberg, self.skip_bad = strip_gutenberg, skip_bad
         self.count, self.bad_rows = 0, 0
         self.cut_off: list[str] = []
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
-        self.fingerprint = hashlib.sha256(json.dumps([stats, column, strip_gutenberg, skip_bad]).encode()).hexdigest()
-        self.characters: dict[Path, int] = {}  # how many there are in each text file
-        size, mistakes, columns = 0, [], []
-        for path in self.paths:
+        self.names = _names_of_files(inputs, without)
+        self.rows: set[Path] = set()  # of the paths, those of files of rows
+        self.characters: dict[Path, int] = {}  # how many there are in each text
+        self.stats: list[tuple[str, int, int]] = []  # what tells that a file has changed
+        self.total_bytes, left_out = self._look_at_all()
+        if column != "text" and not self.rows:
+            raise UserError(f"--column={column}: none of the files has rows; leave it out to take each as one text")
+        self.whole, self.held = self._held_out()
+        how = [column, strip_gutenberg, skip_bad, "whole documents are held out"]
+        self.fingerprint = hashlib.sha256(json.dumps([self.stats, how]).encode()).hexdigest()
+        super().__init__(
+            {
+                "input": inputs[0] if len(inputs) == 1 else inputs,
+                "files": len(self.names),
+                "val_fraction": val_fraction,
+                "validation": "whole documents" if self.whole else "the end of each document",
+            }
+            | ({"left_out": left_out} if left_out else {})
+            | ({"strip_gutenberg": True} if strip_gutenberg else {})
+        )
+
+    # What there is
+
+    def _look_at_all(self) -> tuple[int, int]:
+        """(about how many bytes of text there are, how many files can't be used). These are taken out of names."""
+        size, mistakes, columns = 0, {}, []
+        for path in self.names:
             try:
                 size += self._look_at(path)
             except NoColumn as mistake:
                 columns.append(str(mistake))
             except UserError as mistake:
-                mistakes.append((path, str(mistake)))
+                mistakes[path] = str(mistake)
         if columns:
             raise UserError(
-                f"{len(columns)} of {len(self.paths)} files have no such column; choose another, or move "
+                f"{len(columns)} of {len(self.names)} files have no such column; choose another, or move "
                 f"them:{_listed(columns)}"
             )
         if mistakes:
-            what = f"{len(mistakes)} of {len(self.paths)} files"
-            messages = _listed([message for _, message in mistakes])
-            if not skip_bad:
+            what, messages = f"{len(mistakes)} of {len(self.names)} files", list(mistakes.values())
+            if not self.skip_bad:
                 raise UserError(
-                    f"{what} can't be used; convert or move them, or leave them out by --skip_bad=True:{messages}"
+                    f"{what} can't be used; convert or move them, or leave them out by --skip_bad=True:"
+                    f"{_listed(messages)}"
                 )
-            print(f"{what} are left out:{messages}")
-        bad = {path for path, _ in mistakes}
-        self.paths = [path for path in self.paths if path not in bad]
-        if not self.paths:
-            raise UserError(f"--input={input}: there is no text; the first file that can't be used: {mistakes[0][1]}")
-        self.total_bytes = size
-        super().__init__(
-            {"input": input, "files": len(self.paths), "val_fraction": val_fraction}
-            | ({"left_out": len(bad)} if bad else {})
-            | ({"strip_gutenberg": True} if strip_gutenberg else {})
-        )
+            print(f"{what} are left out:{_listed(messages)}")
+            self.names = {path: name for path, name in self.names.items() if path not in mistakes}
+            if not self.names:
+                raise UserError(f"--input: there is no text; the first file that can't be used: {messages[0]}")
+        for paths, how in (
+            (self.characters, "a document a file"),
+            (self.rows, f"a document a row, column {self.column}"),
+        ):
+            kinds = Counter(kind(path) or "without suffix" for path in self.names if path in paths)
+            if kinds:
+                listed = [f"{count:,} {name}" for name, count in kinds.most_common(8)] + ["..."] * (len(kinds) > 8)
+                print(f"{how}: {', '.join(listed)}")
+        return size, len(mistakes)
 
     def _look_at(self, path: Path) -> int:
         """About how many bytes of text a file has; counts a text's characters. UserError if it can't be used."""
-        if kind(path) in ROWS:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f"can't read {path}: {error.strerror}") from None
+        self.stats.append((str(path), stat.st_size, stat.st_mtime_ns))
+        if has_rows(path):
             for number, text, problem in itertools.islice(rows_of(path, self.column), 1):
                 if problem and problem.startswith(NO_COLUMN):
-                    raise NoColumn(f"{path}: the first row {problem}")
+                    # An array in a .json file may be anything, and is left out like other bad files.
+                    raise (UserError if kind(path) == ".json" else NoColumn)(f"{path}: the first row {problem}")
                 self._row(path, number, text, problem)
-            self.bad_rows = 0
+            self.rows.add(path)
             return bytes_of_text(path, self.column)
-        self.characters[path], size = 0, 0
+        characters, size = 0, 0
         for block in self._blocks(path):
-            self.characters[path] += len(block)
+            characters += len(block)
             size += len(block) if block.isascii() else len(block.encode())
+        self.characters[path] = characters
         return size
+
+    def _held_out(self) -> tuple[bool, set[Path]]:
+        """Whether whole documents are for validation, as there are 1 / val_fraction of them; and then, which texts are.
+
+        These are val_fraction of all text, as near as whole ones come to it. They are taken in an order that is like a
+        draw, but the same everywhere: so they come from all over the input, and are as long as the others.
+        """
+        texts = [path for path in self.names if self.characters.get(path)]
+        enough = max(2, math.ceil(1 / self.val_fraction))
+        all_rows = (row for path in self.names if path in self.rows for row in self._rows(path))
+        rows = sum(1 for _ in itertools.islice(all_rows, enough))
+        self.bad_rows, self.cut_off = 0, []  # they are counted when they are used
+        held: set[Path] = set()
+        if len(texts) + rows < enough:
+            return False, held
+        draw = lambda path: hashlib.sha256(os.fsencode(f"validation/{self.names[path]}")).digest()
+        missing = self.val_fraction * sum(self.characters.values())
+        for path in sorted(texts, key=draw):
+            if self.characters[path] <= 2 * missing and (rows or len(held) < len(texts) - 1):  # never all there is
+                held.add(path)
+                missing -= self.characters[path]
+        return True, held
+
+    # The documents
 
     def documents(self, state: int | None = None) -> Iterator[Document]:
         self.count, self.bad_rows, self.cut_off = 0, 0, []
-        for path in self.paths:
-            for document in self._rows(path) if kind(path) in ROWS else self._halves(path):
-                self.count += 1
-                if self.count > (state or 0):  # what was passed over is read again, but not encoded
-                    yield document
+        for document in self._all():
+            self.count += 1
+            if self.count > (state or 0):  # what was passed over is read again, but not encoded
+                yield document
 
     def state(self) -> int:
         return self.count
 
-    def _halves(self, path: Path) -> Iterator[Document]:
-        total = self.characters[path]
-        cut = total - int(total * self.val_fraction)
-        yield Document("train", path.name, pieces(_span(self._blocks(path), 0, cut)))
-        yield Document("val", path.name, pieces(_span(self._blocks(path), cut, total)))
+    def _all(self) -> Iterator[Document]:
+        rows, had, held = 0, 0, 0  # rows that have come; their characters, and of these those for validation
+        for path in self.names:
+            if path in self.characters and self.whole:
+                yield Document("val" if path in self.held else "train", str(path), pieces(self._blocks(path)))
+            elif path in self.characters:
+                total = self.characters[path]
+                cut = total - int(total * self.val_fraction)
+                yield Document("train", str(path), pieces(_span(self._blocks(path), 0, cut)))
+                yield Document("val", str(path), pieces(_span(self._blocks(path), cut, total)))
+            for name, text in self._rows(path) if path in self.rows else ():
+                if self.whole:
+                    # Held out when half a row as they were is missing. That it goes by those before makes it blind to
+                    # the row's own length: held out are as many of the long ones as of the short ones.
+                    missing = self.val_fraction * had - held
+                    is_val = bool(rows) and missing >= had / rows / 2
+                    yield Document("val" if is_val else "train", name, pieces(text))
+                    rows, had, held = rows + 1, had + len(text), held + is_val * len(text)
+                else:
+                    cut = len(text) - int(len(text) * self.val_fraction)
+                    yield Document("train", name, pieces(text[:cut]))
+                    yield Document("val", name, pieces(text[cut:]))
 
     def _blocks(self, path: Path) -> Iterator[str]:
         blocks = text_blocks(path)
         return _without_gutenberg(blocks) if self.strip_gutenberg else blocks
 
-    def _rows(self, path: Path) -> Iterator[Document]:
+    def _rows(self, path: Path) -> Iterator[tuple[str, str]]:
+        """(name, text) of each row that has text."""
         try:
-            for row in rows_of(path, self.column):
-                if document := self._row(path, *row):
-                    yield document
+            for number, value, problem in rows_of(path, self.column):
+                if text := self._row(path, number, value, problem):
+                    yield f"{path}, row {number:,}", text
         except UserError as mistake:
             if not self.skip_bad:
                 raise
             self.cut_off.append(str(mistake))
 
-    def _row(self, path: Path, number: int, text: Any, problem: str | None) -> Document | None:
-        """The Document of a row, if there is text in it. UserError: it has a problem, and is not to be skipped."""
-        if problem is None and text is not None:
-            problem = why_not_text(text)
+    def _row(self, path: Path, number: int, value: Any, problem: str | None) -> str | None:
+        """A row's text, or None. UserError: it has a problem, and is not to be skipped."""
+        if problem is None and value is not None:
+            problem = why_not_text(value)
         if problem is None:
-            return Document(None, f"{path.name}, row {number:,}", pieces(row_text(text))) if text else None
+            text = row_text(value or "")
+            return "".join(_without_gutenberg(iter([text]))) if self.strip_gutenberg else text
         if not self.skip_bad:
             raise UserError(
                 f"{path}: row {number:,} {problem} (rows that are not text are left out by --skip_bad=True)"
@@ -212,18 +285,34 @@ class Files(Source):
         return None
 
 
-class NoColumn(UserError):
-    """A file has no such column: no bad file, but a mistake."""
+def _names_of_files(inputs: list[str], without: Path | None) -> dict[Path, str]:
+    """The paths of all files, and their names: with the folders in which they are below an input. UserError: no such
+    input, or nothing in it.
+    """
+    names: dict[Path, str] = {}
+    seen: set[str] = set()
+    twice = 0
+    for name in inputs:
+        where = Path(os.path.expanduser(name))
+        if not (os.path.isdir(where) or os.path.isfile(where)):
+            raise UserError(f"--input={name}: no such file or folder; give a file, or a folder of files")
+        paths = files_under(where, without=without) if os.path.isdir(where) else [where]
+        if not paths:
+            raise UserError(f"--input={name}: this folder has no files (hidden ones don't count)")
+        for path in paths:
+            if (real := os.path.realpath(path)) in seen:
+                twice += 1
+                continue
+            seen.add(real)
+            names[path] = path.relative_to(where).as_posix() if path != where else path.name
+    if twice:
+        print(f"{twice:,} files are there twice, by links or by several --input: they are taken once")
+    return names
 
 
 def _listed(messages: list[str]) -> str:
     """The first ten of them, one a line."""
     return "".join(f"\n  {message}" for message in [*messages[:10], *["..."] * (len(messages) > 10)])
-
-
-def kind(path: Path) -> str:
-    """The suffix that tells what is in a file: a.jsonl.zst is .jsonl."""
-    return (path.with_suffix("").suffix if compressed(path) else path.suffix).lower()
 
 
 def _without_gutenberg(blocks: Iterator[str]) -> Iterator[str]:
@@ -250,64 +339,11 @@ def _span(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
             return
 
 
-def rows_of(path: Path, column: str) -> Iterator[tuple[int, Any, str | None]]:
-    """(number, value in column, None) of each row of a .jsonl or .parquet file, or (number, None, what is wrong with
-    the row). UserError: truncated, or not such a file.
-    """
-    if kind(path) == ".parquet":
-        yield from _parquet_rows(path, column)
-        return
-    for number, line in enumerate(_lines(raw_blocks(path)), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
-            yield number, None, f"is no JSON: {str(error)[:100]}"
-            continue
-        if isinstance(row, dict) and column in row:
-            yield number, row[column], None
-        else:
-            there = ", ".join(map(repr, row))[:200] if isinstance(row, dict) else type(row).__name__
-            yield number, None, f"{NO_COLUMN} {column!r} but {there}: choose one by --column=NAME"
-
-
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    parts: list[bytes] = []  # of a line that goes on; joined once, or a long one would take its length squared
-    for block in blocks:
-        *lines, rest = block.split(b"\n")
-        if lines:
-            yield b"".join([*parts, lines[0]])
-            yield from lines[1:]
-            parts = []
-        parts.append(rest)
-    yield b"".join(parts)
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, Any, str | None]]:
-    if compressed(path):
-        raise UserError(f"{path}: .parquet files are compressed by themselves; unpack it first (unzstd)")
-    with open_parquet(path) as file:
-        if column not in file.schema_arrow.names:
-            raise NoColumn(
-                f"{path} {NO_COLUMN} {column!r} but {', '.join(map(repr, file.schema_arrow.names))}: choose one "
-                "by --column=NAME"
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=64, columns=[column]):
-            for value in batch.column(0):
-                number += 1
-                try:
-                    text, problem = value.as_py(), None
-                except UnicodeDecodeError as error:
-                    text, problem = None, f"is not UTF-8: {error.reason}"
-                yield number, text, problem
-
-
 def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
+    given = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("--input=")]
     meta = prepare(
-        config.input,
+        given or config.input,
         config.out,
         config.tokenizer,
         config.val_fraction,
@@ -316,9 +352,7 @@ def main() -> None:
         config.skip_bad,
         config.num_proc,
     )
-    shortest = min(meta["train_tokens"], meta["val_tokens"])
-    block_size = f" --block_size={shortest // 2}" if shortest <= 2048 else ""
-    print(f"now: python train.py config/long_ctx.py --dataset={config.out} --out_dir=out-{config.out}{block_size}")
+    next_step(meta, config.out, options=f" --out_dir=out-{config.out}")
 
 
 if __name__ == "__main__":
