@@ -140,9 +140,9 @@ def text_blocks(path: Path) -> Iterator[str]:
             block = decoder.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
             at = begun - waiting + error.start
+            hint = "if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW" + "; or is its end missing?" * (not raw)
             raise UserError(
-                f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x} "
-                "(if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW)"
+                f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x} ({hint})"
             ) from None
         block = (rest + (block if begun else block.removeprefix("\ufeff"))).replace("\r\n", "\n")
         begun += len(raw)

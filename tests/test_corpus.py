@@ -23,6 +23,7 @@ import pytest
 from configurator import UserError
 from data import corpus, reading, rows
 from data.corpus import Document, Source, Texts, write_corpus
+from data.lengths import next_step
 from data.loader import load_corpus
 from data.lock import locked
 from data.reading import files_under, pieces, read_text
@@ -126,6 +127,47 @@ def test_share_of_long_documents(tmp_path, capsys):
         "128k": 0,
     }
     assert "8k: 80%, 32k: 0%" in capsys.readouterr().out
+
+
+def test_a_document_that_cannot_be_encoded_is_named(tmp_path):
+    tokenizer = tokenizer_from_meta({"name": "char", "chars": "abc"})
+    with pytest.raises(UserError, match="^b.txt, row 7: the character 'd' is not among the 3"):
+        write(tmp_path / "x", [("a.txt", "abc"), ("b.txt, row 7", "abd")], [("c", "b")], tokenizer)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "train, val, recipe, warning, command",
+    [
+        (9000, 5000, "long_ctx", None, "config/long_ctx.py --dataset=mine"),
+        (9000, 4094, "long_ctx", None, "config/long_ctx.py --dataset=mine --block_size=2047"),
+        (9000, 4096, "long_ctx", None, "config/long_ctx.py --dataset=mine --block_size=2048"),
+        (9000, 4097, "long_ctx", None, "config/long_ctx.py --dataset=mine"),
+        (3000, 5000, "long_ctx", None, "config/long_ctx.py --dataset=mine --block_size=1500"),
+        (9000, 5000, "long_ctx_124m", None, "config/long_ctx_124m.py --dataset=mine --block_size=2500"),
+        (9000, [2000] * 3, "long_ctx", "block_size=4096 (the longest: 2,001)", "config/long_ctx.py --dataset=mine"),
+        (
+            9000,
+            [300] * 4,
+            "long_ctx",
+            "block_size=602 (the longest: 301)",
+            "config/long_ctx.py --dataset=mine --block_size=602",
+        ),
+    ],
+)
+def test_next_step(tmp_path, capsys, train, val, recipe, warning, command):
+    """The command has a block_size that there are tokens for. It is said where validation's documents are shorter."""
+    texts = lambda lengths: [("", "x" * (n - (type(lengths) is int))) for n in np.atleast_1d(lengths)]
+    meta = write(tmp_path, texts(train), texts(val))
+    capsys.readouterr()
+    next_step(meta, "mine", recipe)
+    *before, last = capsys.readouterr().out.splitlines()
+    assert last == f"now: python train.py {command}"
+    assert len(before) == bool(warning)
+    if warning:
+        assert before[0].startswith(f"WARNING: no validation document has as many tokens as {warning}. Each window")
+    block_size = re.search(r"block_size=(\d+)", last)
+    load_corpus(tmp_path, int(block_size[1]) if block_size else 4096)
 
 
 def test_picture_of_lengths(tmp_path, monkeypatch, capsys, picture):
@@ -753,6 +795,117 @@ def test_text_of_a_folder(tmp_path):
     assert load_corpus(folder, 8).tokenizer_meta == {"name": "byte"}
 
 
+def held_out(folder):
+    """The share of the tokens that is for validation."""
+    meta = json.loads((folder / "meta.json").read_bytes())
+    return meta["val_tokens"] / (meta["val_tokens"] + meta["train_tokens"])
+
+
+def draw_lengths(count, seed):
+    """Of the kind that documents have: most short, most of the text in long ones."""
+    return np.random.default_rng(seed).lognormal(5, 1.3, count).astype(int) + 1
+
+
+def letters(lengths):
+    """A text of each length; no two are the same."""
+    return [(f"{i} " + "abcdefghij " * (n // 11 + 1))[:n] for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("count, length", [(300, 8000), (1000, 11), (20, 500), (21, 500), (39, 500)])
+def test_text_holds_out_whole_documents(tmp_path, count, length):
+    """Of files as of rows. The documents of validation are as long as the others, and from all over the input."""
+    texts = letters([length] * count)
+    for name, files in (
+        ("files", {f"{i:04}.txt": text for i, text in enumerate(texts)}),
+        ("rows", {"a.jsonl": jsonl(*({"text": text} for text in texts))}),
+    ):
+        meta, folder = text_corpus(tmp_path / name, files)
+        train, val = documents(folder, "train"), documents(folder, "val")
+        assert sorted(train + val) == sorted(texts) and len(val) == pytest.approx(count / 20, abs=0.51)
+        assert meta["source"]["validation"] == "whole documents"
+        if count >= 300:
+            places = np.array([texts.index(text) for text in val]) / count
+            assert places.min() < 0.25 and places.max() > 0.75 and np.diff(np.sort(places)).max() < 0.4
+
+
+@pytest.mark.parametrize("kind", ["files", "rows"])
+@pytest.mark.parametrize(
+    "count, val_fraction, off", [(60, 0.05, 0.025), (400, 0.05, 0.01), (400, 0.3, 0.02), (100, 0.9, 0.1)]
+)
+def test_text_holds_out_that_share_of_the_text(tmp_path, kind, count, val_fraction, off):
+    """However different the documents' lengths are; and by their lengths none is preferred."""
+    train, val = [], []
+    for seed in range(6):
+        texts = letters(draw_lengths(count, seed))
+        files = {f"{i:04}.txt": text for i, text in enumerate(texts)}
+        if kind == "rows":
+            files = {"a.jsonl": jsonl(*({"text": text} for text in texts))}
+        _, folder = text_corpus(tmp_path / f"{seed}", files, val_fraction=val_fraction)
+        assert abs(held_out(folder) - val_fraction) < off
+        for split, lengths in ("train", train), ("val", val):
+            lengths += map(len, documents(folder, split))
+    # The logarithm of a length has a standard deviation of 1.3: this is four standard errors, and finds a factor of two
+    # with 400 documents.
+    means = [np.mean(np.log(lengths)) for lengths in (train, val)]
+    assert abs(means[0] - means[1]) < 4 * 1.3 * np.sqrt(1 / len(train) + 1 / len(val))
+
+
+@pytest.mark.parametrize("val_fraction", [0.05, 0.19, 0.3, 0.4, 0.5, 0.6, 0.95])
+def test_text_has_both_splits_from_how_many_documents_on(tmp_path, val_fraction):
+    """Of files, rows, and both; with fewer the end of each is for validation."""
+    enough = max(2, int(np.ceil(1 / val_fraction)))
+    for count in enough - 1, enough, enough + 1:
+        for rows_of_it in {0, 1, count // 2, count - 1, count} - {-1}:
+            texts = letters(draw_lengths(count, count + rows_of_it) + 40)
+            files = {f"{i}.md": text for i, text in enumerate(texts[rows_of_it:])}
+            files["z.jsonl"] = jsonl(*({"text": text} for text in texts[:rows_of_it]))
+            _, folder = text_corpus(tmp_path / f"{count}-{rows_of_it}", files, val_fraction=val_fraction)
+            train, val = documents(folder, "train"), documents(folder, "val")
+            assert train and val
+            assert (sorted(train + val) == sorted(texts)) is (count >= enough)
+            if count < enough:
+                assert {a + b for a in train for b in val} >= set(texts)
+                assert held_out(folder) == pytest.approx(val_fraction, abs=0.03)
+
+
+def test_text_holds_out_the_same_wherever_it_is(tmp_path):
+    """Which files are for validation depends on neither threads nor the folder's place."""
+    files = {f"{i % 7}/{i:03}.txt": text for i, text in enumerate(letters(draw_lengths(100, 0)))}
+    whole = {}
+    for place, workers in ("a", 1), ("b/c", 3):
+        _, folder = text_corpus(tmp_path / place, files, num_proc=workers)
+        whole[place] = [(folder / name).read_bytes() for name in FILES]
+    assert whole["a"] == whole["b/c"]
+
+
+def prepare_and_be_killed(tmp_path, left):
+    """A preparation of tmp_path/in that ends after `left` documents."""
+    real = script["text"].Files.documents
+
+    def documents(self, state=None):
+        for count, document in enumerate(real(self, state)):
+            if count == left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield document
+
+    script["text"].Files.documents = documents
+    script["text"].prepare(str(tmp_path / "in"), "mine", data=tmp_path / "data", num_proc=1)
+
+
+def test_text_killed_goes_on_and_holds_out_the_same(tmp_path, small_steps, capsys):
+    texts = letters(draw_lengths(120, 3))
+    files = {f"{i:03}.txt": text for i, text in enumerate(texts[:60])}
+    files |= {"rows.json": json.dumps([{"text": text} for text in texts[60:]], indent=1)}
+    whole = content(text_corpus(tmp_path / "whole", files)[1])
+    tree(tmp_path / "in", files)
+    for left in 30, 40, 25:  # each of those documents that are left then
+        killed(prepare_and_be_killed, tmp_path, left)
+    capsys.readouterr()
+    script["text"].prepare(str(tmp_path / "in"), "mine", data=tmp_path / "data")
+    assert "going on" in capsys.readouterr().out
+    assert all(content(tmp_path / "data/mine")[name] == whole[name] for name in FILES)
+
+
 def test_text_of_a_file(tmp_path):
     tree(tmp_path, {"book.txt": "word " * 20_000})
     script["text"].prepare(str(tmp_path / "book.txt"), "book", data=tmp_path)
@@ -766,6 +919,15 @@ def test_text_with_gpt2(tmp_path, gpt2):
     assert ids[:2].tolist() == [15496, 995] and (ids == gpt2.eot).sum() == 2
     end = "<|endoftext|>"
     assert gpt2.decode(ids) == ("Hello world" * 10)[:105] + end + (end * 40)[:494] + end
+
+
+def test_text_with_a_million_spaces(tmp_path, gpt2):
+    """More than the regular expression can take, in one file, and in a row."""
+    spaces = "word" + " " * 1_100_000 + "end"
+    files = {"a.txt": spaces + "text " * 100_000, "b.jsonl": jsonl({"text": spaces})}
+    _, folder = text_corpus(tmp_path, files, tokenizer="gpt2", num_proc=2)
+    ids = np.fromfile(folder / "train.bin", np.uint16)
+    assert gpt2.decode(ids).startswith(spaces) and (ids == 220).sum() > 2_000_000
 
 
 def test_text_which_is_none(tmp_path):
@@ -868,8 +1030,229 @@ def test_text_of_mixed_files(tmp_path):
     rows = ["first", "second\n", "third", "fourth", "fifth", "seventh", "eighth"]
     train, val = documents(folder, "train"), documents(folder, "val")
     assert sorted(train + val) == sorted([one, two, *rows])
-    assert val == ["fourth"]  # of the two texts, one would be far more than a fifth
+    assert val == ["third", "eighth"]  # of the two texts, one would be far more than a fifth
     assert meta["source"]["files"] == 5 and meta["source"]["validation"] == "whole documents"
+
+
+def test_text_in_gzip(tmp_path):
+    rows = jsonl(*({"text": f"row {i}"} for i in range(50)))
+    files = {
+        "a.md.gz": gzip.compress("größer ".encode() * 20),
+        "b.jsonl.gz": gzip.compress(rows[:300]) + gzip.compress(rows[300:]),
+    }
+    _, folder = text_corpus(tmp_path, files)
+    there = documents(folder, "train") + documents(folder, "val")
+    assert sorted(there) == sorted(["größer " * 20, *(f"row {i}" for i in range(50))])
+
+
+@pytest.mark.parametrize(
+    "name, raw, message",
+    [
+        ("a.txt.gz", b"no gzip", "can't read .*a.txt.gz: Not a gzipped file"),
+        ("a.txt.gz", b"", "a.txt.gz has 0 bytes"),
+        ("a.jsonl.gz", gzip.compress(os.urandom(5000))[:3000], "can't read .*a.jsonl.gz: Compressed file ended before"),
+        ("a.txt.gz", gzip.compress(b"text " * 99)[:10] + b"\xff" * 50, "can't read .*a.txt.gz: Error -3 while decomp"),
+        ("a.parquet.gz", gzip.compress(b"x"), "a.parquet.gz: .parquet files are compressed by themselves"),
+        ("a.tar.gz", gzip.compress(b"x\0y"), "a.tar.gz is not text: byte 1 is NUL"),
+    ],
+)
+def test_text_in_broken_gzip(tmp_path, name, raw, message):
+    with pytest.raises(UserError, match=message):
+        text_corpus(tmp_path, {name: raw})
+
+
+def test_text_in_utf16(tmp_path):
+    """What a shell on Windows writes: texts and rows."""
+    files = {
+        "a.txt": ("größer " * 20).encode("utf-16"),
+        "b.jsonl": jsonl({"text": "one"}, {"text": "two"}).decode().encode("utf-16"),
+    }
+    _, folder = text_corpus(tmp_path, files, val_fraction=0.34)
+    assert documents(folder, "train") + documents(folder, "val") == ["größer " * 20, "one", "two"]
+
+
+ROWS = [
+    {"id": i, "text": text} for i, text in enumerate(["one", "", "[two]", 'th"r\\ee', "vier, ümlaut", None, "🙂" * 30])
+]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":"), "ensure_ascii": False}])
+def test_text_in_an_array_of_json(tmp_path, monkeypatch, name, block, layout):
+    monkeypatch.setattr(reading, "BLOCK", block)
+    raw = f"\n {json.dumps(ROWS, **layout)}\n\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert rows.has_rows(tmp_path / name)
+    found = list(rows.rows_of(tmp_path / name, "text"))
+    assert found == [(n, row["text"], None) for n, row in enumerate(ROWS, 1)]
+
+
+@pytest.mark.parametrize(
+    "name, text, is_rows",
+    [
+        ("a.json", '[{"text": "x"}]', True),
+        ("a.json", "[]", True),
+        ("a.json", "\ufeff [\n{}]", True),
+        ("a.json", '{"text": "x"}\n\n{"text": "y"}\n', True),
+        ("a.json", '{"text": "x"}', False),
+        ("a.json", '{"text": "x"}\n', False),
+        ("a.json", '{\n"scripts": {\n}\n}', False),
+        ("a.json", '{\n{"text": "x"}', False),
+        ("a.json", "[1, 2]", False),
+        ("a.json", '["text"]', False),
+        ("a.json", "[", False),
+        ("a.json", "", False),
+        ("a.json", "no json", False),
+        ("a.txt", '[{"text": "x"}]', False),
+        ("a.ndjson", "", True),
+    ],
+)
+def test_which_files_have_rows(tmp_path, name, text, is_rows):
+    """A settings file is a text."""
+    (tmp_path / name).write_text(text)
+    assert rows.has_rows(tmp_path / name) is is_rows
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"text": "x"}, {"text": "y"', "row 2 is no JSON: .*is it whole"),
+        ('[{"text": "x"}, {"text": "y', "row 2 is no JSON: Unterminated string"),
+        ('[{"text": "x"}, {"text": y, "a": "and so on"}]', "row 2 is no JSON: Expecting value"),
+        ('[{"text": "x"} {"text": "y"}]', "'{' is behind row 1"),
+        ('[{"text": "x"}', "it is cut off"),
+        ('[{"text": "x"},', "row 2 is no JSON"),
+        ('[{"text": "x"},]', "row 2 is no JSON"),
+        ('[{"text": "x"}][{"text": "y"}]', r"'\[' is behind the array's end"),
+        ('[{"text": "x"}, 5]', "row 2 has no column 'text' but int"),
+        ('[{"text": "x"}, {"text": 5}]', "row 2 has no text, but int"),
+        ('[{"text": "x"}, ' + "[" * 100_000, "row 2 is no JSON"),
+        ('[{"text": "x"}, {"text": "y\0"}]', "a.json is not text"),
+        ('[{"text": "x"}, {"text": "\\ud800"}]', "row 2 has half a surrogate pair"),
+        ('[{"id": 1}]', r"1 of 1 files can't be used(?s:.*)first row has no column 'text' but 'id': choose one"),
+        ('{"a": 1}\n{"a": 1}\n', r"1 of 1 files can't be used(?s:.*)first row has no column 'text' but 'a'"),
+    ],
+)
+def test_text_in_broken_json(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        text_corpus(tmp_path, {"a.json": text})
+    assert "/in/a.json" in str(error.value)
+
+
+def test_text_an_array_is_used_as_far_as_it_can_be_read(tmp_path, capsys):
+    texts = letters([50] * 40)
+    broken = json.dumps([{"text": text} for text in texts])[:-100]
+    _, folder = text_corpus(tmp_path, {"a.json": broken, "b.json": '[{"id": 1}]'}, skip_bad=True)
+    assert sorted(documents(folder, "train") + documents(folder, "val")) == sorted(texts[:38])
+    out = capsys.readouterr().out
+    assert re.search(r"used as far as it can be read: \S+a.json: row 39 is no JSON", out)
+    assert re.search(r"1 of 2 files are left out:\n.*b.json: the first row has no column 'text' but 'id'", out)
+
+
+def test_text_in_an_array_takes_little_memory(tmp_path, monkeypatch):
+    """No more of the array than the longest element, twice, and a block; and none is begun too often."""
+    monkeypatch.setattr(reading, "BLOCK", 100)
+    texts = ["x" * n for n in (5, 10_000, *[50] * 4000, 40_000)]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    array = rows._Array(tmp_path / "a.json")
+    tries, decode = [], array.decode
+    array.decode = lambda *arguments: tries.append(len(array.text)) or decode(*arguments)
+    most = [len(array.text) for n, row in array.rows() if n != 2]
+    assert len(most) == len(texts) - 1 and max(most[:-1]) < 21_000 and most[-1] < 81_000
+    assert sum(tries) < 12 * 50_000 + 4000 * 400
+
+
+def test_text_without_end(tmp_path, monkeypatch):
+    """What lacks a line end or a quote is not read for ever."""
+    monkeypatch.setattr(reading, "BLOCK", 100)
+    monkeypatch.setattr(rows, "LONGEST_ROW", 5000)
+    long = '{"text": "' + "x" * 20_000
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + long)
+    with pytest.raises(UserError, match="a.jsonl: row 2 is longer than 5,000 bytes"):
+        list(rows.rows_of(tmp_path / "a.jsonl", "text"))
+    (tmp_path / "a.json").write_text('[{"text": "x"},' + long)
+    with pytest.raises(UserError, match="a.json: row 2 is no JSON: Unterminated string"):
+        list(rows.rows_of(tmp_path / "a.json", "text"))
+
+
+NESTED = [
+    {"a": {"text": "one", "b": {"c": "two"}}, "d.e": "three"},
+    {"a": None, "d.e": "four"},
+    {"a": {"text": None, "b": None}, "d.e": None},
+]
+
+
+@pytest.mark.parametrize(
+    "column, values",
+    [("a.text", ["one", None, None]), ("a.b.c", ["two", None, None]), ("d.e", ["three", "four", None])],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_text_of_a_nested_column(tmp_path, name, column, values):
+    if name == "a.parquet":
+        parquet(tmp_path / name, **{key: [row[key] for row in NESTED] for key in NESTED[0]})
+        assert 0 < rows.bytes_of_text(tmp_path / name, column) < 1000
+    else:
+        (tmp_path / name).write_bytes(jsonl(*NESTED) if name == "a.jsonl" else json.dumps(NESTED).encode())
+    found = list(rows.rows_of(tmp_path / name, column))
+    assert found == [(n, value, None) for n, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize("column", ["a", "a.x", "a.text.x", "text", "a.", "a.b"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_text_of_a_nested_column_that_is_none(tmp_path, name, column):
+    """It is said which there are."""
+    if name == "a.parquet":
+        (tmp_path / "in").mkdir()
+        parquet(tmp_path / "in" / name, **{key: [row[key] for row in NESTED] for key in NESTED[0]})
+    files = {name: jsonl(*NESTED)} if name == "a.jsonl" else {}
+    names = re.escape("'a.text', 'a.b.c', 'd.e'")
+    with pytest.raises(UserError, match=rf"{name}(: the first row)? has no column {column!r} but {names}: choose one"):
+        text_corpus(tmp_path, files, column=column)
+
+
+def test_text_of_a_column_where_there_are_no_rows(tmp_path):
+    with pytest.raises(UserError, match="--column=body: none of the files has rows"):
+        text_corpus(tmp_path, {"a.txt": "text " * 20}, column="body")
+
+
+def test_text_says_what_it_takes_for_what(tmp_path, capsys):
+    files = {
+        "a.txt": "text " * 20,
+        "b.TXT": "more " * 30,
+        "c.json": "{}",
+        "d": "and " * 20,
+        "e.jsonl": jsonl({"text": "a"}),
+    }
+    text_corpus(tmp_path, files)
+    out = capsys.readouterr().out
+    assert "a document a file: 2 .txt, 1 .json, 1 without suffix\na document a row, column text: 1 .jsonl\n" in out
+
+
+def test_text_of_several_inputs(tmp_path, monkeypatch, capsys):
+    """In their order, and what two of them have once. The last of them isn't the only one."""
+    tree(tmp_path, {"one/b.txt": "first " * 30, "two/a.txt": "second " * 30, "two/in/c.txt": "third " * 30})
+    inputs = [str(tmp_path / name) for name in ("one", "two/in", "two", "two/a.txt")]
+    meta = script["text"].prepare(inputs, "mine", data=tmp_path / "data")
+    assert [text[:5] for text in documents(tmp_path / "data/mine", "train")] == ["first", "third", "secon"]
+    assert meta["source"]["input"] == inputs and "2 files are there twice" in capsys.readouterr().out
+    real = script["text"].prepare
+    monkeypatch.setattr(script["text"], "prepare", functools.partial(real, data=tmp_path / "data"))
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *(f"--input={name}" for name in inputs), "--out=other"])
+    script["text"].main()
+    assert content(tmp_path / "data/other")["train.bin"] == content(tmp_path / "data/mine")["train.bin"]
+    for wrong, message in ([str(tmp_path / "none")], "none: no such file or folder"), ([""], "--input is missing"):
+        with pytest.raises(UserError, match=message):
+            real([*inputs, *wrong], "mine", data=tmp_path / "data")
+
+
+def test_text_behind_a_link_that_leads_nowhere(tmp_path):
+    """As in a repository whose large files were not fetched."""
+    tree(tmp_path / "in", {"a.txt": "text " * 20})
+    (tmp_path / "in/b.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="1 of 2 files can't be used(?s:.*)can't read .*b.txt: No such file"):
+        text_corpus(tmp_path, {})
+    assert text_corpus(tmp_path, {}, skip_bad=True)[0]["source"]["left_out"] == 1
 
 
 def test_text_of_a_column(tmp_path):
@@ -879,7 +1262,7 @@ def test_text_of_a_column(tmp_path):
         column="body",
         val_fraction=0.4,
     )
-    assert documents(folder, "train") + documents(folder, "val") == ["one", "two", "three"]
+    assert documents(folder, "train") + documents(folder, "val") == ["one", "three", "two"]
 
 
 @pytest.mark.parametrize(
@@ -1048,8 +1431,9 @@ def test_text_without_project_gutenberg(tmp_path, monkeypatch, block):
     ):
         _, folder = text_corpus(tmp_path / f"{n}", {"x.txt": head + book + end + " more" * 300}, strip_gutenberg=True)
         assert documents(folder, "train")[0] + documents(folder, "val")[0] == book
-    _, folder = text_corpus(tmp_path / "other", {"x.txt": book}, strip_gutenberg=True)
-    assert documents(folder, "train")[0] + documents(folder, "val")[0] == book
+    for name, file in ("other", {"x.txt": book}), ("row", {"x.jsonl": jsonl({"text": head + book + end})}):
+        _, folder = text_corpus(tmp_path / name, file, strip_gutenberg=True)
+        assert documents(folder, "train")[0] + documents(folder, "val")[0] == book
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
@@ -1058,7 +1442,7 @@ def test_text_is_read_in_blocks(tmp_path, monkeypatch, block):
     (tmp_path / "f").write_bytes("größer\r\n漢字\r🙂\r".encode())
     assert read_text(tmp_path / "f") == "größer\n漢字\r🙂\r"
     (tmp_path / "g").write_bytes("größer".encode() + b"\xe6\xbc")
-    with pytest.raises(UserError, match="byte 8 is 0xe6"):
+    with pytest.raises(UserError, match="byte 8 is 0xe6 .*is its end missing"):
         read_text(tmp_path / "g")
 
 

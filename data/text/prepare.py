@@ -124,6 +124,7 @@ class Files(Source):
         self.total_bytes, left_out = self._look_at_all()
         if column != "text" and not self.rows:
             raise UserError(f"--column={column}: none of the files has rows; leave it out to take each as one text")
+        self.rows_at_least = 0  # with text; exactly so many, if there are fewer than 1 / val_fraction documents
         self.whole, self.held = self._held_out()
         how = [column, strip_gutenberg, skip_bad, "whole documents are held out"]
         self.fingerprint = hashlib.sha256(json.dumps([self.stats, how]).encode()).hexdigest()
@@ -207,7 +208,7 @@ class Files(Source):
         texts = [path for path in self.names if self.characters.get(path)]
         enough = max(2, math.ceil(1 / self.val_fraction))
         all_rows = (row for path in self.names if path in self.rows for row in self._rows(path))
-        rows = sum(1 for _ in itertools.islice(all_rows, enough))
+        rows = self.rows_at_least = sum(1 for _ in itertools.islice(all_rows, enough))
         self.bad_rows, self.cut_off = 0, []  # they are counted when they are used
         held: set[Path] = set()
         if len(texts) + rows < enough:
@@ -233,7 +234,7 @@ class Files(Source):
         return self.count
 
     def _all(self) -> Iterator[Document]:
-        rows, had, held = 0, 0, 0  # rows that have come; their characters, and of these those for validation
+        held_out = _HeldOut(self.val_fraction, 0 if self.held else self.rows_at_least)
         for path in self.names:
             if path in self.characters and self.whole:
                 yield Document("val" if path in self.held else "train", str(path), pieces(self._blocks(path)))
@@ -244,12 +245,7 @@ class Files(Source):
                 yield Document("val", str(path), pieces(_span(self._blocks(path), cut, total)))
             for name, text in self._rows(path) if path in self.rows else ():
                 if self.whole:
-                    # Held out when half a row as they were is missing. That it goes by those before makes it blind to
-                    # the row's own length: held out are as many of the long ones as of the short ones.
-                    missing = self.val_fraction * had - held
-                    is_val = bool(rows) and missing >= had / rows / 2
-                    yield Document("val" if is_val else "train", name, pieces(text))
-                    rows, had, held = rows + 1, had + len(text), held + is_val * len(text)
+                    yield Document("val" if held_out(len(text)) else "train", name, pieces(text))
                 else:
                     cut = len(text) - int(len(text) * self.val_fraction)
                     yield Document("train", name, pieces(text[:cut]))
@@ -283,6 +279,33 @@ class Files(Source):
             )
         self.bad_rows += 1
         return None
+
+
+class _HeldOut:
+    """Which rows are for validation, one after the other: their share of all characters so far is about `fraction`.
+
+    A row is held out if, with one of the usual length, half a row would be missing. Its own length plays no part: the
+    long ones are as often held out as the short ones. Only what would make the share more than twice as large goes to
+    training. If that was so with all, the row number `at_last` is held out whatever its length; 0: none need be.
+    """
+
+    def __init__(self, fraction: float, at_last: int):
+        self.fraction, self.at_last = fraction, at_last
+        self.rows, self.characters, self.held = 0, 0, 0
+
+    def __call__(self, length: int) -> bool:
+        usual = self.characters / max(self.rows, 1)
+        missing = self.fraction * (self.characters + usual) - self.held
+        self.rows, self.characters = self.rows + 1, self.characters + length
+        held = (
+            self.rows > 1
+            and missing >= usual / 2
+            and self.held + length <= 2 * self.fraction * self.characters
+            or not self.held
+            and self.rows == self.at_last
+        )
+        self.held += length * held
+        return held
 
 
 def _names_of_files(inputs: list[str], without: Path | None) -> dict[Path, str]:
