@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Does everything work on this CUDA machine, and what does it cost? No network; two parts of ten minutes at most.
+# Does everything work on this CUDA machine, and what does it cost? No network; three parts of ten minutes at most.
 #
-#     experiments/gpu_check.sh [attention|training|all] [FOLDER]      # default: all experiments/results/<GPU>-<date>
+#     experiments/gpu_check.sh [tests|attention|training|all] [FOLDER]   # default: all experiments/results/<GPU>-<date>
 #
-# attention: the operator's and the model's tests on the GPU, then the benchmark of attention alone. training: whole steps of a
-# model of GPT-2's size at 32k tokens, then 200 of them with the exact and with the SUS backward from the same seed, and their
-# comparison. Each has its own time limit, and the most valuable comes first. FOLDER gets environment.txt,
-# tests.txt, attention.txt, attention.json, training.txt, exact.jsonl, sus.jsonl and comparison.png: commit them. Exit
-# status 0 only if all of it passed.
+# tests: the operator's and the model's tests on the GPU. Some 150 kernels are compiled for them; with pytest-xdist on
+# eight cores at once. attention: the benchmark of attention alone. training: whole steps of a model of GPT-2's size at
+# 32k tokens, then 200 of them with the exact and with the SUS backward from the same seed, and their comparison. Each
+# command has its own time limit, and the most valuable comes first. FOLDER gets environment.txt, tests.txt,
+# attention.txt, attention.json, training.txt, exact.jsonl, sus.jsonl and comparison.png: commit them. Exit status 0 only
+# if all of it passed.
 # PYTHON=... chooses the interpreter (default: python3; it needs torch with CUDA, pytest, matplotlib).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +20,11 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "-"))')
 part=${1:-all}
-case $part in attention | training | all) ;; *) echo "error: $part is none of attention, training, all" >&2; exit 1 ;; esac
+case $part in
+tests | attention | training | all) ;;
+*) echo "error: $part is none of tests, attention, training, all" >&2 && exit 1 ;;
+esac
+runs() { [ "$part" = all ] || [ "$part" = "$1" ]; }
 folder=${2:-experiments/results/$gpu-$(date +%Y-%m-%d)}
 mkdir -p "$folder"
 work=$(mktemp -d)
@@ -33,16 +38,18 @@ status=0
     echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 } | tee "$folder/environment.txt"
 
-if [ "$part" != training ]; then
-timeout 300 "$PYTHON" -m pytest -q -m "not slow" tests/test_triton.py tests/test_cuda.py tests/test_reference.py \
+if runs tests; then
+cores=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8 --dist worksteal")
+timeout 570 "$PYTHON" -m pytest -q -m "not slow" $cores tests/test_triton.py tests/test_cuda.py tests/test_reference.py \
     tests/test_sus_attention.py tests/test_model.py 2>&1 | tee "$folder/tests.txt" || status=1
-
+fi
+if runs attention; then
 timeout 150 "$PYTHON" experiments/bench_attention.py --device=cuda --T=8192,32768,131072 --c=2,4,8 --repeats=5 --peer_seconds=2 \
     --json="$folder/attention.json" 2>&1 | tee "$folder/attention.txt" || status=1
 timeout 80 "$PYTHON" experiments/bench_attention.py --device=cuda --D=128 --T=8192,32768 --c=4 --repeats=5 --peer_seconds=2 \
     2>&1 | tee -a "$folder/attention.txt" || status=1
 fi
-if [ "$part" != attention ]; then
+if runs training; then
 : >"$folder/training.txt"
 # bytes, as the data come along; the model is that of GPT-2 tokens but for the embedding
 [ -e data/stdlib/train.bin ] || "$PYTHON" data/stdlib/prepare.py

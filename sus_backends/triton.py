@@ -7,9 +7,12 @@ on the tiles kept of these, in rounds of so many key/value heads, with their que
 and T / 512 of a bitmap.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
-seed are tensors on the device, after a first call with that dtype and head dim. Then the fastest configuration of the
-larger kernels is measured. No float is added atomically: the same configurations give the same bits. Another process
-may choose others; under torch.use_deterministic_algorithms(True) it is always the first.
+seed are tensors on the device, after a first call that is like them in dtype, head dim, T, number of slots, strides and
+with_stats. A call that is not may compile a kernel anew. The first call of a kind also measures the fastest
+configuration of the larger kernels: T counts by its power of 2, as what is best for 1k need not be for 128k.
+
+No float is added atomically: the same configurations give the same bits. Another process may choose others; under
+torch.use_deterministic_algorithms(True) it is always the first.
 
 TRITON_INTERPRET=1, set before Python starts, is for tests: the kernels run on CPU tensors, one program after the other
 in NumPy.
@@ -36,6 +39,9 @@ ROUND = 1 << 26
 TABLE = 1 << 26  # floats, of a round of the forward,
 PROGRAMS = 264  # or what so many blocks of ROWS rows need: two for each of an H200's multiprocessors
 ROWS = 128  # of one program of draw
+# Bytes of shared memory: what the forward takes with blocks of 128 rows and head dim 128, and tile_gradients with
+# float32 and head dim 64. An sm_80 has 166,912 and an sm_90 232,448, but an sm_86 and an sm_89 have 101,376.
+SHARED_LARGE, SHARED_FLOAT32 = 163_840, 114_688
 JOB = 1024  # rows of one program of tile_gradients, at most
 # s * scale + offset in one instruction, whatever Triton's default: two would round twice
 OPTIONS = dict(enable_fp_fusion=True)
@@ -77,6 +83,16 @@ def missing(device_type: str) -> str | None:
     return None
 
 
+@functools.cache
+def shared_memory() -> int:
+    """Bytes of shared memory that a block can have on this device; without end where kernels are interpreted."""
+    if interpreted():
+        return 1 << 30
+    from triton.runtime import driver  # torch's device properties have it in some versions only
+
+    return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+
+
 def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -90,6 +106,8 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
             "it takes float32 with head dims up to 64: a product of float32 is three on the tensor cores, and "
             "registers don't suffice"
         )
+    if dtype == torch.float32 and D == 64 and shared_memory() < SHARED_FLOAT32:
+        return f"it takes float32 with head dims up to 32 on GPUs with {shared_memory() // 1024} kB of shared memory"
     if not is_causal:
         return "it is for causal attention"
     if sampler != "tiles":
@@ -110,7 +128,8 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
     if kernel == "forward":
         if itemsize == 4:
             return [(dict(BM=64), 8, 2) if D == 32 else (dict(BM=32), 4, 2)]
-        return [(dict(BM=128), 8, 3), (dict(BM=64), 4, 2 if D == 128 else 3)]
+        large = [(dict(BM=128), 8, 3)] if D < 128 or shared_memory() >= SHARED_LARGE else []
+        return [*large, (dict(BM=64), 4, 2 if D == 128 else 3)]
     if kernel == "draw":
         return [(dict(SOME=8), 1, 1)]
     if kernel == "tile_gradients":
@@ -128,7 +147,8 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
 
 
 @functools.cache
-def _kernel(name: str, D: int, itemsize: int, measure: bool):
+def _kernel(name: str, D: int, itemsize: int, measure: bool, kind: tuple = ()):
+    """The kernel with its configurations; one of its own, which is measured by itself, for each `kind` of call."""
     import triton
 
     from sus_backends import triton_kernels
@@ -142,7 +162,8 @@ def _launch(name: str, q: Tensor, programs, *args, **constants) -> None:
     """Run a kernel on inputs such as q. programs: how many, or a function of BM that tells."""
     measure = not (interpreted() or torch.are_deterministic_algorithms_enabled())
     grid = (lambda meta: (programs(meta["BM"]),)) if callable(programs) else (programs,)
-    _kernel(name, q.shape[3], q.element_size(), measure)[grid](*args, **constants, **OPTIONS)
+    kind = (q.shape[2].bit_length(), *sorted(constants.items())) if measure else ()
+    _kernel(name, q.shape[3], q.element_size(), measure, kind)[grid](*args, **constants, **OPTIONS)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -103,15 +103,19 @@ def forward(
     row_ = row.to(tl.int64)
     within = row < T
     q_tile = tl.load(q + b * q_b + h * q_h + row_[:, None] * q_t + d[None, :] * q_d, mask=within[:, None], other=0)
-    k_at = k + b * k_b + kv * k_h + cols[None, :].to(tl.int64) * k_t + d[:, None] * k_d  # (D, TILE)
-    v_at = v + b * v_b + kv * v_h + cols[:, None].to(tl.int64) * v_t + d[None, :] * v_d
-    in_table = table + local * all_tiles * rows + (row - first_row)
+    # Pointers are made anew for each tile, from a scalar and int32 offsets. Carried from tile to tile, 64 bits an
+    # element, they take all registers where Triton 3.6 compiles them.
+    k_head, k_offset = k + b * k_b + kv * k_h, cols[None, :] * k_t + d[:, None] * k_d  # (D, TILE)
+    v_head, v_offset = v + b * v_b + kv * v_h, cols[:, None] * v_t + d[None, :] * v_d
+    table_head, in_tile = table + local * all_tiles * rows, row - first_row
     top = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     first_masked = first // TILE * TILE
     for MASKED in tl.static_range(2):
         for start in range(first_masked if MASKED else 0, tl.minimum(first + BM, T) if MASKED else first_masked, TILE):
+            at = start + tl.zeros([], tl.int64)
+            k_at, v_at = k_head + at * k_t + k_offset, v_head + at * v_t + v_offset
             if MASKED:
                 inside = start + cols < T
                 k_tile = tl.load(k_at, mask=inside[None, :], other=0)
@@ -129,10 +133,7 @@ def forward(
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
             if DRAWS:
-                tl.store(in_table, top + rough_log2(mass), mask=within)
-                in_table += rows
-            k_at += TILE * k_t
-            v_at += TILE * v_t
+                tl.store(table_head + at // TILE * rows + in_tile, top + rough_log2(mass), mask=within)
     at = (b * H + h) * T + row
     tl.store(out + at[:, None] * D + d[None, :], (acc / norm[:, None]).to(out.dtype.element_ty), mask=within[:, None])
     tl.store(lse + at, (top + tl.log2(norm)) * LN_2, mask=within)

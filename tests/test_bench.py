@@ -725,3 +725,12 @@ def test_help_lists_every_key(capsys, monkeypatch):
             command(module, monkeypatch, "--help")
         out = capsys.readouterr().out
         assert all(f"--{name}=" in out for name in config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("T", [100, 128, 300, 1024])
+def test_flex_attention_s_mask_is_causal(T):
+    """Made of blocks: what torch makes holds T^2 entries meanwhile."""
+    create_block_mask = pytest.importorskip("torch.nn.attention.flex_attention").create_block_mask
+    ours = contenders.causal_blocks(T, torch.device("cpu"))
+    theirs = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device="cpu")
+    assert ours.shape == theirs.shape and torch.equal(ours.to_dense(), theirs.to_dense())
