@@ -1235,7 +1235,7 @@ def test_text_of_several_inputs(tmp_path, monkeypatch, capsys):
     inputs = [str(tmp_path / name) for name in ("one", "two/in", "two", "two/a.txt")]
     meta = script["text"].prepare(inputs, "mine", data=tmp_path / "data")
     assert [text[:5] for text in documents(tmp_path / "data/mine", "train")] == ["first", "third", "secon"]
-    assert meta["source"]["input"] == inputs and "2 files are there twice" in capsys.readouterr().out
+    assert meta["source"]["input"] == inputs and "are taken once: 2\n" in capsys.readouterr().out
     real = script["text"].prepare
     monkeypatch.setattr(script["text"], "prepare", functools.partial(real, data=tmp_path / "data"))
     monkeypatch.setattr(sys, "argv", ["prepare.py", *(f"--input={name}" for name in inputs), "--out=other"])
@@ -1418,7 +1418,7 @@ def test_text_leaves_bad_files_out_if_told_to(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("block", [1 << 20, 500, 150])  # the first has to hold where the book begins
-def test_text_without_project_gutenberg(tmp_path, monkeypatch, block):
+def test_text_without_project_gutenberg(tmp_path, monkeypatch, capsys, block):
     monkeypatch.setattr(reading, "BLOCK", block)
     head = "The Project Gutenberg EBook of X\n\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n"
     book = "\n Chapter 1\n" + "Call me Ishmael. " * 100 + "***\n* * *\nThe End of it.\n"
@@ -1431,6 +1431,9 @@ def test_text_without_project_gutenberg(tmp_path, monkeypatch, block):
     ):
         _, folder = text_corpus(tmp_path / f"{n}", {"x.txt": head + book + end + " more" * 300}, strip_gutenberg=True)
         assert documents(folder, "train")[0] + documents(folder, "val")[0] == book
+    assert "Gutenberg" not in capsys.readouterr().out
+    text_corpus(tmp_path / "two", {"x.txt": head + book, "y.txt": book}, strip_gutenberg=True)
+    assert "without Project Gutenberg's frame, so used whole: 1 of 2 texts\n" in capsys.readouterr().out
     for name, file in ("other", {"x.txt": book}), ("row", {"x.jsonl": jsonl({"text": head + book + end})}):
         _, folder = text_corpus(tmp_path / name, file, strip_gutenberg=True)
         assert documents(folder, "train")[0] + documents(folder, "val")[0] == book

@@ -120,6 +120,7 @@ class Files(Source):
         self.names = _names_of_files(inputs, without)
         self.rows: set[Path] = set()  # of the paths, those of files of rows
         self.characters: dict[Path, int] = {}  # how many there are in each text
+        self.unframed = 0  # texts without Project Gutenberg's frame, where that is to be left out
         self.stats: list[tuple[str, int, int]] = []  # what tells that a file has changed
         self.total_bytes, left_out = self._look_at_all()
         if column != "text" and not self.rows:
@@ -175,6 +176,10 @@ class Files(Source):
             if kinds:
                 listed = [f"{count:,} {name}" for name, count in kinds.most_common(8)] + ["..."] * (len(kinds) > 8)
                 print(f"{how}: {', '.join(listed)}")
+        if self.unframed:
+            print(
+                f"without Project Gutenberg's frame, so used whole: {self.unframed:,} of {len(self.characters):,} texts"
+            )
         return size, len(mistakes)
 
     def _look_at(self, path: Path) -> int:
@@ -197,6 +202,8 @@ class Files(Source):
             characters += len(block)
             size += len(block) if block.isascii() else len(block.encode())
         self.characters[path] = characters
+        if self.strip_gutenberg and not GUTENBERG_START.search(next(text_blocks(path), "")):
+            self.unframed += 1
         return size
 
     def _held_out(self) -> tuple[bool, set[Path]]:
@@ -329,7 +336,7 @@ def _names_of_files(inputs: list[str], without: Path | None) -> dict[Path, str]:
             seen.add(real)
             names[path] = path.relative_to(where).as_posix() if path != where else path.name
     if twice:
-        print(f"{twice:,} files are there twice, by links or by several --input: they are taken once")
+        print(f"files that are there twice, by links or by several --input, are taken once: {twice:,}")
     return names
 
 
