@@ -1,5 +1,5 @@
-"""Files of rows: .jsonl, .parquet, and .json that is an array of objects. A row has its text in one of its columns; the
-column a.text is the entry text of what is in a.
+"""Files of rows: .jsonl, .parquet, and .json that is an array of objects or has an object a line. A row has its text in
+one of its columns; the column a.text is the entry text of what is in a.
 """
 
 import codecs
@@ -210,7 +210,7 @@ class _Array:
                 value, end = self.decode(self.text, self.at)
                 if end == len(self.text) and self._more():  # a number may go on
                     continue
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError itself: a number of too many digits
                 what, at = getattr(error, "msg", str(error)), getattr(error, "pos", 0)
                 cut_off = at >= len(self.text) - NEAR_END or what.startswith("Unterminated string")
                 if not (cut_off and len(self.text) - self.at <= LONGEST_ROW and self._more()):

@@ -1126,6 +1126,7 @@ def test_which_files_have_rows(tmp_path, name, text, is_rows):
         ('[{"text": "x"},]', "row 2 is no JSON"),
         ('[{"text": "x"}][{"text": "y"}]', r"'\[' is behind the array's end"),
         ('[{"text": "x"}, 5]', "row 2 has no column 'text' but int"),
+        ('[{"text": "x"}, {"id": ' + "9" * 5000 + "}]", "row 2 is no JSON: Exceeds the limit"),
         ('[{"text": "x"}, {"text": 5}]', "row 2 has no text, but int"),
         ('[{"text": "x"}, ' + "[" * 100_000, "row 2 is no JSON"),
         ('[{"text": "x"}, {"text": "y\0"}]', "a.json is not text"),
