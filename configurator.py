@@ -72,7 +72,8 @@ def key(
     below: float | None = None,
     section: str | None = None,
 ) -> Any:
-    """A dataclass field with its one-line help, for a key of type int, float, bool, str or bool | None (None is auto).
+    """A dataclass field with its one-line help, for a key of type int, float, bool, str, bool | None (None is auto) or
+    tuple[str, ...], which may be given several times.
     words are values besides those of the type. low and high are inclusive bounds, above and below exclusive ones;
     section is a heading for --help, from here on.
     """
@@ -83,21 +84,24 @@ def key(
 
 
 # What a key of each type takes, in the words of an error and of --help.
-Kind = Any  # a type, or bool | None
+Kind = Any  # a type, bool | None, or TEXTS
+TEXTS = tuple[str, ...]
 EXPECTED: dict[Kind, str] = {
     int: "an integer",
     float: "a number",
     str: "text",
     bool: "True or False",
     bool | None: "True, False or auto (None in a config file)",
+    TEXTS: "text, or a list of texts",
 }
-SHORT: dict[Kind, str] = {int: "int", float: "float", str: "str", bool: "bool", bool | None: "bool"}
+SHORT: dict[Kind, str] = {int: "int", float: "float", str: "str", bool: "bool", bool | None: "bool", TEXTS: "str"}
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def load_config(cls: type[T], argv: list[str], *, usage: str | None) -> T:
     """An instance of the dataclass cls (fields made by key()) from argv = sys.argv[1:], a list of CONFIG.py files and
-    --key=value arguments. A later one wins over an earlier one, and --key=value over every file.
+    --key=value arguments. A later one wins over an earlier one, and --key=value over every file. Of a key of several
+    texts, all --key=value count.
     Its attribute `explicit` is the set of the names which a file or the command line gave.
     --help prints usage and every key, then exits with status 0. Errors: UserError.
     """
@@ -117,7 +121,8 @@ def load_config(cls: type[T], argv: list[str], *, usage: str | None) -> T:
                 value = "True" if kinds[name] is bool else "VALUE"
                 text = value if following.startswith("-") else following.removeprefix("=")
                 raise UserError(f"{arg} has no value: write --{name}={text} (no spaces)")
-            flags[name] = _checked(fields[name], kinds[name], _from_text(text, kinds[name]), arg)
+            value = _checked(fields[name], kinds[name], _from_text(text, kinds[name]), arg)
+            flags[name] = flags.get(name, ()) + value if kinds[name] == TEXTS else value
     for arg in argv:
         if not arg.startswith("--"):
             for name, (value, where) in _read_file(arg, fields).items():
@@ -184,6 +189,11 @@ def _checked(field: dataclasses.Field, kind: Kind, value: Any, where: str) -> An
     words = field.metadata["words"]
     if isinstance(value, str) and value in words:
         return value
+    if kind == TEXTS:
+        texts = (value,) if isinstance(value, str) else value
+        if not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
+            raise UserError(f"{where}: {field.name} must be {EXPECTED[kind]}, not {value!r}")
+        return tuple(texts)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         if kind is float and is_number and not math.isnan(value):
@@ -219,7 +229,7 @@ def _help(cls: type, usage: str | None) -> str:
     kinds = typing.get_type_hints(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        default = "auto" if field.default is None else field.default
+        default = "auto" if field.default is None else "" if field.default == () else field.default
         choices = f": {' | '.join(field.metadata['choices'])}" if field.metadata["choices"] else ""
         rows.append(
             (

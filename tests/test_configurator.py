@@ -579,3 +579,30 @@ def test_run_main_lets_success_through(capsys):
 def test_the_bottom_layer_imports_nothing_heavy():
     done = run("import sys, configurator\nprint(sorted({'torch', 'numpy', 'wandb'} & set(sys.modules)))")
     assert done.stdout == "[]\n"
+
+
+@dataclasses.dataclass
+class Several:
+    input: tuple[str, ...] = key((), "files")
+    out: str = key("", "folder")
+
+
+def test_a_key_of_several_texts(tmp_path):
+    """All that are given on the command line count; they win over a config file's, as with any key."""
+    load = lambda *argv: load_config(Several, list(argv), usage=None)
+    assert load().input == () and load("--input=a").input == ("a",)
+    assert load("--input=a", "--out=x", "--input=b,c", "--out=y") == Several(("a", "b,c"), "y")
+    for value, expected in ("'a'", ("a",)), ("['a', 'b']", ("a", "b")), ("('a',)", ("a",)):
+        (tmp_path / "c.py").write_text(f"input = {value}")
+        assert load(str(tmp_path / "c.py")).input == expected
+        assert load("--input=d", str(tmp_path / "c.py")).input == ("d",)
+    for value in "5", "[5]", "None":
+        (tmp_path / "c.py").write_text(f"input = {value}")
+        with pytest.raises(UserError, match=r"c.py, line 1: input must be text, or a list of texts, not "):
+            load(str(tmp_path / "c.py"))
+
+
+def test_help_of_a_key_of_several_texts(capsys):
+    with pytest.raises(SystemExit):
+        load_config(Several, ["--help"], usage=None)
+    assert re.search(r"--input=  +str  files\n", capsys.readouterr().out)

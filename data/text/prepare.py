@@ -46,7 +46,7 @@ GUTENBERG_LONGEST = 400  # characters that such a line has at most
 
 @dataclass
 class Config:
-    input: str = key("", "file, or folder of files; may be given several times")
+    input: tuple[str, ...] = key((), "file, or folder of files; may be given several times")
     out: str = key("", "name of the data set")
     tokenizer: str = key(
         "byte", "byte: no vocabulary to fetch; the others are tiktoken's: 4 times fewer tokens", choices=TOKENIZERS
@@ -371,9 +371,8 @@ def _span(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
 
 def main() -> None:
     config = load_config(Config, sys.argv[1:], usage=__doc__)
-    given = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("--input=")]
     meta = prepare(
-        given or config.input,
+        config.input,
         config.out,
         config.tokenizer,
         config.val_fraction,
