@@ -2,6 +2,8 @@
 
 A contender is one way to compute causal attention: a backend of torch's SDPA, SUS at some c, FlexAttention. Before any
 of them is timed, `Check` compares SUS's forward and gradients with exact ones.
+
+Dims: B batch, H query heads, K key/value heads, T tokens, D head dimension.
 """
 
 import contextlib

@@ -3,6 +3,8 @@
 A ratio is that of two things measured in the same round, and is told as its median with the lowest and the highest
 round: a machine drifts, and drifts for both. Whether it was idle is looked at by timing one and the same matrix product
 now and then.
+
+Dims: B batch, H query heads, K key/value heads, T tokens, D head dimension.
 """
 
 import ctypes

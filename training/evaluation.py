@@ -1,4 +1,7 @@
-"""The validation loss."""
+"""The validation loss.
+
+Dims: T tokens in a window (block_size).
+"""
 
 import torch
 import torch.distributed as dist

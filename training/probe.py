@@ -1,5 +1,7 @@
 """What attention costs in a run: one layer's real q, k, v and output gradient, timed alone, exact beside SUS or
 low-rank.
+
+Dims: B batch, H query heads, K key/value heads, T tokens, D head dimension.
 """
 
 import statistics

@@ -1,4 +1,7 @@
-"""What a run prints: the summary at its start, a line or a bar for its steps, the sample at its end."""
+"""What a run prints: the summary at its start, a line or a bar for its steps, the sample at its end.
+
+Dims: T tokens in a window (block_size).
+"""
 
 import itertools
 import os
