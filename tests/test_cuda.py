@@ -118,3 +118,19 @@ def test_memory_does_not_grow_with_t_squared():
     torch.cuda.reset_peak_memory_stats()
     grads(q, k, v, grad_out, 4.0, seed=1)
     assert torch.cuda.max_memory_allocated() < 2 * 32768**2 * 4 / 8  # an eighth of the scores in float32
+
+
+def test_a_training_step_waits_for_nothing():
+    """Neither a seed of the CPU, nor a c that changes, nor activation checkpointing makes the CPU wait for the device."""
+    config = GPTConfig(**MODEL, attn_backward="sus", activation_checkpointing=True, sus_c_max=8.0)
+    model = GPT(config).cuda().bfloat16()
+    config.sus_c = torch.tensor(4.0, device="cuda")
+    x = torch.randint(257, (2, 256), device="cuda")
+    model(x, x, sus_seed=torch.tensor(1))[1].backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x, x, sus_seed=torch.tensor(2))[1].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad.isfinite().all() for p in model.parameters())
