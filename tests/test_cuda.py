@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_t_squared():
 
 
 def test_a_training_step_waits_for_nothing():
-    """Neither a seed of the CPU, nor a c that changes, nor activation checkpointing makes the CPU wait for the device."""
+    """Neither a seed of the CPU, nor a c that changes, nor activation checkpointing makes the CPU wait for the GPU."""
     config = GPTConfig(**MODEL, attn_backward="sus", activation_checkpointing=True, sus_c_max=8.0)
     model = GPT(config).cuda().bfloat16()
     config.sus_c = torch.tensor(4.0, device="cuda")
