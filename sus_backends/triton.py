@@ -128,7 +128,7 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
     if kernel == "forward":
         if itemsize == 4:
             return [(dict(BM=64), 8, 2) if D == 32 else (dict(BM=32), 4, 2)]
-        large = [(dict(BM=128), 8, 3)] if D < 128 or shared_memory() >= SHARED_LARGE else []
+        large = [(dict(BM=128), 8, 2 if D == 32 else 3)] if D < 128 or shared_memory() >= SHARED_LARGE else []
         return [*large, (dict(BM=64), 4, 2 if D == 128 else 3)]
     if kernel == "draw":
         return [(dict(SOME=8), 1, 1)]

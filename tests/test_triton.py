@@ -537,6 +537,5 @@ def test_every_configuration_compiles_and_spills_nothing(version, capability, sh
         print(f"{of_config}:{x['registers']:4}{x['stack']:4}{x['shared']:8}  {x['loops']}  {constants}")
     of_forward, of_backward = {"forward", "draw"}, {"thin", "list_rows", "tile_gradients"}
     assert {x["kernel"] for x in lines} == of_forward | of_backward | {"query_gradients", "key_gradients"}
-    # On an sm_89 Triton 3.9 lays two registers aside in one forward that is bound by other things.
-    assert not [x for x in lines if x["stack"] > (8 if capability == 89 else 0)], "spills"
+    assert not [x for x in lines if x["stack"]], "spills"
     assert not [x for x in lines if x["shared"] > shared]
