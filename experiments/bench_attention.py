@@ -2,10 +2,11 @@
 
     python experiments/bench_attention.py --json=attention.json --out=attention.png     # minutes on a CPU
     python experiments/bench_attention.py --T=2048,8192 --c=4 --wandb
-    python experiments/bench_attention.py --inputs=out-long-ctx       # q, k, v of a trained model instead of randn
+    python experiments/bench_attention.py --inputs=smollm2.pt     # a model's q, k, v, from capture_attention.py
     python experiments/bench_attention.py --from_json=attention.json --out=attention.png
 
 Exact is the fastest backend that torch's scaled_dot_product_attention has on the device: all are measured, by name.
+Inputs are normal random numbers, or those of a file: then each of its layers is measured, and their median is shown.
 All take turns in one process; a time is the median of the rounds, a ratio that of two times of the same round, with its
 lowest and highest. Memory is the peak of one forward and backward beyond the inputs, on a CPU in a process of its own.
 
@@ -17,8 +18,10 @@ T the forward and one draw are looked at again.
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +30,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_attention_report import compare, draw, fits, log_to_wandb, report
+from bench_attention_report import compare, draw, fits, log_to_wandb, over_layers, overall, report
 from configurator import UserError, key, load_config, run_main
-from contenders import Check, Contender, captured_inputs, contenders, random_inputs
+from contenders import Check, Contender, captured_inputs, captured_layer, contenders, random_inputs
 from measure import apart, free_memory, gradients, heading, numbers, peak_of, product_ms, sus_backend
 from output import check_picture, check_writable, deliver, progress_bar, read_json
 from sus_attn import BACKENDS, SAMPLERS
-from training import checkpoint
 from training.device import Device, memory_errors, resolve_device
 from training.probe import take_turns
 from training.record import plain, reason
@@ -56,7 +58,7 @@ class BenchConfig:
     )
     backend: str = key("auto", "SUS's kernels", choices=BACKENDS)
     device: str = key("auto", "auto, cpu, cuda, cuda:1")
-    inputs: str = key("", "a run's out_dir: q, k, v of its model's middle layer; empty: normal random numbers")
+    inputs: str = key("", "a file of capture_attention.py, which has T, H and D; empty: normal random numbers")
     seed: int = key(0, "seeds the inputs and the draws", low=0, high=2**62)
 
     repeats: int = key(7, "timed rounds, after one for warming up", low=1, section="How")
@@ -87,21 +89,35 @@ def main() -> None:
 # -- measuring --------------------------------------------------------------------------------------
 
 
+class Case(NamedTuple):
+    """What is measured at a time."""
+
+    place: dict[str, int]  # T and, of inputs from a file, the layer: what its rows of results begin with
+    make_inputs: Callable[[], tuple[Tensor, ...]]  # q, k, v and the output's gradient; another process can call it too
+
+
+def cases(cfg: BenchConfig, device: Device) -> tuple[str, int, list[Case]]:
+    """Where the inputs are from, their D, and what is to be measured. UserError."""
+    if not cfg.inputs:
+        default_T, default_H = DEFAULTS.get(device.type, CPU_DEFAULTS)
+        Ts = numbers("T", default_T if cfg.T == "auto" else cfg.T, int, 16)
+        make = lambda T: functools.partial(random_inputs, cfg.H or default_H, T, cfg.D, cfg.seed, device)
+        return "normal random numbers", cfg.D, [Case({"T": T}, make(T)) for T in Ts]
+    origin, layers = captured_inputs(Path(cfg.inputs))
+    _, H, T, D = next(iter(layers.values()))[0].shape
+    for name, own in ("T", T), ("H", H), ("D", D):
+        if name in cfg.explicit and str(getattr(cfg, name)) not in ("auto", str(own)):
+            raise UserError(f"--{name}={getattr(cfg, name)}, but {cfg.inputs} has {name} = {own}: leave --{name} out")
+    make = lambda layer: functools.partial(captured_layer, Path(cfg.inputs), layer, device)
+    made = [Case({"T": T, "layer": layer}, make(layer)) for layer in layers]
+    return origin, D, made
+
+
 def measure(cfg: BenchConfig) -> dict:
     """Every figure: what `report` and `draw` show, and what --json writes. UserError if SUS's results are wrong."""
     device = resolve_device(cfg.device, cfg.dtype)
-    default_T, default_H = DEFAULTS.get(device.type, CPU_DEFAULTS)
-    H, saved, path = cfg.H or default_H, None, Path(cfg.inputs) / "ckpt.pt"
-    if cfg.inputs:
-        if taken := {"H", "D"} & cfg.explicit:
-            raise UserError(
-                f"--{min(taken)} and --inputs exclude each other: the model in {cfg.inputs} has its own heads"
-            )
-        saved = checkpoint.load(path)
-        default_T = str(saved["model_args"]["block_size"])
-    Ts = numbers("T", default_T if cfg.T == "auto" else cfg.T, int, 16)
+    origin, D, to_measure = cases(cfg, device)
     cs = numbers("c", cfg.c, float, 0)
-    D = saved["model_args"]["n_embd"] // saved["model_args"]["n_head"] if saved else cfg.D
     backends = {c: sus_backend(cfg.backend, device, D, c, cfg.sampler) for c in cs}
     members = contenders(device, {c: backend for c, (backend, _) in backends.items()}, cfg.sampler)
     print(
@@ -114,28 +130,32 @@ def measure(cfg: BenchConfig) -> dict:
         flush=True,
     )
 
-    check, results, left_out, product = Check(), [], [], [product_ms(device)]
-    work = sum(T**2 for T in Ts) * (cfg.repeats + 2) * len(members)
+    checks, results, left_out, product = [], [], [], [product_ms(device)]
+    work = sum(case.place["T"] ** 2 for case in to_measure) * (cfg.repeats + 2) * len(members)
     with progress_bar(work) as bar:
-        for T in Ts:
-            bar.set_description(f"T = {T:,}")
-            inputs = captured_inputs(saved, path, T, device) if saved else random_inputs(H, T, cfg.D, cfg.seed, device)
+        for case in to_measure:
+            place, inputs = case.place, case.make_inputs()
+            T, where = place["T"], f"layer {place['layer']}" if "layer" in place else ""
+            bar.set_description(where or f"T = {T:,}")
             running, reasons = choose(members, inputs, cfg.peer_seconds, device)
-            left_out += reasons
+            left_out += [place | reason for reason in reasons]
             bar.update(T**2 * (cfg.repeats + 2) * (len(members) - len(running)))
-            results += measure_at(T, running, inputs, cfg, device, check, bar)
+            check = Check(where)
+            results += measure_at(case, running, inputs, cfg, device, check, bar)
+            checks += check.findings
             product.append(product_ms(device))
+    results += over_layers(results)
     return heading("bench_attention", cfg, device, product) | {
         "inputs": {
-            "from": cfg.inputs or "normal random numbers",
+            "from": origin,
             "shape": [*inputs[0].shape[:2], "T", inputs[0].shape[3]],
             "key_heads": inputs[1].shape[1],
             "dtype": str(device.dtype).removeprefix("torch."),
         },
-        "checks": check.findings,
+        "checks": checks,
         "results": results,
-        "comparisons": compare(results, Ts),
-        "fits": fits(results),
+        "comparisons": compare(results),
+        "fits": fits(overall(results)),
         "left_out": left_out,
     }
 
@@ -172,11 +192,11 @@ def choose(
         if member is not fastest and expected > limit:
             reasons[member] = f"it would take about {expected:.0f} s, above --peer_seconds={limit:g}"
     running = [fastest, *(m for m in members if m is not fastest and m not in reasons)]
-    return running, [{"name": member.name, "T": T, "why": why} for member, why in reasons.items()]
+    return running, [{"name": member.name, "why": why} for member, why in reasons.items()]
 
 
 def measure_at(
-    T: int,
+    case: Case,
     members: list[Contender],
     inputs: tuple[Tensor, ...],
     cfg: BenchConfig,
@@ -184,14 +204,14 @@ def measure_at(
     check: Check,
     bar: tqdm,
 ) -> list[dict]:
-    """One context length: a row of results for each member. members[0] is exact."""
+    """A row of results for each member. members[0] is exact."""
     q, k, v, _ = inputs
+    T = case.place["T"]
     sus = [member for member in members if member.kind == "sus"]
-    if not check.deviation:
-        check.start(members[0], sus, *inputs)
+    check.start(members[0], sus, *inputs)
     rows = {}
     for m in members:
-        row = {"T": T, "name": m.name, "kind": m.kind, "backend": m.how, "c": m.c}
+        row = case.place | {"name": m.name, "kind": m.kind, "backend": m.how, "c": m.c}
         rows[m.name] = row | {"forward_ms": [], "backward_ms": []}
     exact = gradients(members[0], *inputs)
     for member in sus:
@@ -208,7 +228,7 @@ def measure_at(
             rows[name]["backward_ms"].append(backward)
     for member in members:
         if cfg.memory and member.kind != "undrawn":
-            rows[member.name] |= apart(device, memory_of, member, [tuple(x.shape) for x in inputs], device)
+            rows[member.name] |= apart(device, memory_of, member, case.make_inputs, device)
         bar.update(T**2)
     undrawn = rows["SUS undrawn"]["forward_ms"]
     for member in sus:
@@ -219,13 +239,12 @@ def measure_at(
     return list(rows.values())
 
 
-def memory_of(member: Contender, shapes: list[tuple], device: Device) -> dict:
+def memory_of(member: Contender, make_inputs: Callable[[], tuple[Tensor, ...]], device: Device) -> dict:
     """{"peak_bytes", "saved_bytes"} of one forward and backward: the most at once beyond the inputs, and what autograd
     keeps in between, beyond q, k and v.
     """
-    new = lambda *shape: torch.randn(shape, device=device.device).to(device.dtype)
-    gradients(member, *(new(B, H, 128, D) for B, H, _, D in shapes))  # loads and compiles what it needs
-    q, k, v, grad_out = (new(*shape) for shape in shapes)
+    q, k, v, grad_out = make_inputs()
+    gradients(member, *(x[:, :, :128] for x in (q, k, v, grad_out)))  # loads and compiles what it needs
     peak = peak_of(lambda: gradients(member, q, k, v, grad_out), device)
     storages = {}
 

@@ -24,26 +24,52 @@ def both(row: dict) -> list[float]:
     return [a + b for a, b in zip(row["forward_ms"], row["backward_ms"])]
 
 
-def fastest_exact(results: list[dict], T: int) -> dict:
-    return min(pick(results, T=T, kind="exact"), key=lambda row: spread(both(row))["median"])
+def place(row: dict) -> dict:
+    """Where it was measured: T and, of inputs from a file, the layer."""
+    return {name: row[name] for name in ("T", "layer") if name in row}
+
+
+def overall(rows: list[dict]) -> list[dict]:
+    """All rows; of several layers, those of their median, which is last."""
+    return pick(rows, layer=rows[-1]["layer"]) if "layer" in rows[-1] else rows
+
+
+def over_layers(results: list[dict]) -> list[dict]:
+    """Of several layers, a row of each contender that was measured in all of them, whose rounds are those of all."""
+    rows, layers = [], {row.get("layer") for row in results}
+    for name in each(results, "name") if len(layers) > 1 else []:
+        of_layers = pick(results, name=name)
+        if len(of_layers) < len(layers):
+            continue
+        rows.append(of_layers[0] | {"layer": "median"})
+        for key_ in ("forward_ms", "backward_ms", "draw_ms"):
+            if of_layers[0].get(key_):
+                rows[-1][key_] = [time for row in of_layers for time in row[key_]]
+        for key_ in ("kept_per_row", "kept_fraction", "peak_bytes", "saved_bytes"):
+            if of_layers[0].get(key_) is not None:
+                rows[-1][key_] = spread(row[key_] for row in of_layers)["median"]
+    return rows
+
+
+def fastest_exact(results: list[dict], row: dict) -> dict:
+    """At the row's place."""
+    return min(pick(results, kind="exact", **place(row)), key=lambda row: spread(both(row))["median"])
 
 
 def find_sus(results: list[dict], line: dict) -> dict:
     """The row of SUS that a line of `compare` is about."""
-    (row,) = pick(results, T=line["T"], kind="sus", c=line["c"])
+    (row,) = pick(results, kind="sus", c=line["c"], **place(line))
     return row
 
 
-def compare(results: list[dict], Ts: list[int]) -> list[dict]:
-    """Exact's time over SUS's, for each T and c: above 1, SUS is faster."""
+def compare(results: list[dict]) -> list[dict]:
+    """Exact's time over SUS's, for each place and c: above 1, SUS is faster."""
     lines = []
-    for T in Ts:
-        exact = fastest_exact(results, T)
-        for row in pick(results, T=T, kind="sus"):
-            ratios = {part: ratio(exact[f"{part}_ms"], row[f"{part}_ms"]) for part in ("forward", "backward")}
-            lines.append(
-                {"T": T, "c": row["c"], "exact": exact["name"], **ratios, "both": ratio(both(exact), both(row))}
-            )
+    for row in pick(results, kind="sus"):
+        exact = fastest_exact(results, row)
+        ratios = {part: ratio(exact[f"{part}_ms"], row[f"{part}_ms"]) for part in ("forward", "backward")}
+        name = {"exact": exact["name"]}
+        lines.append(place(row) | {"c": row["c"]} | name | ratios | {"both": ratio(both(exact), both(row))})
     return lines
 
 
@@ -51,7 +77,7 @@ def fits(results: list[dict]) -> list[dict]:
     """time = factor * T^exponent, in ms, fitted to the medians of each of the curves over T."""
     curves = {"exact backward": {}, "exact forward": {}}
     for T in sorted({row["T"] for row in results}):
-        exact = fastest_exact(results, T)
+        exact = fastest_exact(results, {"T": T})
         for part in ("backward", "forward"):
             curves[f"exact {part}"][T] = spread(exact[f"{part}_ms"])["median"]
         for row in pick(results, T=T, kind="sus"):
@@ -65,8 +91,7 @@ def fits(results: list[dict]) -> list[dict]:
 # -- the tables -------------------------------------------------------------------------------------
 
 
-TITLES = [
-    "T",
+TITLES = [  # after the place
     "c",
     "exact fwd",
     "exact bwd",
@@ -81,7 +106,7 @@ TITLES = [
     "exact MiB",
     "SUS MiB",
 ]
-ALL_TITLES = ["name", "backend", "T", "forward ms", "backward ms", "fwd+bwd / exact's", "peak MiB", "saved MiB"]
+ALL_TITLES = ["forward ms", "backward ms", "fwd+bwd / exact's", "peak MiB", "saved MiB"]
 
 
 def report(data: dict) -> None:
@@ -93,12 +118,14 @@ def report(data: dict) -> None:
         f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}; {data['config']['sampler']} draws\n"
         f"checked: {len(data['checks'])} comparisons, all within their limits\n"
     )
-    print_table([TITLES, *(comparison_row(results, line) for line in data["comparisons"])])
+    places = list(place(results[0]))
+    print_table([places + TITLES, *(comparison_row(results, line) for line in data["comparisons"])])
     print(
-        "\nTimes in ms, medians. Ratios are exact / SUS: median (lowest..highest) of the rounds. MiB: the peak beyond "
-        "the inputs.\nAll that was measured:\n"
+        "\nTimes in ms, medians. Ratios are exact / SUS: median (lowest..highest) of the rounds"
+        f"{', or of those of all layers' if 'layer' in places else ''}. MiB: the peak beyond the inputs.\n"
+        "All that was measured:\n"
     )
-    print_table([ALL_TITLES, *(result_row(results, row) for row in results)])
+    print_table([["name", "backend", *places, *ALL_TITLES], *(result_row(results, row) for row in results)])
     print(
         "\n* the fastest exact one at this T: exact in all ratios. Saved: by autograd between forward and backward, "
         "beyond q, k, v."
@@ -113,19 +140,23 @@ def report(data: dict) -> None:
             "; ".join(f"{name} {', '.join(parts)}" for name, parts in powers.items()),
         )
     for line in data["left_out"]:
-        left_out.setdefault((line["name"], line["why"]), []).append(f"{line['T']:,}")
-    for (name, why), Ts in left_out.items():
-        print(f"left out: {name} at T = {', '.join(Ts)}: {why}")
+        left_out.setdefault((line["name"], line["why"]), []).append(f"{line.get('layer', line['T']):,}")
+    for (name, why), where in left_out.items():
+        print(f"left out: {name} at {'layer' if 'layer' in places else 'T ='} {', '.join(where)}: {why}")
     print(idle)
 
 
+def place_cells(row: dict) -> list[str]:
+    return [f"{value:,}" if isinstance(value, int) else value for value in place(row).values()]
+
+
 def comparison_row(results: list[dict], line: dict) -> list[str]:
-    exact = fastest_exact(results, line["T"])
+    exact = fastest_exact(results, line)
     row = find_sus(results, line)
     backward = ms(row["backward_ms"])
     drawn, sparse = ("in bwd", "with draw") if row["draw_ms"] is None else (ms(row["draw_ms"]), backward)
     return [
-        f"{line['T']:,}",
+        *place_cells(line),
         f"{float(line['c']):g}",
         ms(exact["forward_ms"]),
         ms(exact["backward_ms"]),
@@ -141,14 +172,14 @@ def comparison_row(results: list[dict], line: dict) -> list[str]:
 
 
 def result_row(results: list[dict], row: dict) -> list[str]:
-    exact = fastest_exact(results, row["T"])
+    exact = fastest_exact(results, row)
     backward, relative = ms(row["backward_ms"]), ratio_text(ratio(both(row), both(exact)))
     if row["kind"] == "undrawn":
         backward = relative = "-"
     return [
         row["name"] + (" *" if row is exact else ""),
         label(row["backend"]),
-        f"{row['T']:,}",
+        *place_cells(row),
         ms(row["forward_ms"]),
         backward,
         relative,
@@ -168,10 +199,12 @@ def ms(times: list[float]) -> str:
 def draw(data: dict) -> "Figure":
     """The figure: backward time over c and over T. Exact is black, SUS blue, what its draw costs orange."""
     figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(13, 4.6), layout="constrained")
-    draw_over_c(left, data["results"])
-    draw_over_T(right, data["results"], {fit["name"]: fit for fit in data["fits"]})
+    results = overall(data["results"])
+    draw_over_c(left, results)
+    draw_over_T(right, results, {fit["name"]: fit for fit in data["fits"]})
     machine = data["environment"]
-    add_caption(figure, f"{machine['device']}, threads: {machine['threads']}, {data['inputs']['dtype']}")
+    inputs = data["inputs"]
+    add_caption(figure, f"{machine['device']}, threads: {machine['threads']}, {inputs['dtype']}, {inputs['from']}")
     return figure
 
 
@@ -191,7 +224,7 @@ def draw_over_c(ax: "Axes", results: list[dict]) -> None:
         points = [
             (float(row["c"]), medians(row)) for row in pick(results, T=T, kind="sus") if math.isfinite(float(row["c"]))
         ]
-        exact = medians(fastest_exact(results, T))
+        exact = medians(fastest_exact(results, {"T": T}))
         ax.axhline(exact, color=EXACT, linestyle=(0, (4, 2)), linewidth=1.4)
         labels.append((exact, f"exact, T = {T:,}", EXACT))
         if points:
@@ -215,7 +248,7 @@ def draw_over_T(ax: "Axes", results: list[dict], fitted: dict[str, dict]) -> Non
     )
     Ts = sorted({row["T"] for row in results})
     names = each(pick(results, kind="sus"), "name")
-    curves = [("exact backward", "exact", [medians(fastest_exact(results, T)) for T in Ts], EXACT, "-")]
+    curves = [("exact backward", "exact", [medians(fastest_exact(results, {"T": T})) for T in Ts], EXACT, "-")]
     for i, (name, color) in enumerate(zip(names, shades(SUS, len(names)))):  # the larger c, the deeper the blue
         of_name = {row["T"]: row for row in results if row["name"] == name}
         curves.append((f"{name} backward", name, [medians(of_name[T]) for T in Ts], color, "-"))
@@ -281,13 +314,14 @@ def log_to_wandb(data: dict) -> None:
     try:
         mirror.define_metric("c")
         mirror.define_metric("*", step_metric="c")
-        for c in sorted({float(line["c"]) for line in data["comparisons"]} - {math.inf}):
+        lines = overall(data["comparisons"])
+        for c in sorted({float(line["c"]) for line in lines} - {math.inf}):
             metrics = {"c": c}
-            for line in data["comparisons"]:
+            for line in lines:
                 if float(line["c"]) != c:
                     continue
                 T = f"T={line['T']}"
-                exact = fastest_exact(results, line["T"])
+                exact = fastest_exact(results, line)
                 row = find_sus(results, line)
                 metrics[f"{T}/kept_per_row"] = row["kept_per_row"]
                 for part in ("forward", "backward"):

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
-from measure import exact_attention, gradients, trained_inputs
-from sus_attn import sus_attention
+from measure import exact_attention, gradients
+from sus_attn import check_inputs, sus_attention
 from training.device import Device
-from training.weights import model_from_checkpoint
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -106,13 +105,29 @@ def random_inputs(H: int, T: int, D: int, seed: int, device: Device) -> tuple[Te
     return tuple(torch.randn(1, H, T, D, generator=generator).to(device.device, device.dtype) for _ in range(4))
 
 
-def captured_inputs(saved: dict, path: Path, T: int, device: Device) -> tuple[Tensor, ...]:
-    """The same of a checkpoint's middle layer, in a training step on T tokens of its validation text."""
-    model = model_from_checkpoint(saved, path).to(device.device)
-    if T > model.config.block_size:
-        raise UserError(f"--T={T} is above the {model.config.block_size} tokens of the model in {path}")
-    inputs = trained_inputs(model, model.config.n_layer // 2, saved["config"]["dataset"], T, device)
-    return tuple(x.to(device.dtype) for x in inputs)
+def captured_inputs(path: Path) -> tuple[str, dict[int, tuple[Tensor, ...]]]:
+    """What capture_attention.py wrote: where it is from, and by layer q, k, v and the output's gradient. UserError."""
+    try:
+        saved = torch.load(path, weights_only=True)
+        layers = {}
+        for layer, kept in saved["layers"].items():
+            q, k, v, grad_out = (kept[name] for name in ("q", "k", "v", "grad_out"))
+            check_inputs(q, k, v)
+            if "scale" in kept:  # all contenders multiply scores by 1 / sqrt(D)
+                q = q * (kept["scale"] * q.shape[3] ** 0.5)
+            layers[layer] = q, k, v, grad_out
+        (_,) = {(x.shape, k.shape) for q, k, _, grad_out in layers.values() for x in (q, grad_out)}  # all alike
+        names = ("layers " if len(layers) > 1 else "layer ") + ", ".join(map(str, layers))
+        return f"{names} of {saved['origin']['model']} on {saved['origin']['text']}", layers
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except Exception as error:  # another file, or a damaged one, can fail at any point
+        raise UserError(f"{path} is not what capture_attention.py wrote by --out=FILE") from error
+
+
+def captured_layer(path: Path, layer: int, device: Device) -> tuple[Tensor, ...]:
+    """q (1, H, T, D), k, v (1, K, T, D) and the output's gradient of one of its layers, in the device's dtype."""
+    return tuple(x.to(device.device, device.dtype) for x in captured_inputs(path)[1][layer])
 
 
 # -- is it right? -----------------------------------------------------------------------------------
@@ -143,12 +158,14 @@ def products(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
 class Check:
     """Finds out whether SUS's results may be believed, and keeps what it compared: {what, value, limit} each."""
 
-    def __init__(self):
+    def __init__(self, where: str = ""):
+        self.where = where  # what is checked: "layer 2"
         self.findings = []
         self.deviation = {}  # c: of one draw's share of the whole gradient, for dq, dk, dv
         self.rounding = 0.0  # SDPA's own error in the gradients
 
     def compare(self, what: str, value: float, limit: float) -> None:
+        what = f"{self.where}: {what}" if self.where else what
         self.findings.append({"what": what, "value": value, "limit": limit})
         if not value <= limit:  # NaN fails
             raise UserError(f"SUS is wrong here, so there are no figures: {what} is {value:.3g}, above {limit:.3g}")

@@ -1,6 +1,7 @@
 """The benchmarks: what they print and keep, that they refuse wrong results, that a step is train.py's. No times."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ import bench_attention
 import bench_attention_report
 import bench_backprop
 import bench_train
+import capture_attention
 import contenders
 import cost_model
 import measure
@@ -31,6 +33,7 @@ import picture_of_sus
 from configurator import UserError
 from contenders import Check, Contender
 from model import GPT, GPTConfig
+from sample import load_model
 from sus_attn import sus_attention
 from tiny import command, write_tiny_corpus
 from training import checkpoint
@@ -38,7 +41,7 @@ from training.device import Device, memory_errors
 from training.probe import take_turns, time_attention
 from training.record import plain, read_record
 from training.weights import model_args
-from training_runs import TINY, train_here
+from training_runs import TINY, text, train_here
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 FLASH = Contender("SDPA flash", "exact", "FLASH_ATTENTION")
@@ -96,7 +99,7 @@ def test_the_table(figures):
     )
     assert [row[:2] for row in rows] == [["64", "0.4"], ["64", "inf"], ["128", "0.4"], ["128", "inf"]]
     assert rows[0][5] == "in bwd" and ".." in rows[0][8]
-    for text in (
+    for part in (
         f"threads {torch.get_num_threads()}",
         f"torch {torch.__version__}",
         "SDPA flash",
@@ -106,7 +109,7 @@ def test_the_table(figures):
         "left out: FlexAttention at T = 64, 128: FlexAttention does not support backward on CPU",
         "Time grows as T to the power of: exact backward",
     ):
-        assert text in out, text
+        assert part in out, part
 
 
 def test_the_json_holds_every_figure(figures):
@@ -185,7 +188,7 @@ def made_up(Ts=(1024, 4096), cs=(10.0, 25.0), draws=True):
             "checks": [],
             "config": {"sampler": "tiles"},
             "inputs": {"from": "nowhere", "shape": [1, 4, "T", 64], "key_heads": 2, "dtype": "float32"},
-            "comparisons": bench_attention_report.compare(rows, list(Ts)),
+            "comparisons": bench_attention_report.compare(rows),
             "fits": bench_attention_report.fits(rows),
         },
         nonfinite=str,
@@ -386,7 +389,7 @@ def test_what_is_not_worth_measuring_is_left_out_by_name(monkeypatch):
     running, reasons = bench_attention.choose(members, INPUTS, 1e-9, CPU)
     assert running[0].kind == "exact" and [m.kind for m in running[1:]] == ["sus", "sus", "undrawn"]
     assert {reason["name"] for reason in reasons} == {m.name for m in members} - {m.name for m in running}
-    assert all(reason["T"] == 256 for reason in reasons) and "above --peer_seconds" in reasons[-1]["why"]
+    assert "above --peer_seconds" in reasons[-1]["why"]
     monkeypatch.setattr(bench_attention, "free_memory", lambda device: 1000)
     running, reasons = bench_attention.choose(members, INPUTS, 60, CPU)
     assert "SDPA math" not in [m.name for m in running] and "reference c=10" in [m.name for m in running]
@@ -407,8 +410,8 @@ def test_peak_memory():
 
 
 def test_memory_of_attention_in_a_fresh_process():
-    shapes = [(1, 2, 512, 16)] * 4
-    found = measure.in_child(bench_attention.memory_of, FLASH, shapes, CPU)
+    make_inputs = functools.partial(contenders.random_inputs, 2, 512, 16, 0, CPU)
+    found = measure.in_child(bench_attention.memory_of, FLASH, make_inputs, CPU)
     # beyond q, k, v: the output, and the log-sum-exp of each row
     assert found["saved_bytes"] == 2 * 512 * 16 * 4 + 2 * 512 * 4
     assert found["peak_bytes"] is None or 4 * 2 * 512 * 16 * 4 <= found["peak_bytes"] < 8 << 20
@@ -426,21 +429,10 @@ def trained(tmp_path, corpus):
         "iter_num": 1,
         "best_val_loss": 1.0,
         "config": {"dataset": str(corpus)},
+        "tokenizer": {"name": "byte"},
     }
     checkpoint.save(tmp_path / "ckpt.pt", state)
     return tmp_path
-
-
-def test_inputs_of_a_trained_model(trained, monkeypatch, capsys):
-    common = [f"--inputs={trained}", "--device=cpu", "--c=4", "--repeats=1", "--memory=False", "--backend=reference"]
-    command(bench_attention, monkeypatch, *common)
-    out = capsys.readouterr().out
-    assert f"q, k, v (1, 4, T, 8), 2 key heads, float32, {trained}" in out
-    assert [line.split()[:2] for line in out.splitlines() if line.startswith("64 ")] == [["64", "4"]]
-    with pytest.raises(UserError, match="T=65 is above the 64 tokens"):
-        command(bench_attention, monkeypatch, *common, "--T=65")
-    with pytest.raises(UserError, match="--H and --inputs exclude each other"):
-        command(bench_attention, monkeypatch, *common, "--H=4")
 
 
 def test_a_picture_of_a_trained_model(trained, monkeypatch, capsys):
@@ -466,6 +458,238 @@ def test_a_whole_run_as_a_user_starts_it(tmp_path):
     peaks = [rows[kind]["peak_bytes"] for kind in ("exact", "sus")]
     assert peaks == [None, None] or min(peaks) > 4 * 2 * 256 * 16 * 4  # the output, dq, dk and dv
     assert rows["sus"]["backend"] == rows["undrawn"]["backend"] and rows["sus"]["saved_bytes"] > 0
+
+
+# -- capture_attention.py, and bench_attention.py --inputs ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text(text(2000))
+    return path
+
+
+def hugging_face(folder, kind, **keys):
+    """A folder with a small random model of transformers, whose tokens are bytes."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    size = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    sizes = size | dict(vocab_size=256, intermediate_size=48, max_position_embeddings=96, initializer_range=0.2)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes | keys)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return hugging_face(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def gpt2_like(tmp_path_factory):
+    """With dropout, which is to be off, learned positions, biases, and no grouped-query attention."""
+    return hugging_face(tmp_path_factory.mktemp("gpt2"), "gpt2", resid_pdrop=0.3, attn_pdrop=0.3)
+
+
+def capture(monkeypatch, model, book, *options):
+    command(capture_attention, monkeypatch, model, f"--text={book}", "--T=64", "--device=cpu", *options)
+
+
+def own_attention(loss_of, output_layer):
+    """The output of a layer's attention (T, H * D), which is what its output layer gets, and the loss's gradient of
+    that, by autograd alone.
+    """
+    seen = []
+    handle = output_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    (gradient,) = torch.autograd.grad(loss_of(), seen)
+    handle.remove()
+    return seen[0][0].detach(), gradient[0]
+
+
+def check_captured(layer, output, gradient):
+    """The captured q, k, v give that output by plain attention, and the captured gradient is that gradient."""
+    q, k, v, grad_out = (layer[name] for name in ("q", "k", "v", "grad_out"))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.get("scale"), enable_gqa=True)
+    for own, theirs in ((out, output), (grad_out, gradient)):
+        torch.testing.assert_close(own[0].transpose(0, 1).flatten(1), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
+    assert gradient.abs().max() > 0 and all(x.is_contiguous() and x.dtype == torch.float32 for x in (q, k, v, grad_out))
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory):
+    """With a scale of its own."""
+    return hugging_face(tmp_path_factory.mktemp("granite"), "granite", attention_multiplier=0.25)
+
+
+OUTPUT_LAYERS = {
+    "llama": lambda model, i: model.model.layers[i].self_attn.o_proj,
+    "granite": lambda model, i: model.model.layers[i].self_attn.o_proj,
+    "gpt2_like": lambda model, i: model.transformer.h[i].attn.c_proj,
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUT_LAYERS)
+def test_what_is_captured_of_a_hugging_face_model_is_its_own(kind, request, book, monkeypatch, tmp_path, capsys):
+    folder = request.getfixturevalue(kind)
+    capture(monkeypatch, folder, book, "--layers=2,0", "--start=100", f"--out={tmp_path / 'a.pt'}")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert f"a.pt: layers 0, 2 of {folder}, q (1, 4, 64, 8), k and v (1, " in capsys.readouterr().out
+    model = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    tokens = list(book.read_bytes()[100:165])
+    letters = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    place = {" ": "\u0120", "\n": "\u010a"}  # as ByteLevel writes them
+    ids = torch.tensor([[letters.index(place.get(chr(byte), chr(byte))) for byte in tokens]])
+    loss = lambda: F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:])
+    origin = dict(model=str(folder), text=str(book), start=100, T=64, dtype="float32")
+    assert saved["origin"] == origin | {"loss": pytest.approx(loss().item())} and list(saved["layers"]) == [0, 2]
+    for i, layer in saved["layers"].items():
+        check_captured(layer, *own_attention(loss, OUTPUT_LAYERS[kind](model, i)))
+        assert ("scale" in layer) == (kind == "granite")
+
+
+def test_what_is_captured_of_a_model_of_ours_is_its_own(trained, book, monkeypatch, tmp_path):
+    capture(monkeypatch, trained, book, "--layers=0,1", "--start=100", f"--out={tmp_path / 'a.pt'}")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    model, _ = load_model(trained / "ckpt.pt")
+    ids = torch.tensor([list(book.read_bytes()[100:165])])
+    loss = lambda: model(ids[:, :-1], ids[:, 1:])[1]
+    assert saved["origin"]["loss"] == pytest.approx(loss().item()) and list(saved["layers"]) == [0, 1]
+    for i, layer in saved["layers"].items():
+        check_captured(layer, *own_attention(loss, model.transformer.h[i].attn.c_proj))
+
+
+@pytest.mark.parametrize("kind", ["llama", "trained"])
+def test_a_captured_file_is_benchmarked_layer_by_layer(kind, request, book, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    folder = request.getfixturevalue(kind)
+    capture(monkeypatch, folder, book, "--layers=0,1", "--out=in.pt")
+    options = "--inputs=in.pt", "--device=cpu", "--repeats=3", "--memory=False", "--backend=reference"
+    command(bench_attention, monkeypatch, *options, "--c=0.4,1", "--T=64", "--json=a.json", "--out=a.png")
+    out = capsys.readouterr().out
+    titles, *rows = table_in(out)
+    assert titles[:4] == ["T", "layer", "c", "exact fwd"]
+    assert [row[:3] for row in rows] == [["64", layer, c] for layer in ("0", "1", "median") for c in ("0.4", "1")]
+    assert f"q, k, v (1, 4, T, 8), 2 key heads, float32, layers 0, 1 of {folder} on {book}" in out
+    assert "left out: FlexAttention at layer 0, 1: " in out and "to the power" not in out
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert {check["what"].partition(":")[0] for check in data["checks"]} == {"layer 0", "layer 1"}
+    command(bench_attention, monkeypatch, "--from_json=a.json", "--out=again.png")
+    assert capsys.readouterr().out.partition("picture: ")[0] in out
+    for conflict, own in ("--T=128", "T = 64"), ("--H=2", "H = 4"), ("--D=16", "D = 8"):
+        with pytest.raises(UserError, match=f"{conflict}, but in.pt has {own}: leave"):
+            command(bench_attention, monkeypatch, *options, conflict)
+
+
+def test_one_captured_layer_has_no_median(llama, book, monkeypatch, tmp_path, capsys):
+    """The middle one, where none is chosen."""
+    capture(monkeypatch, llama, book, f"--out={tmp_path / 'a.pt'}")
+    options = f"--inputs={tmp_path / 'a.pt'}", "--c=1", "--repeats=1", "--memory=False", "--backend=reference"
+    command(bench_attention, monkeypatch, "--device=cpu", *options)
+    assert [row[:3] for row in table_in(capsys.readouterr().out)[1:]] == [["64", "1", "1"]]
+
+
+def test_the_median_of_layers(capsys):
+    """Exact's times grow with the layer, SUS's don't; one peer was left out in one layer."""
+    rows = []
+    for layer, factor in ((2, 1.0), (10, 2.0), (24, 4.0)):
+        for row in made_up(Ts=(1024,), cs=(10.0,))["results"]:
+            grown = factor if row["kind"] == "exact" else 1.0
+            times = {part: [grown * time for time in row[part]] for part in ("forward_ms", "backward_ms")}
+            rows.append(row | times | {"layer": layer, "kept_per_row": factor})
+    rows = [row for row in rows if (row["name"], row["layer"]) != ("SDPA math", 10)]
+    medians = bench_attention_report.over_layers(rows)
+    assert [(row["name"], row["layer"], row["kept_per_row"]) for row in medians] == [
+        ("SDPA flash", "median", 2.0),
+        ("SUS c=10", "median", 2.0),
+    ]
+    lines = bench_attention_report.compare(rows + medians)
+    assert bench_attention_report.overall(lines) == lines[-1:]
+    # exact's backward takes 3 ms times the round and the layer's factor, SUS's 1 ms times the round
+    assert lines[-1]["layer"] == "median" and lines[-1]["backward"] == {"median": 6, "low": 3, "high": 12}
+    assert bench_attention_report.over_layers(made_up()["results"]) == []
+
+
+def test_a_scale_of_the_model_s_own(monkeypatch, tmp_path):
+    """Contenders know 1 / sqrt(D) alone: the queries take the rest of it."""
+    q, k, v, grad_out = INPUTS
+    layer = {"q": q, "k": k, "v": v, "grad_out": grad_out, "scale": 0.7}
+    torch.save({"origin": {"model": "a", "text": "b"}, "layers": {5: layer}}, tmp_path / "a.pt")
+    mine = contenders.captured_layer(tmp_path / "a.pt", 5, CPU)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+    torch.testing.assert_close(FLASH(*mine[:3]), expected)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"text",
+        {"model": {}},
+        {"origin": {}, "layers": {}},
+        {"origin": {}, "layers": {0: {"q": INPUTS[0], "k": INPUTS[0], "v": INPUTS[0]}}},
+        {"origin": {}, "layers": {0: dict(q=INPUTS[0], k=INPUTS[0], v=INPUTS[0], grad_out=INPUTS[0][0])}},
+        {"origin": {}, "layers": {0: dict(q=INPUTS[0], k=INPUTS[0][..., :8], v=INPUTS[0], grad_out=INPUTS[0])}},
+    ],
+    ids=["no-file-of-torch", "a-checkpoint", "no-layers", "no-gradient", "shape-of-gradient", "shape-of-k"],
+)
+def test_another_file_is_no_captured_one(content, tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match="a.pt is not what capture_attention.py wrote"):
+        command(bench_attention, monkeypatch, f"--inputs={path}")
+    with pytest.raises(UserError, match="can't read"):
+        command(bench_attention, monkeypatch, f"--inputs={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--T=8"], "T must be >= 16"),
+        (["--T=97"], "--T=97 is above the 96 tokens that the model reads"),
+        (["--start=1936"], "has 2,000 tokens, and the page, with the token behind it, takes 65 from 1,936 on"),
+        (["--layers=3"], "--layers=3: the model has 3 layers, and they count from 0"),
+        (["--layers=a"], "--layers=a: write integers >= 0"),
+        (["--text=missing"], "can't read missing"),
+        (["--out=nowhere/a.pt"], "can't write nowhere/a.pt"),
+        (["another"], "give one model and one text"),
+        (["--text="], "give one model and one text"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_mistakes_of_capturing(options, message, llama, book, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        capture(monkeypatch, llama, book, *options)
+    assert message in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_models_that_can_t_be_captured(trained, book, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint at missing"):
+        capture(monkeypatch, "missing", book)
+    with pytest.raises(UserError, match="--T=65 is above the 64 tokens"):
+        capture(monkeypatch, trained, book, "--T=65")
+    window = hugging_face(tmp_path / "window", "mistral", sliding_window=32)
+    with pytest.raises(UserError, match="the attention of MistralAttention is not plain causal attention"):
+        capture(monkeypatch, window, book)
+    capped = hugging_face(tmp_path / "capped", "gemma2", head_dim=8, sliding_window=4096)
+    with pytest.raises(UserError, match="the attention of Gemma2Attention is not plain"):
+        capture(monkeypatch, capped, book)
+    scaled = hugging_face(tmp_path / "scaled", "granite", logits_scaling=8.0)
+    with pytest.raises(UserError, match="are not its last layer's states times its head"):
+        capture(monkeypatch, scaled, book)
+    (window / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"transformers can't read .*window"):
+        capture(monkeypatch, window, book)
+    assert not (tmp_path / "attention.pt").exists()
 
 
 # -- bench_train.py ---------------------------------------------------------------------------------
@@ -661,7 +885,7 @@ def test_every_script_runs_from_anywhere(tmp_path, script):
         (bench_attention, "--out=.", "it is a folder"),
         (bench_attention, "--out=a.jpgg", "must end in .png"),
         (bench_attention, "--from_json=missing", "can't read missing"),
-        (bench_attention, "--inputs=missing", "no checkpoint at missing"),
+        (bench_attention, "--inputs=missing", "can't read missing"),
         (bench_attention, "--device=tpu", "tpu"),
         (bench_train, "--T=1", "integers >= 2"),
         (bench_train, "--block_size=64", "context lengths by --T"),
