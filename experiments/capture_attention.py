@@ -9,8 +9,8 @@ tokenizer.json; examples/smollm2.py makes one). It reads one page, T tokens of t
 mean over the page of each next token's cross-entropy; nothing is trained, and dropout is off.
 
 The file is torch.save's, and torch.load(weights_only=True) reads it: {"origin": {"model", "text", "start", "T",
-"dtype", "loss"}, "layers": {LAYER: {"q", "k", "v", "grad_out"}}}. A layer whose scores are not multiplied by 1/sqrt(D)
-has its "scale" there too. q and k are those after rotary positions.
+"layers", "dtype", "loss"}, "layers": {LAYER: {"q", "k", "v", "grad_out"}}}. A layer whose scores are not multiplied by
+1/sqrt(D) has its "scale" there too. q and k are those after rotary positions.
 
 Dims: B batch (1), H query heads, K key/value heads, T tokens, D head dimension.
 """
@@ -69,7 +69,8 @@ def main() -> None:
     with memory_errors("Give a smaller --T"):
         run = hugging_face if os.path.exists(Path(models[0], "config.json")) else ours
         layers, loss = run(Path(models[0]), cfg, device)
-    origin = {"model": models[0], "text": cfg.text, "start": cfg.start, "T": cfg.T, "dtype": "float32", "loss": loss}
+    origin = {"model": models[0], "text": cfg.text, "start": cfg.start, "T": cfg.T, "layers": list(layers)}
+    origin |= {"dtype": "float32", "loss": loss}
     file = io.BytesIO()
     torch.save({"origin": origin, "layers": layers}, file)
     write_whole(Path(cfg.out), file.getvalue())

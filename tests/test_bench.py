@@ -548,7 +548,7 @@ def test_what_is_captured_of_a_hugging_face_model_is_its_own(kind, request, book
     place = {" ": "\u0120", "\n": "\u010a"}  # as ByteLevel writes them
     ids = torch.tensor([[letters.index(place.get(chr(byte), chr(byte))) for byte in tokens]])
     loss = lambda: F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:])
-    origin = dict(model=str(folder), text=str(book), start=100, T=64, dtype="float32")
+    origin = dict(model=str(folder), text=str(book), start=100, T=64, layers=[0, 2], dtype="float32")
     assert saved["origin"] == origin | {"loss": pytest.approx(loss().item())} and list(saved["layers"]) == [0, 2]
     for i, layer in saved["layers"].items():
         check_captured(layer, *own_attention(loss, OUTPUT_LAYERS[kind](model, i)))
