@@ -99,6 +99,7 @@ class Run(State):
         self.record: Record | None = None
         self.val_starts = corpus.val_windows(cfg.eval_iters * cfg.batch_size)
         self.warned = False
+        self.kinds: set[bool] = set()  # of steps made: with statistics, and without; the first of each is compiled
 
     def introduce(self, attention: str, held: ExitStack) -> None:
         """Say what the run is, and open its record. attention: of report.describe_attention. held: gets the folder."""
@@ -138,7 +139,7 @@ class Run(State):
             self.progress.close()
 
     def loop(self) -> None:
-        cfg, stop, first_it = self.cfg, self.stop, self.it
+        cfg, stop = self.cfg, self.stop
         self.start_clock()
         while True:
             if self.evaluation_is_owed:
@@ -158,7 +159,7 @@ class Run(State):
                 stop.saves = False
                 self.save_latest()
             loss, norm = self.step()
-            if self.it == first_it + 1 and self.compiled is not self.model:
+            if self.compiles:
                 self.device.synchronize()
                 self.start_clock()  # compilation is no training time
             if self.processes.master and self.logs_after(self.it - 1):
@@ -173,8 +174,11 @@ class Run(State):
         cfg, it, rank, world = self.cfg, self.it, self.processes.rank, self.processes.world
         scale = self.scaler.get_scale()
         steers = self.retention is not None and (it + 1) % STEER == 0
+        is_compiled = self.compiled is not self.model
+        collects = self.stats is not None and (steers or self.logs_after(it) or (is_compiled and not self.kinds))
         if self.stats is not None:
-            collect_stats(self.model, self.stats, wanted=steers or self.logs_after(it))
+            collect_stats(self.model, self.stats, collects)
+        self.compiles, self.kinds = is_compiled and collects not in self.kinds, self.kinds | {collects}
         loss, norm = train_step(
             cfg, self.ddp, self.optimizer, self.scaler, self.corpus, self.device, it, rank, world, self.window
         )
