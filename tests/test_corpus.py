@@ -29,6 +29,7 @@ from data.lock import locked
 from data.reading import files_under, pieces, read_text
 from data.tokenizer import tokenizer_from_meta
 
+packed = functools.partial(gzip.compress, mtime=0)  # the time would be part of a test's name
 ROOT = Path(__file__).resolve().parents[1]
 BYTE = tokenizer_from_meta({"name": "byte"})
 FILES = "train.bin", "val.bin", "train_ends.bin", "val_ends.bin"
@@ -589,8 +590,8 @@ def test_stopped_while_it_moves(tmp_path, monkeypatch, moves):
         (b"\xfe\xff" + "größer".encode("utf-16-be"), "größer"),
         ("größer".encode("utf-32"), "größer"),
         (b"\0\0\xfe\xff" + "größer".encode("utf-32-be"), "größer"),
-        (gzip.compress("größer\r\n".encode()) + gzip.compress(b"more"), "größer\nmore"),
-        (gzip.compress("größer".encode("utf-16")), "größer"),
+        (packed("größer\r\n".encode()) + packed(b"more"), "größer\nmore"),
+        (packed("größer".encode("utf-16")), "größer"),
     ],
 )
 def test_read_text(tmp_path, raw, text):
@@ -1036,10 +1037,7 @@ def test_text_of_mixed_files(tmp_path):
 
 def test_text_in_gzip(tmp_path):
     rows = jsonl(*({"text": f"row {i}"} for i in range(50)))
-    files = {
-        "a.md.gz": gzip.compress("größer ".encode() * 20),
-        "b.jsonl.gz": gzip.compress(rows[:300]) + gzip.compress(rows[300:]),
-    }
+    files = {"a.md.gz": packed("größer ".encode() * 20), "b.jsonl.gz": packed(rows[:300]) + packed(rows[300:])}
     _, folder = text_corpus(tmp_path, files)
     there = documents(folder, "train") + documents(folder, "val")
     assert sorted(there) == sorted(["größer " * 20, *(f"row {i}" for i in range(50))])
@@ -1050,10 +1048,10 @@ def test_text_in_gzip(tmp_path):
     [
         ("a.txt.gz", b"no gzip", "can't read .*a.txt.gz: Not a gzipped file"),
         ("a.txt.gz", b"", "a.txt.gz has 0 bytes"),
-        ("a.jsonl.gz", gzip.compress(os.urandom(5000))[:3000], "can't read .*a.jsonl.gz: Compressed file ended before"),
-        ("a.txt.gz", gzip.compress(b"text " * 99)[:10] + b"\xff" * 50, "can't read .*a.txt.gz: Error -3 while decomp"),
-        ("a.parquet.gz", gzip.compress(b"x"), "a.parquet.gz: .parquet files are compressed by themselves"),
-        ("a.tar.gz", gzip.compress(b"x\0y"), "a.tar.gz is not text: byte 1 is NUL"),
+        ("a.jsonl.gz", packed(os.urandom(5000))[:3000], "can't read .*a.jsonl.gz: Compressed file ended before"),
+        ("a.txt.gz", packed(b"text " * 99)[:10] + b"\xff" * 50, "can't read .*a.txt.gz: Error -3 while decomp"),
+        ("a.parquet.gz", packed(b"x"), "a.parquet.gz: .parquet files are compressed by themselves"),
+        ("a.tar.gz", packed(b"x\0y"), "a.tar.gz is not text: byte 1 is NUL"),
     ],
 )
 def test_text_in_broken_gzip(tmp_path, name, raw, message):
@@ -1082,7 +1080,7 @@ ROWS = [
 def test_text_in_an_array_of_json(tmp_path, monkeypatch, name, block, layout):
     monkeypatch.setattr(reading, "BLOCK", block)
     raw = f"\n {json.dumps(ROWS, **layout)}\n\n".encode()
-    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    (tmp_path / name).write_bytes(packed(raw) if name.endswith("gz") else raw)
     assert rows.has_rows(tmp_path / name)
     found = list(rows.rows_of(tmp_path / name, "text"))
     assert found == [(n, row["text"], None) for n, row in enumerate(ROWS, 1)]
