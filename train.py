@@ -14,7 +14,7 @@ import dataclasses
 import math
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -132,8 +132,9 @@ class Run(State):
         self.progress = Progress(self.cfg, self.it, self.processes.master)
         try:
             self.loop()
-        except TextChanged:  # the weights are still those after the last whole step
-            self.save_latest()
+        except (TextChanged, MemoryError, RuntimeError, OSError):  # the weights are those after the last whole step
+            with suppress(UserError, RuntimeError):  # what came first is what is to be told
+                self.save_latest()
             raise
         finally:
             self.progress.close()
@@ -228,23 +229,20 @@ class Run(State):
     def evaluate(self) -> None:
         """The validation loss, attention's time, and the checkpoints that are due. A signal to stop cuts it off.
 
-        What happens meanwhile costs nothing of the training: a checkpoint is there before, or else after a failure.
+        What happens meanwhile costs nothing of the training: a checkpoint is there before, or else after a failure, see
+        `train`.
         """
         cfg, it, processes = self.cfg, self.it, self.processes
         if cfg.always_save_checkpoint:
             self.save_latest()
         where = self.val_starts, cfg.batch_size, self.device, processes.rank, processes.world
-        try:
-            by_position = evaluate(self.compiled, self.corpus, *where, self.stop)
-            if by_position is None:
-                return
-            probed = {}
-            if self.record is not None:
-                x, y = (t.to(self.device.device) for t in self.corpus.val_batch(self.val_starts[:1]))
-                probed = probe_attention(self.model, x, y, self.device, torch.tensor(fold_in(cfg.seed, it)))
-        except (MemoryError, RuntimeError):
-            self.save_latest()
-            raise
+        by_position = evaluate(self.compiled, self.corpus, *where, self.stop)
+        if by_position is None:
+            return
+        probed = {}
+        if self.record is not None:
+            x, y = (t.to(self.device.device) for t in self.corpus.val_batch(self.val_starts[:1]))
+            probed = probe_attention(self.model, x, y, self.device, torch.tensor(fold_in(cfg.seed, it)))
         self.evaluated_at = it
         val_loss = float(by_position.mean())
         check_finite(val_loss, f"validation loss at iteration {it}", self.out_dir)
@@ -268,8 +266,9 @@ class Run(State):
         """ckpt.pt, and what keep_checkpoints keeps; nothing before the first step, or where another process saves."""
         if self.record is not None and self.it > 0:
             self.save("ckpt.pt")
-            if self.cfg.keep_checkpoints:
-                checkpoint.keep(self.out_dir, self.it, self.cfg.keep_checkpoints)
+            if self.cfg.keep_checkpoints:  # a file of its own: a copy of ckpt.pt by a link would change with it
+                self.save(f"ckpt-{self.it}.pt")
+                checkpoint.keep_latest(self.out_dir, self.cfg.keep_checkpoints)
 
     def save(self, name: str) -> None:
         assert self.record is not None

@@ -10,6 +10,21 @@ LOCK = "lock"  # the file in the folder
 
 
 @contextlib.contextmanager
+def owned(folder: Path, taken: str, unusable: str) -> Iterator[None]:
+    """`locked`, of a folder that is made if it isn't there. UserError, with the text `unusable`, if it can't be.
+
+    What is raised within the block passes as it is.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder, taken))
+        except OSError as error:
+            raise UserError(f"{unusable}: {error.strerror}") from error
+        yield
+
+
+@contextlib.contextmanager
 def locked(folder: Path, taken: str) -> Iterator[None]:
     """No other process may be in here. The system frees it when this one ends, however it does.
 

@@ -12,13 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configurator import TrainConfig, UserError
-from data.lock import locked
+from data.lock import owned
 from output import progress_bar
 from runs import UNRELATED, Run, matters
 from training.record import plain, read_record
@@ -61,15 +60,10 @@ def look(run: Planned) -> Planned:
     return run
 
 
-@contextlib.contextmanager
-def own(folder: Path) -> Iterator[None]:
+def own(folder: Path) -> contextlib.AbstractContextManager[None]:
     """The folder of the runs, made if it isn't there, is this sweep's alone. UserError if another one trains in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, f"another sweep trains in --runs={folder} just now: choose another, or wait for its end"):
-            yield
-    except OSError as error:
-        raise UserError(f"can't make {folder}: {error.strerror}; choose another --runs") from error
+    taken = f"another sweep trains in --runs={folder} just now: choose another, or wait for its end"
+    return owned(folder, taken, f"--runs={folder} can't be used")
 
 
 def train_all(planned: list[Planned]) -> None:

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,19 +25,7 @@ from training.device import Device
 from training.evaluation import evaluate
 from training.parallel import Outlet, Processes, StopSignal, outlasting_readers
 from training.record import read_record, relative
-from training_runs import (
-    PATIENCE,
-    ROOT,
-    arguments,
-    curve,
-    finish,
-    same,
-    start,
-    text,
-    train_here,
-    wait_for,
-    weights,
-)  # fmt: skip
+from training_runs import PATIENCE, ROOT, arguments, curve, finish, same, start, text, train_here, wait_for, weights
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 LONG = dict(max_iters=100_000, eval_interval=100_000)
@@ -303,13 +292,31 @@ def test_keep_checkpoints(run, tmp_path):
     assert len(list((tmp_path / "out/earlier-1").glob("ckpt-*.pt"))) == 2
 
 
-def test_keeping_without_links(run, tmp_path, monkeypatch):
-    def no_links(*args):
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(checkpoint.os, "link", no_links)
+def test_a_kept_checkpoint_is_a_file_of_its_own(run, tmp_path):
+    """Going back by cp, which writes into ckpt.pt in place, changes none of them; and what is saved then is kept."""
     run(keep_checkpoints=1, max_iters=8)
     assert load(tmp_path / "out", "ckpt-8.pt")["iter_num"] == 8 and not (tmp_path / "out/ckpt-4.pt").exists()
+    earlier = {**load(tmp_path / "out"), "iter_num": 4, "windows_consumed": 16}
+    torch.save(earlier, tmp_path / "earlier.pt")
+    shutil.copyfile(tmp_path / "earlier.pt", tmp_path / "out/ckpt.pt")
+    assert load(tmp_path / "out", "ckpt-8.pt")["iter_num"] == 8
+    run(init_from="resume", keep_checkpoints=1, max_iters=6)
+    assert [path.name for path in checkpoint.kept(tmp_path / "out")] == ["ckpt-6.pt"]
+
+
+def test_a_step_that_fails_costs_no_more_than_itself(run, tmp_path, monkeypatch):
+    """For want of memory, say, or as another process has died. The error is told as it is."""
+    real = train.train_step
+
+    def step(*args):
+        if args[6] == 6:
+            raise FileNotFoundError(2, "No such file or directory")
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(FileNotFoundError):
+        run(eval_interval=100)
+    assert load(tmp_path / "out")["iter_num"] == 6
 
 
 def test_room_is_looked_at_before_training(run, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ from training_runs import (
     train_here,
     wait_for,
     weights,
-)  # fmt: skip
+)
 
 # -- the record and its numbers --------------------------------------------------------------------
 

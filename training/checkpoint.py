@@ -21,14 +21,13 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configurator import UserError
-from data.lock import locked
+from data.lock import owned
 
 REQUIRED: dict[str, Any] = {
     "model": dict,
@@ -138,15 +137,10 @@ def restore_optimizer(saved: dict, path: Path, optimizer: torch.optim.Optimizer,
         group.update(mine)
 
 
-@contextlib.contextmanager
-def own(out_dir: Path) -> Iterator[None]:
+def own(out_dir: Path) -> contextlib.AbstractContextManager[None]:
     """The folder, made if it isn't there, is this run's alone. UserError if another run writes to it."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with locked(out_dir, f"another run writes to out_dir={out_dir} just now: choose another --out_dir"):
-            yield
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} can't be used: {error.strerror}") from error
+    taken = f"another run writes to out_dir={out_dir} just now: choose another --out_dir"
+    return owned(out_dir, taken, f"out_dir={out_dir} can't be used")
 
 
 def keep_earlier_run(out_dir: Path) -> None:
@@ -165,27 +159,18 @@ def keep_earlier_run(out_dir: Path) -> None:
 
 
 def kept(out_dir: Path) -> list[Path]:
-    """The checkpoints that `keep` keeps, by iteration."""
+    """The checkpoints that keep_checkpoints keeps, in the order in which they were saved."""
     found = [path for path in out_dir.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", path.name)]
-    return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, int(path.stem.partition("-")[2])))
 
 
-def keep(out_dir: Path, it: int, count: int) -> None:
-    """Let ckpt.pt, of iteration it, stay as ckpt-IT.pt, too, and the last `count` of these. UserError."""
-    copy, aside = out_dir / f"ckpt-{it}.pt", out_dir / f"ckpt-{it}.pt.aside"
+def keep_latest(out_dir: Path, count: int) -> None:
+    """Delete all but the last `count` that were saved, which need not have the highest iterations. UserError."""
     try:
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(out_dir / "ckpt.pt", aside)  # the next save makes a new file, and leaves this one
-        except OSError:  # a file system without links
-            shutil.copyfile(out_dir / "ckpt.pt", aside)
-        os.replace(aside, copy)
-        for old in kept(out_dir)[:-count]:
-            old.unlink()
+        for path in kept(out_dir)[:-count]:
+            path.unlink()
     except OSError as error:
-        raise UserError(f"can't keep {copy}: {error.strerror}; make room, or set --keep_checkpoints=0") from error
-    finally:
-        aside.unlink(missing_ok=True)
+        raise UserError(f"can't delete {path}: {error.strerror}; or set --keep_checkpoints=0") from error
 
 
 def check_room(out_dir: Path, size: int, keeps: int) -> None:
