@@ -830,20 +830,20 @@ def test_wrong_gradients_get_no_figures(tiny, corpus, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_of_the_analytic_backward(tiny, corpus, monkeypatch):
-    """Where it can be measured, it is less than autograd's: here a sixth less, to a hundredth."""
+    """Where it can be measured, it is less than autograd's: here by a sixth and more (0.81 to 0.83 of it in six runs)."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # or else glibc keeps what is freed, now more, now less of it
     autograd, analytic = (
         measure.in_child(
             bench_train.memory_of,
             make_trainer(tiny, corpus, f"--backprop={way}").cfg,
             "exact",
-            1024,
+            2048,
             CPU,
-            bench_train.load_corpus(corpus, 1024),
+            bench_train.load_corpus(corpus, 2048),
         )
         for way in bench_backprop.WAYS
     )
-    assert autograd is None or analytic < 0.92 * autograd
+    assert autograd is None or analytic < 0.9 * autograd
 
 
 # -- the others -------------------------------------------------------------------------------------
