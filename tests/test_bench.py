@@ -830,7 +830,7 @@ def test_wrong_gradients_get_no_figures(tiny, corpus, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_of_the_analytic_backward(tiny, corpus, monkeypatch):
-    """Where it can be measured, it is less than autograd's: here by a sixth and more (0.81 to 0.83 of it in six runs)."""
+    """Where it can be measured, it is less than autograd's: here 0.81 to 0.83 of it, in six runs."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # or else glibc keeps what is freed, now more, now less of it
     autograd, analytic = (
         measure.in_child(
