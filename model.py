@@ -305,7 +305,8 @@ class GPT(nn.Module):
         """Another seed for each layer, 0-d int64: folded on the model's device, so that nothing waits for it."""
         if sus_seed is None:
             return [None] * self.config.n_layer
-        return fold_in(sus_seed, torch.arange(self.config.n_layer, device=self.lm_head.weight.device)).unbind()
+        seeds = fold_in(sus_seed, torch.arange(self.config.n_layer, device=self.lm_head.weight.device))
+        return seeds.repeat_interleave(2)[::2].unbind()  # each at a multiple of 16 bytes: Triton compiles for that once
 
     def num_params(self) -> int:
         """Parameters, without the position embedding (as nanoGPT counts)."""

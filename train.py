@@ -23,12 +23,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backprop import loss_and_gradients
-from configurator import TrainConfig, UserError, load_config, run_main, validate
-from data.loader import Corpus, TextChanged
-from model import GPT
+from configurator import TrainConfig, UserError, load_config, run_main
+from data.loader import Corpus
 from sus_attn import fold_in
 from training import checkpoint, report
-from training.device import Device, memory_errors, resolve_device
+from training.device import Device, memory_errors
 from training.evaluation import evaluate
 from training.optimizer import learning_rate
 from training.parallel import Processes, StopSignal, outlasting_readers
@@ -36,47 +35,26 @@ from training.probe import probe_attention
 from training.record import Record
 from training.report import Progress
 from training.retention import CALIBRATE, STEER, collect_stats
-from training.start import check_writable, find_origin, new_model, open_corpus
+from training.start import Beginning, begin
 from training.state import State
 
 
 def main() -> None:
     """One run: what it begins from, on what text, the steps, the end."""
-    # Everything that can be wrong is looked at before any work is done.
     cfg = load_config(TrainConfig, sys.argv[1:], usage=__doc__)
     processes = Processes.here()
-    origin = find_origin(cfg, processes.master)
-    validate(cfg)
-    if cfg.gradient_accumulation_steps % processes.world:
-        raise UserError(
-            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
-            f"{processes.world} processes"
-        )
-    device = resolve_device(cfg.device, cfg.dtype, processes.local_rank)
-    attention = report.describe_attention(cfg, device)
-    if origin.is_finished(cfg):
-        if processes.master:
-            print(
-                f"{cfg.out_dir} is finished: its checkpoint is at iteration {origin.saved['iter_num']} of "
-                f"{cfg.max_iters}. Raise --max_iters to train on."
-            )
-        return
-    if not cfg.eval_only:
-        check_writable(Path(cfg.out_dir))
-
-    torch.manual_seed(cfg.seed)
-    model, lora = origin.model(cfg)
-    processes.join(cfg, device)
-    corpus = open_corpus(cfg, origin, model, processes)
-    run = Run(cfg, processes, device, corpus, origin.saved, model or new_model(cfg, corpus.vocab_size), lora)
     with outlasting_readers() as outlets, ExitStack() as held:
+        beginning = begin(cfg, processes, held)
+        if beginning is None:
+            return  # it is finished
+        run = Run(cfg, processes, beginning)
         if processes.master:
-            run.introduce(attention, held)
+            run.introduce(beginning.attention)
         run.train(StopSignal(processes.world, outlets))
         if run.record is not None:
             run.record.finish()
             if run.is_finished:
-                report.print_sample(run.model, corpus, device, cfg.seed)
+                report.print_sample(run.model, run.corpus, run.device, cfg.seed)
                 report.print_what_next(cfg.out_dir, run.record.look)
     processes.leave(0 if run.is_finished else run.stop.status)
 
@@ -84,11 +62,9 @@ def main() -> None:
 class Run(State):
     """A State, and what is done with it again and again: steps, evaluations, checkpoints."""
 
-    def __init__(
-        self, cfg: TrainConfig, processes: Processes, device: Device, corpus: Corpus, saved: dict | None, model: GPT,
-        lora: dict | None,
-    ):  # fmt: skip
-        super().__init__(cfg, device, corpus, saved, model, lora, processes.master)
+    def __init__(self, cfg: TrainConfig, processes: Processes, beginning: Beginning):
+        corpus, device, model = beginning.corpus, beginning.device, beginning.model
+        super().__init__(cfg, device, corpus, beginning.saved, model, beginning.lora, processes.master)
         self.processes = processes
         compiles = device.type == "cuda" and cfg.backprop == "autograd" if cfg.compile is None else cfg.compile
         self.compiled: nn.Module = torch.compile(model) if compiles else model
@@ -101,12 +77,9 @@ class Run(State):
         self.warned = False
         self.kinds: set[bool] = set()  # of steps made: with statistics, and without; the first of each is compiled
 
-    def introduce(self, attention: str, held: ExitStack) -> None:
-        """Say what the run is, and open its record. attention: of report.describe_attention. held: gets the folder."""
+    def introduce(self, attention: str) -> None:
+        """Say what the run is, and open its record. attention: of report.describe_attention."""
         cfg = self.cfg
-        if not cfg.eval_only:
-            held.enter_context(checkpoint.own(self.out_dir))
-            checkpoint.check_room(self.out_dir, self.size_to_save(), cfg.keep_checkpoints)
         if self.saved is None and not cfg.eval_only:
             checkpoint.keep_earlier_run(self.out_dir)
         cfg.wandb_run_name = cfg.wandb_run_name or report.run_name(cfg)
@@ -132,15 +105,17 @@ class Run(State):
         self.progress = Progress(self.cfg, self.it, self.processes.master)
         try:
             self.loop()
-        except (TextChanged, MemoryError, RuntimeError, OSError):  # the weights are those after the last whole step
-            with suppress(UserError, RuntimeError):  # what came first is what is to be told
-                self.save_latest()
+        except Diverged:  # such weights are worth nothing: what was saved before stays
+            raise
+        except Exception:  # whatever it is: the weights are those after the last whole step
+            with suppress(Exception):  # what came first is what is to be told
+                self.save_and_say("an error")
             raise
         finally:
             self.progress.close()
 
     def loop(self) -> None:
-        cfg, stop = self.cfg, self.stop
+        cfg = self.cfg
         self.start_clock()
         while True:
             if self.evaluation_is_owed:
@@ -150,15 +125,9 @@ class Run(State):
                 self.start_clock()  # evaluation is no training time
             if (self.it >= cfg.max_iters or cfg.eval_only) and not self.evaluation_is_owed:
                 return
-            if stop.agreed(self.device):
-                self.save_latest()
-                if self.processes.master:
-                    is_saved = self.record is not None and self.it > 0
-                    self.progress.say(report.describe_stop(stop.name, self.it, cfg.out_dir, is_saved))
+            if self.heeds_stop():
+                self.save_and_say(self.stop.name)
                 return
-            if stop.saves:
-                stop.saves = False
-                self.save_latest()
             loss, norm = self.step()
             if self.compiles:
                 self.device.synchronize()
@@ -166,6 +135,22 @@ class Run(State):
             if self.processes.master and self.logs_after(self.it - 1):
                 self.log_steps(loss, norm)
             self.progress.advance()
+
+    def heeds_stop(self) -> bool:
+        """Whether a signal asks for an end. A checkpoint that one asks for is saved."""
+        stops = self.stop.agreed(self.device)
+        if self.stop.saves:
+            self.stop.saves = False
+            if self.save_latest():
+                self.progress.say(f"saved at iteration {self.it}")
+        return stops
+
+    def save_and_say(self, cause: str) -> None:
+        """Save the run, which `cause` stops; then say so, to those who may still read it."""
+        is_saved = self.save_latest()
+        if self.processes.master:
+            self.progress.close()
+            print(report.describe_stop(cause, self.it, self.cfg.out_dir, is_saved), file=sys.stderr)
 
     def step(self) -> tuple[float, float]:
         """One iteration, and what follows from it for c. Returns (loss, norm of the gradient).
@@ -227,16 +212,10 @@ class Run(State):
         self.progress.steps(it, loss, dt, tok_per_sec, mfu, self.retention and self.retention.c.item())
 
     def evaluate(self) -> None:
-        """The validation loss, attention's time, and the checkpoints that are due. A signal to stop cuts it off.
-
-        What happens meanwhile costs nothing of the training: a checkpoint is there before, or else after a failure, see
-        `train`.
-        """
+        """The validation loss, attention's time, and the checkpoints that are due. A signal to stop cuts it off."""
         cfg, it, processes = self.cfg, self.it, self.processes
-        if cfg.always_save_checkpoint:
-            self.save_latest()
         where = self.val_starts, cfg.batch_size, self.device, processes.rank, processes.world
-        by_position = evaluate(self.compiled, self.corpus, *where, self.stop)
+        by_position = evaluate(self.compiled, self.corpus, *where, self.heeds_stop)
         if by_position is None:
             return
         probed = {}
@@ -262,13 +241,15 @@ class Run(State):
         if improved or cfg.always_save_checkpoint or it == cfg.max_iters:
             self.save_latest()
 
-    def save_latest(self) -> None:
-        """ckpt.pt, and what keep_checkpoints keeps; nothing before the first step, or where another process saves."""
-        if self.record is not None and self.it > 0:
-            self.save("ckpt.pt")
-            if self.cfg.keep_checkpoints:  # a file of its own: a copy of ckpt.pt by a link would change with it
-                self.save(f"ckpt-{self.it}.pt")
-                checkpoint.keep_latest(self.out_dir, self.cfg.keep_checkpoints)
+    def save_latest(self) -> bool:
+        """ckpt.pt, and what keep_checkpoints keeps. False before the first step, or where another process saves."""
+        if self.record is None or self.it == 0:
+            return False
+        self.save("ckpt.pt")
+        if self.cfg.keep_checkpoints:  # a file of its own: a copy of ckpt.pt by a link would change with it
+            self.save(f"ckpt-{self.it}.pt")
+            checkpoint.keep_latest(self.out_dir, self.cfg.keep_checkpoints)
+        return True
 
     def save(self, name: str) -> None:
         assert self.record is not None
@@ -331,10 +312,14 @@ def train_step(
     return total.item(), norm.item()
 
 
+class Diverged(UserError):
+    """The run's numbers are no longer finite."""
+
+
 def check_finite(value: float, name: str, out_dir: Path) -> None:
     if not math.isfinite(value):
         earlier = f"; {out_dir / 'ckpt.pt'} is from before" if (out_dir / "ckpt.pt").exists() else ""
-        raise UserError(
+        raise Diverged(
             f"the {name} is {value}{earlier}. Try a lower --learning_rate, a longer --warmup_iters, "
             "--grad_clip=1.0, or --dtype=float32 or bfloat16 instead of float16"
         )

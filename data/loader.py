@@ -19,12 +19,14 @@ with the text that it began with.
 Dims: B windows in a batch, T tokens in a window (block_size), D documents.
 """
 
+import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,7 @@ from data.tokenizer import GPT2_VOCAB_SIZE
 
 Window = list[tuple[int, int]]  # stretches (start, length) of a file's tokens, mostly one; their lengths add up to T
 Places = npt.NDArray[np.int64]  # in a file, in tokens
+Opened = tuple[io.BufferedReader, int]  # a file, and when it was last written to, in ns
 
 
 class TextChanged(UserError):
@@ -106,10 +109,8 @@ class Corpus:
     train_tokens: int
     val_tokens: int
     windows: str = "packed"
-    checksum: str | None = None  # of train.bin; None: of nanoGPT's make
-    val_checksum: str | None = None  # of val.bin
-    # The open ones, and when they were last written to then, in ns.
-    _files: dict[str, tuple[BinaryIO, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    checksums: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name; empty: of nanoGPT's make
+    _files: dict[str, Opened] = field(default_factory=dict, init=False, repr=False, compare=False)
     # The last ones used, by (seed, epoch).
     _epochs: dict[tuple[int, int], Epoch] = field(default_factory=dict, init=False, repr=False)
 
@@ -143,14 +144,17 @@ class Corpus:
         ends = np.frombuffer(file.read(), np.uint64).astype(np.int64)
         return np.concatenate([[0], ends[:-1], [last]])
 
-    def file(self, name: str) -> BinaryIO:
+    def file(self, name: str) -> io.BufferedReader:
         """One of the folder's files, open. TextChanged: it was written to since it was opened."""
         if name not in self._files:
-            opened: BinaryIO = open(self.folder / name, "rb")
+            opened = open(self.folder / name, "rb")
             self._files[name] = opened, os.fstat(opened.fileno()).st_mtime_ns
         file, written = self._files[name]
-        if os.fstat(file.fileno()).st_mtime_ns != written:
-            raise TextChanged(f"{self.folder / name} has changed since training began: {_remake(self.folder)}")
+        if (now := os.fstat(file.fileno()).st_mtime_ns) != written:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.checksums.get(name):
+                raise TextChanged(f"{self.folder / name} has changed since training began: {_remake(self.folder)}")
+            self._files[name] = file, now  # it was but touched, or written over with the same
         return file
 
     def val_windows(self, count: int) -> Places:
@@ -225,11 +229,6 @@ def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = 
                     f"windows=document needs to know where documents end, and {folder} has no {path.name} that "
                     f"fits: {_remake(folder)}; or set --windows=packed"
                 )
-    if changed := changed_files(folder, meta):
-        raise UserError(
-            f"{folder / changed[0]} is not what was written there: its checksum differs from meta.json's. "
-            f"Copy it again, or {_remake(folder)}"
-        )
     corpus = Corpus(
         folder,
         block_size,
@@ -239,11 +238,15 @@ def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = 
         meta["train_tokens"],
         meta["val_tokens"],
         windows,
-        meta.get("train_sha256"),
-        meta.get("val_sha256"),
+        {f"{name.removesuffix('_sha256')}.bin": value for name, value in meta.items() if name.endswith("_sha256")},
     )
     for name in ("train.bin", "val.bin", *(("train_ends.bin", "val_ends.bin") if windows == "document" else ())):
-        corpus.file(name)
+        corpus.file(name)  # from here on these bytes are read, whatever takes the names
+    if changed := changed_files(folder, meta):
+        raise UserError(
+            f"{folder / changed[0]} is not what was written there: its checksum differs from meta.json's. "
+            f"Copy it again, or {_remake(folder)}"
+        )
     return corpus
 
 

@@ -17,7 +17,7 @@ FLOORS = [
     "training.device training.lora backprop training.checkpoint training.optimizer training.parallel training.probe"
     " training.record training.retention training.weights training.evaluation training.state",
     "data.stdlib.prepare",  # the default corpus, which train.py makes where it isn't there
-    "training.start training.report",
+    "training.report training.start",
     "train sample merge_lora",
 ]
 # The operator and the model know of nothing but what they compute with.

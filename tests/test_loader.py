@@ -362,7 +362,7 @@ def test_a_corpus_prepared_anew_does_not_reach_a_run_that_reads_the_old_one(tmp_
     corpus.batch(4, 1, 0)
     prepare("xyz")
     assert all(torch.equal(corpus.batch(4, 1, 4 * n)[0], x) for n, x in enumerate(want[0]))
-    assert torch.equal(corpus.val_batch([0])[0], want[1]) and corpus.checksum == untouched.checksum
+    assert torch.equal(corpus.val_batch([0])[0], want[1]) and corpus.checksums == untouched.checksums
     assert load_corpus(tmp_path, 16, windows).val_batch([0])[0].tolist() != want[1].tolist()
 
 

@@ -71,7 +71,7 @@ def test_a_reader_that_leaves_ends_the_run_after_a_checkpoint(corpus, tmp_path):
     process.stdout.close()
     assert process.wait(PATIENCE) == 128 + 13  # SIGPIPE
     assert load(tmp_path / "out")["iter_num"] >= 2
-    assert process.stderr.read() == ""
+    assert process.stderr.read().startswith("stopped by SIGPIPE at iteration ")  # where it may still be read
 
 
 @posix
@@ -145,7 +145,7 @@ def test_a_signal_that_was_ignored_stays_ignored():
 
 
 @posix
-def test_sigusr1_saves_and_the_run_goes_on(run, tmp_path, monkeypatch):
+def test_sigusr1_saves_and_the_run_goes_on(run, tmp_path, monkeypatch, capsys):
     real = train.train_step
 
     def step(cfg, *args):
@@ -158,19 +158,45 @@ def test_sigusr1_saves_and_the_run_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", step)
     with handlers_kept():
         assert run(eval_interval=100)[-1]["iter"] == 12
+    assert "saved at iteration 3\n" in capsys.readouterr().out
+
+
+@posix
+def test_sigusr1_saves_during_an_evaluation(run, tmp_path, monkeypatch):
+    real, batches = train.Corpus.val_batch, []
+
+    def val_batch(self, starts):
+        batches.append(len(starts))
+        if len(batches) == 9:  # an evaluation has three of them, and one for the probe
+            signal.raise_signal(signal.SIGUSR1)
+        if len(batches) == 10:
+            assert load(tmp_path / "out")["iter_num"] == 8 and load(tmp_path / "out")["evaluation_owed"]
+        return real(self, starts)
+
+    monkeypatch.setattr(train.Corpus, "val_batch", val_batch)
+    with handlers_kept():
+        assert run(always_save_checkpoint=False)[-1]["iter"] == 12 and batches[8:10] == [2, 2]
+
+
+@posix
+def test_an_interrupt_that_was_ignored_stays_ignored_after_another_signal():
+    with handlers_kept():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop = StopSignal(world=1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed(CPU) and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 # -- evaluations ----------------------------------------------------------------------------------------
 
 
 def test_a_signal_cuts_an_evaluation_off_and_resume_makes_up_for_it(run, tmp_path, monkeypatch):
-    """The checkpoint is there before the first batch, and owes the evaluation; the curve is that of a run without."""
+    """The checkpoint owes the evaluation, and resume makes it; the curve is that of a run that nothing stopped."""
     whole = run("whole")
     real, batches = train.evaluate, []
 
     def interrupted(model, corpus, *args):
-        if args[-1].number == 0 and len(batches) == 2:  # the third evaluation: of iteration 8
-            assert load(tmp_path / "out")["iter_num"] == 8 and load(tmp_path / "out")["evaluation_owed"]
+        if len(batches) == 2:  # the third evaluation: of iteration 8
             signal.raise_signal(signal.SIGTERM)
         batches.append(1)
         return real(model, corpus, *args)
@@ -208,10 +234,11 @@ def test_too_little_memory_in_an_evaluation_costs_nothing(run, tmp_path, monkeyp
 
 def test_an_evaluation_owed_at_the_end_is_made(run, tmp_path, monkeypatch):
     whole = run("whole")
-    real = train.evaluate
+    real, evaluations = train.evaluate, []
 
     def interrupted(model, corpus, *args):
-        if (tmp_path / "out/ckpt.pt").exists() and load(tmp_path / "out")["iter_num"] == 12:
+        evaluations.append(1)
+        if len(evaluations) == 4:
             signal.raise_signal(signal.SIGINT)
         return real(model, corpus, *args)
 
@@ -223,12 +250,42 @@ def test_an_evaluation_owed_at_the_end_is_made(run, tmp_path, monkeypatch):
     assert curve(run(init_from="resume")) == curve(whole) and not load(tmp_path / "out")["evaluation_owed"]
 
 
+@pytest.mark.parametrize("what", ["train_step", "evaluate"])
+def test_numbers_that_are_not_finite_take_no_checkpoint(run, tmp_path, monkeypatch, what):
+    """What was saved before is the last that is worth something, and the message says so."""
+    real, calls = getattr(train, what), []
+
+    def ruined(*args):
+        calls.append(1)
+        if what == "train_step":
+            return (math.nan, 1.0) if len(calls) == 7 else real(*args)
+        return real(*args) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(train, what, ruined)
+    with pytest.raises(UserError, match="loss .*is nan; .*ckpt.pt is from before"):
+        run()
+    assert load(tmp_path / "out")["iter_num"] == 4
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_after_a_checkpoint(run, tmp_path, monkeypatch, capsys):
+    real = train.Record.log
+
+    def log(self, metrics):
+        if metrics["iter"] == 6:
+            raise UserError("can't write metrics.jsonl: made up")
+        real(self, metrics)
+
+    monkeypatch.setattr(train.Record, "log", log)
+    with pytest.raises(UserError, match="made up"):
+        run(log_interval=1)
+    assert load(tmp_path / "out")["iter_num"] == 6
+    err = capsys.readouterr().err
+    assert "stopped by an error at iteration 6, saved in" in err and "--init_from=resume --out_dir=" in err
+
+
 def test_processes_with_fewer_windows_ask_as_often(monkeypatch):
     """evaluate asks all processes between batches: each must ask as often, or they wait for one another for ever."""
     asked = []
-
-    class Stop:
-        agreed = lambda self, device: asked.append(1) or False
 
     class Corpus:
         block_size = 2
@@ -241,7 +298,7 @@ def test_processes_with_fewer_windows_ask_as_often(monkeypatch):
     counts = []
     for rank in range(3):
         asked.clear()
-        evaluate(Model(), Corpus(), list(range(5)), 1, CPU, rank, 3, Stop())
+        evaluate(Model(), Corpus(), list(range(5)), 1, CPU, rank, 3, lambda: asked.append(1))
         counts.append(len(asked))
     assert counts == [2, 2, 2]
 
@@ -250,14 +307,16 @@ def test_processes_with_fewer_windows_ask_as_often(monkeypatch):
 
 
 @posix
-def test_two_runs_in_one_folder(run, tmp_path):
+def test_two_runs_in_one_folder(run, tmp_path, monkeypatch):
     run(max_iters=4)
     before = (tmp_path / "out/ckpt.pt").read_bytes(), (tmp_path / "out/metrics.jsonl").read_bytes()
+    monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("the other run may be writing it"))
     with locked(tmp_path / "out", "taken"):
         for keys in ({}, {"init_from": "resume", "max_iters": 8}):
             with pytest.raises(UserError, match="another run writes to out_dir=.*out just now: choose another"):
                 run(**keys)
     assert before == ((tmp_path / "out/ckpt.pt").read_bytes(), (tmp_path / "out/metrics.jsonl").read_bytes())
+    monkeypatch.undo()
     assert run(init_from="resume", max_iters=8)[-1]["iter"] == 8
 
 
@@ -267,8 +326,11 @@ def test_a_text_that_is_written_over_ends_the_run_after_a_checkpoint(run, tmp_pa
     real = train.train_step
 
     def step(*args):
+        path = folder / "train.bin"
+        if args[6] == 4:
+            path.write_bytes(path.read_bytes())  # the same: nothing has happened
         if args[6] == 6:
-            (folder / "train.bin").write_bytes(bytes((folder / "train.bin").stat().st_size))
+            path.write_bytes(bytes(path.stat().st_size))
         return real(*args)
 
     monkeypatch.setattr(train, "train_step", step)
@@ -326,11 +388,16 @@ def test_room_is_looked_at_before_training(run, tmp_path, monkeypatch):
         run(keep_checkpoints=5)
     assert not (tmp_path / "out/metrics.jsonl").exists()
     run(max_iters=2, eval_interval=2)
+    saved = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.pt"))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=saved))
+    with pytest.raises(UserError, match="make room"):  # the earlier run's are kept, and make none
+        run(max_iters=2)
+    run(init_from="resume", max_iters=4)  # here they are replaced
 
 
 def test_the_size_that_room_is_looked_at_for_is_that_of_the_file(run, tmp_path, monkeypatch):
     sizes = []
-    monkeypatch.setattr(checkpoint, "check_room", lambda out_dir, size, keeps: sizes.append(size))
+    monkeypatch.setattr(checkpoint, "check_room", lambda out_dir, size, keeps, resumes: sizes.append(size))
     run(max_iters=4)
     actual = (tmp_path / "out/ckpt.pt").stat().st_size
     assert 0.7 * actual < sizes[0] < 1.1 * actual  # the rest is names and numbers, much in a model as small as this
@@ -353,6 +420,21 @@ def test_resumed_with_another_batch_size_each_window_is_read_once(run, monkeypat
     run(init_from="resume", max_iters=6, batch_size=batch_size)
     run(init_from="resume", max_iters=8, batch_size=3, gradient_accumulation_steps=1)
     assert read == list(range(4 * 4 + 2 * 2 * batch_size + 2 * 3))
+
+
+@pytest.mark.parametrize("change", ["text", "windows", "seed"])
+def test_resumed_on_other_windows_the_first_is_read_next(run, tmp_path, monkeypatch, change):
+    run(max_iters=4)
+    keys = {"windows": dict(windows="document"), "seed": dict(seed=9)}.get(change, {})
+    if change == "text":
+        other = [("a", text(20_000, seed=9))]
+        write_corpus(tmp_path / "other", Texts(other, other, {}), tokenizer_from_meta({"name": "byte"}))
+        keys = dict(dataset=tmp_path / "other")
+    real, read = train.Corpus.batch, []
+    monkeypatch.setattr(train.Corpus, "batch", lambda self, *args: (read.append(args[2]), real(self, *args))[1])
+    run(init_from="resume", max_iters=6, **keys)
+    run(init_from="resume", max_iters=8, **keys)
+    assert read == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
 @pytest.mark.parametrize("change", ["text", "eval_iters", "windows", None])
@@ -444,6 +526,7 @@ def test_a_meeting_that_nobody_joins_says_for_whom_it_waits(monkeypatch, capsys)
     monkeypatch.setattr(parallel, "SILENCE", 0.1)
 
     def nobody(backend, timeout):
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # or nobody would hear a Ctrl-C
         time.sleep(0.5)
         raise torch.distributed.DistStoreError("Timed out after 1801 seconds waiting for clients\nmore")
 
@@ -451,6 +534,7 @@ def test_a_meeting_that_nobody_joins_says_for_whom_it_waits(monkeypatch, capsys)
     with pytest.raises(UserError, match="the 2 processes did not meet at localhost:0 .Timed out.* start all of them"):
         Processes.here().join(TrainConfig(), CPU)
     assert capsys.readouterr().err == "process 0 waits for the other 1 of 2 at localhost:0\n"
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
 
 
 @pytest.mark.slow

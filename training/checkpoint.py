@@ -173,10 +173,10 @@ def keep_latest(out_dir: Path, count: int) -> None:
         raise UserError(f"can't delete {path}: {error.strerror}; or set --keep_checkpoints=0") from error
 
 
-def check_room(out_dir: Path, size: int, keeps: int) -> None:
+def check_room(out_dir: Path, size: int, keeps: int, resumes: bool) -> None:
     """UserError if the disk hasn't room for the checkpoints of a run, of `size` bytes each, with `keeps` older ones."""
     files = [*(out_dir / name for name in ("ckpt.pt", "ckpt_best.pt") if (out_dir / name).exists()), *kept(out_dir)]
-    there = sum(path.stat().st_size for path in files)
+    there = sum(path.stat().st_size for path in files) if resumes else 0  # else they are kept elsewhere
     needed = (3 + keeps) * size - there  # the latest, the best, and one that is written aside
     free = shutil.disk_usage(out_dir).free
     if needed > free:

@@ -3,29 +3,30 @@
 Dims: T tokens in a window (block_size).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from data.loader import Corpus, Places
 from training.device import Device
-from training.parallel import StopSignal
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, corpus: Corpus, starts: Places, batch_size: int, device: Device, rank: int, world: int,
-    stop: StopSignal,
+    is_to_stop: Callable[[], bool],
 ) -> torch.Tensor | None:  # fmt: skip
     """The mean validation loss at each position of the context, (T,) float64, over the fixed windows at `starts`.
 
-    None if a signal asked for an end before it was known.
+    is_to_stop is asked before each batch, in all processes as often; None if it said so.
     """
     total = torch.zeros(corpus.block_size, dtype=torch.float64)
     mine = starts[rank::world]
     model.eval()
     for i in range(0, -(-len(starts) // world), batch_size):  # in all processes as often, as they ask one another
-        if stop.agreed(device):
+        if is_to_stop():
             model.train()
             return None
         if i >= len(mine):

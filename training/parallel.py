@@ -69,6 +69,9 @@ class Processes:
         timer = threading.Timer(SILENCE, lambda: print(text, file=sys.stderr, flush=True))
         timer.daemon = True
         timer.start()
+        interrupt = signal.getsignal(signal.SIGINT)
+        if interrupt is not signal.SIG_IGN:  # torch's wait hears no handler of Python's
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             dist.init_process_group(backend, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
@@ -78,12 +81,8 @@ class Processes:
                 "unset WORLD_SIZE"
             ) from None
         finally:
+            signal.signal(signal.SIGINT, interrupt)
             timer.cancel()
-
-    def wait(self) -> None:
-        """For all processes to be here."""
-        if self.world > 1:
-            dist.barrier()
 
     def leave(self, status: int) -> None:
         """End the process with an exit status; a single process whose status is 0 goes on."""
@@ -178,6 +177,7 @@ class StopSignal:
         self._asked_to_save = False
         self.world = world
         self.outlets = outlets or []
+        self.hears_interrupts = signal.getsignal(signal.SIGINT) != signal.SIG_IGN
         for name in (*ASK_TO_STOP, ASKS_TO_SAVE):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -189,9 +189,10 @@ class StopSignal:
             return
         if not self.number:
             with contextlib.suppress(OSError):  # os.write, since a handler may have interrupted a print
-                os.write(2, b"\nstopping after what runs now, and saving ...\n")
+                os.write(2, b"\nstopping after what runs now ...\n")
         self.number = number
-        if self.world == 1:  # torchrun sends on a Ctrl-C that its processes got themselves: the second one is no wish
+        # torchrun sends on a Ctrl-C that its processes got themselves: the second one is no wish.
+        if self.world == 1 and self.hears_interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self, device: Device) -> bool:

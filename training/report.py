@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import warnings
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class Progress:
         self.bar = tqdm(
             total=cfg.max_iters,
             initial=it,
-            disable=not (shown and sys.stdout.isatty()) or cfg.eval_only,
+            disable=not (shown and has_columns(sys.stdout)) or cfg.eval_only,
             file=sys.stdout,
             dynamic_ncols=True,
             unit="it",
@@ -146,6 +147,14 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def has_columns(stream: TextIO) -> bool:
+    """Whether it is a terminal with room for a bar: some say that they are 0 columns wide."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return False
 
 
 def describe_evaluation(it: int, val_loss: float, improved: bool, buckets: dict[str, float]) -> str:
@@ -195,10 +204,10 @@ def own_python() -> str:
     return relative(sys.executable) if sys.prefix != sys.base_prefix else "python"
 
 
-def describe_stop(signal_name: str, it: int, out_dir: str, is_saved: bool) -> str:
-    """The last line of a run that a signal stopped after iteration `it`."""
+def describe_stop(cause: str, it: int, out_dir: str, is_saved: bool) -> str:
+    """The last line of a run that stopped after iteration `it`. cause: a signal's name, or what else stopped it."""
     saved = f"saved in {out_dir}. To go on:\n    {own_python()} train.py --init_from=resume --out_dir={out_dir}"
-    return f"stopped by {signal_name} at iteration {it}, {saved if is_saved else 'with nothing to save yet'}"
+    return f"stopped by {cause} at iteration {it}, {saved if is_saved else 'with nothing to save yet'}"
 
 
 def print_what_next(out_dir: str, look: str) -> None:

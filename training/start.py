@@ -6,20 +6,84 @@ what the user gave and what conflicts with it is a UserError.
 
 import dataclasses
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import TrainConfig, UserError
+import torch
+
+from configurator import TrainConfig, UserError, validate
 from data.loader import Corpus, load_corpus
 from model import ARCHITECTURE_KEYS, GPT, TRAINING_KEYS, GPTConfig
-from training import checkpoint
+from training import checkpoint, report
+from training.device import Device, resolve_device
 from training.lora import add_adapters, fingerprint
 from training.parallel import Processes
 from training.record import relative
 from training.retention import START
+from training.state import size_to_save
 from training.weights import PRETRAINED, adapted_model, load_base, load_pretrained, model_args, model_from_checkpoint
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run has before its first step."""
+
+    device: Device
+    attention: str  # of report.describe_attention
+    corpus: Corpus
+    model: GPT
+    lora: dict | None  # what a checkpoint keeps of the adapters and their base
+    saved: dict | None  # the checkpoint to go on from
+
+
+def begin(cfg: TrainConfig, processes: Processes, held: ExitStack) -> Beginning | None:
+    """What cfg asks for, among the processes, which then have met; None if the run is finished. held: gets its folder.
+
+    Everything that can be wrong is looked at before any work is done; of several processes the master looks first, and
+    the others wait for it.
+    """
+    out_dir, master = Path(cfg.out_dir), processes.master
+    writes, is_there = master and not cfg.eval_only, os.path.isdir(out_dir)
+    if writes and is_there:  # before its checkpoint is read
+        held.enter_context(checkpoint.own(out_dir))
+    origin = find_origin(cfg, master)
+    validate(cfg)
+    if cfg.gradient_accumulation_steps % processes.world:
+        raise UserError(
+            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
+            f"{processes.world} processes"
+        )
+    device = resolve_device(cfg.device, cfg.dtype, processes.local_rank)
+    attention = report.describe_attention(cfg, device)
+    if origin.is_finished(cfg):
+        if master and origin.saved:
+            print(
+                f"{cfg.out_dir} is finished: its checkpoint is at iteration {origin.saved['iter_num']} of "
+                f"{cfg.max_iters}. Raise --max_iters to train on."
+            )
+        return None
+    if not cfg.eval_only:
+        check_writable(out_dir)
+
+    torch.manual_seed(cfg.seed)
+    model, lora = origin.model(cfg)
+    if not master:
+        processes.join(cfg, device)
+    corpus = open_corpus(cfg, origin, model, master)
+    model = model or new_model(cfg, corpus.vocab_size)
+    if writes:
+        if not is_there:
+            held.enter_context(checkpoint.own(out_dir))
+        checkpoint.check_room(out_dir, size_to_save(model, lora), cfg.keep_checkpoints, bool(origin.saved))
+    if master:
+        processes.join(cfg, device)
+    return Beginning(device, attention, corpus, model, lora, origin.saved)
+
+
+# -- its weights -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,14 +279,12 @@ def check_writable(out_dir: Path) -> None:
 # -- the text -----------------------------------------------------------------------------------------
 
 
-def open_corpus(cfg: TrainConfig, origin: Origin, model: GPT | None, processes: Processes) -> Corpus:
-    """The corpus cfg.dataset, made first if it is the default one. UserError if it doesn't fit the model's tokens."""
-    if processes.master:
+def open_corpus(cfg: TrainConfig, origin: Origin, model: GPT | None, master: bool) -> Corpus:
+    """The corpus cfg.dataset. The master makes it if it is the default one, looks at its checksums for all processes,
+    and so comes first. UserError if it doesn't fit the model's tokens.
+    """
+    if master:
         prepare_stdlib(cfg)
-    if processes.world > 1:
-        if processes.master:  # looks at the checksums, once for all processes
-            load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)
-        processes.wait()
     corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)
     saved = origin.saved or origin.base or {}
     tokenizer = {"name": "gpt2"} if cfg.init_from in PRETRAINED else saved.get("tokenizer")
@@ -234,7 +296,7 @@ def open_corpus(cfg: TrainConfig, origin: Origin, model: GPT | None, processes: 
     if model is not None and tokenizer is None and corpus.vocab_size > model.config.vocab_size:
         raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
     checksum = (origin.saved or {}).get("train_sha256")
-    if processes.master and checksum not in (None, corpus.checksum):
+    if master and not cfg.eval_only and checksum not in (None, corpus.checksums.get("train.bin")):
         print(f"resume: the training text in {corpus.folder} is not the one that the run began with")
     return corpus
 

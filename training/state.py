@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from configurator import TrainConfig
+from data.corpus import SPLITS
 from data.loader import Corpus
 from model import GPT
 from training import checkpoint
@@ -37,8 +38,8 @@ class State:
         if saved is not None:
             if not cfg.eval_only:
                 checkpoint.restore_optimizer(saved, self.out_dir / "ckpt.pt", self.optimizer, self.scaler)
-            self.it, self.window = saved["iter_num"], windows_consumed(saved, cfg)
-            if validates_alike(saved, cfg, corpus, master):
+            self.it, self.window = saved["iter_num"], windows_consumed(saved, cfg, corpus)
+            if validates_alike(saved, cfg, corpus, master and not cfg.eval_only):
                 self.best_val_loss = saved["best_val_loss"]
             if not cfg.eval_only and not saved.get("evaluation_owed"):
                 self.evaluated_at = self.it
@@ -76,21 +77,30 @@ class State:
             "best_val_loss": self.best_val_loss,
             "config": dataclasses.asdict(self.cfg),
             "tokenizer": self.corpus.tokenizer_meta,
-            "train_sha256": self.corpus.checksum,
-            "val_sha256": self.corpus.val_checksum,
+            "train_sha256": self.corpus.checksums.get("train.bin"),
+            "val_sha256": self.corpus.checksums.get("val.bin"),
             "wandb_run_id": run_id,
             "retention": self.retention.state if self.retention else None,
         }
 
-    def size_to_save(self) -> int:
-        """Bytes of a checkpoint, about: the weights that it holds, and AdamW's two means of those that are trained."""
-        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        everything = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return 2 * trained + (trained if self.lora else everything)
+
+def size_to_save(model: GPT, lora: dict | None) -> int:
+    """Bytes of a checkpoint, about: the weights that it holds, and AdamW's two means of those that are trained."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    everything = sum(p.numel() * p.element_size() for p in model.parameters())
+    return 2 * trained + (trained if lora else everything)
 
 
-def windows_consumed(saved: dict, cfg: TrainConfig) -> int:
-    """How many windows of its text the run of the checkpoint `saved` has read: the next one is read next."""
+def windows_consumed(saved: dict, cfg: TrainConfig, corpus: Corpus) -> int:
+    """How many windows of its text the run of the checkpoint `saved` has read: the next one is read next.
+
+    0 where they were others: of another text, or of this one cut or shuffled in another way.
+    """
+    was = saved["config"]
+    if any(was.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in ("windows", "block_size", "seed")):
+        return 0
+    if saved.get("train_sha256") not in (None, corpus.checksums.get("train.bin")):
+        return 0
     config = {"batch_size": cfg.batch_size, "gradient_accumulation_steps": cfg.gradient_accumulation_steps}
     config |= saved["config"]  # checkpoints of earlier versions, and nanoGPT's, have no count: all steps were alike
     a_step = config["gradient_accumulation_steps"] * config["batch_size"]
@@ -102,8 +112,8 @@ def validates_alike(saved: dict, cfg: TrainConfig, corpus: Corpus, master: bool)
     was = saved["config"]
     keys = ("dataset", "windows", "block_size", "eval_iters", "batch_size")
     changed = [name for name in keys if was.get(name, getattr(cfg, name)) != getattr(cfg, name)]
-    for name, now in (("train_sha256", corpus.checksum), ("val_sha256", corpus.val_checksum)):
-        changed += ["its text"] if saved.get(name) not in (None, now) and "its text" not in changed else []
+    if any(saved.get(f"{split}_sha256") not in (None, corpus.checksums.get(f"{split}.bin")) for split in SPLITS):
+        changed.append("its text")
     if changed and master:
         print(f"resume: validation is another than before ({', '.join(changed)}), so the best loss begins anew")
     return not changed
