@@ -144,6 +144,13 @@ class Corpus:
         ends = np.frombuffer(file.read(), np.uint64).astype(np.int64)
         return np.concatenate([[0], ends[:-1], [last]])
 
+    @property
+    def longest_val_document(self) -> int:
+        """How many tokens it has; all of val.bin's where nothing tells where documents end."""
+        path = self.folder / "val_ends.bin"
+        ends = np.fromfile(path, np.uint64).astype(np.int64) if path.is_file() else np.array([self.val_tokens])
+        return int(np.diff(ends, prepend=0).max(initial=0))
+
     def file(self, name: str) -> io.BufferedReader:
         """One of the folder's files, open. TextChanged: it was written to since it was opened."""
         if name not in self._files:

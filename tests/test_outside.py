@@ -339,6 +339,17 @@ def test_a_text_that_is_written_over_ends_the_run_after_a_checkpoint(run, tmp_pa
     assert load(tmp_path / "out")["iter_num"] == 6
 
 
+@pytest.mark.parametrize("windows", ["packed", "document"])
+def test_validation_without_long_documents_is_told(run, tmp_path, capsys, windows):
+    """The loss of a context of 64 says nothing there of one of 64."""
+    for size in (50, 90):
+        texts = Texts([("a", text(9000))], [(str(n), text(size, n)) for n in range(40)], {})
+        write_corpus(tmp_path / "mine", texts, tokenizer_from_meta({"name": "byte"}))
+        run(dataset=tmp_path / "mine", windows=windows, max_iters=1)
+        warned = "WARNING: no validation document has more than 64 tokens, the longest 51:" in capsys.readouterr().out
+        assert warned == (size == 50)
+
+
 # -- checkpoints ----------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,12 @@ def print_summary(
     rows["run"] = f"{cfg.wandb_run_name} in {cfg.out_dir}" + (f", resumed at iteration {it}" if it else "")
     for name, text in rows.items():
         print(f"{name:<10} {text}")
+    longest = corpus.longest_val_document
+    if longest <= cfg.block_size:
+        print(
+            f"WARNING: no validation document has more than {cfg.block_size} tokens, the longest {longest:,}: the "
+            "validation loss says nothing of a context that long. Prepare longer documents, or hold out more"
+        )
 
 
 # -- the steps ----------------------------------------------------------------------------------------
