@@ -204,8 +204,9 @@ def test_a_run_that_fails_is_one_clear_error(config, tmp_path, main, capsys):
     assert signal.getsignal(signal.SIGINT) == handler and not list(tmp_path.glob("*.png"))
 
 
-def test_the_order_and_the_names_of_a_sweep(config, monkeypatch):
+def test_the_order_and_the_names_of_a_sweep(config, tmp_path, monkeypatch):
     """All modes of a seed, then the next seed; c=auto is train.py's to refuse or to take."""
+    monkeypatch.chdir(tmp_path)
     types = compare_runs.TrainConfig
     monkeypatch.setattr(compare_runs, "load_config", lambda cls, argv, usage: types())
     monkeypatch.setattr(
