@@ -14,6 +14,7 @@ validate. A mistake ends in a UserError, whose message says where it is, what is
 import ast
 import dataclasses
 import difflib
+import glob
 import io
 import math
 import operator
@@ -141,7 +142,8 @@ def _read_file(arg: str, fields: Fields) -> dict[str, tuple[Any, str]]:
     if not os.path.isfile(arg):
         if arg.startswith("-") or "=" in arg:
             raise UserError(f"{arg}: a key is written --key=value, with two dashes")
-        near = _nearest(path.name, [file.name for file in path.parent.glob("*.py")])
+        files = glob.glob("*.py", root_dir=path.parent)  # Path.glob raises where the folder's name is too long
+        near = _nearest(path.name, files)
         hint = f"did you mean {path.parent / near}?" if near else "give the path of a config file, or --key=value"
         raise UserError(f"{arg!r}: no such config file; {hint}")
     try:

@@ -5,6 +5,7 @@
 The result has no optimizer: it is for sampling, for experiments, and for fine-tuning it again (--init_from=out-merged).
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ class MergeConfig:
     merged: str = key("", "folder to write ckpt.pt to")
 
 
-def main():
+def main() -> None:
     cfg = load_config(MergeConfig, sys.argv[1:], usage=__doc__)
     path, target = Path(cfg.out_dir) / cfg.ckpt, Path(cfg.merged) / "ckpt.pt"
     if not cfg.merged:
         raise UserError("--merged is empty: name the folder to write to")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} exists already: choose another --merged")
     saved = checkpoint.load(path)
     if not saved.get("lora"):

@@ -10,6 +10,7 @@ config/long_ctx.py, beside its training steps, and the process's memory over 10,
 
 import contextlib
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -145,7 +146,7 @@ def measure_loading() -> tuple[dict[str, float], dict[str, float], int, list[int
 
 def main() -> None:
     cfg = load_config(Config, sys.argv[1:], usage=__doc__)
-    if not Path(cfg.input).is_dir():
+    if not os.path.isdir(cfg.input):
         raise UserError(f"--input={cfg.input}: give a folder of text files")
     device = resolve_device("cpu", "float32")
     product = [product_ms(device)]

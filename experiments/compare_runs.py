@@ -17,6 +17,7 @@ runs of one seed. More than 8 runs are drawn as groups, by their mean and a band
 
 import dataclasses
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def read_all(cfg: CompareConfig, paths: list[Path]) -> list[Run]:
     for path in paths:
         if path.suffix == ".py":
             raise UserError(f"{path} is a config file: give folders of runs alone, or it alone and --sweep=exact,25")
-        inside = [] if (path / "metrics.jsonl").exists() else [f.parent for f in path.glob("*/metrics.jsonl")]
+        alone = os.path.exists(path / "metrics.jsonl") or not os.path.isdir(path)
+        inside = [] if alone else [file.parent for file in path.glob("*/metrics.jsonl")]
         begun = [folder for folder in inside if read_record(folder / "metrics.jsonl")[1]]
         runs += sorted(map(read_run, begun), key=rank) if begun else [read_run((inside or [path])[0])]
     check_copies(runs)
@@ -81,7 +83,7 @@ def read_all(cfg: CompareConfig, paths: list[Path]) -> list[Run]:
 
 def plan(cfg: CompareConfig, paths: list[str]) -> list[Planned]:
     """The runs in their order. UserError, before any is trained, if a key doesn't fit or a folder holds another run."""
-    for folder in [path for path in paths if Path(path).is_dir()]:
+    for folder in [path for path in paths if os.path.isdir(path)]:
         raise UserError(f"{folder} is a folder: --sweep takes a config file; to compare runs, leave --sweep out")
     for name in sorted({"attn_backward", "sus_c", "seed", "out_dir", "wandb_run_name"} & cfg.explicit):
         raise UserError(f"--{name} is set by --sweep, --seeds and --runs: leave it out")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -38,7 +39,7 @@ class Planned:
 def look(run: Planned) -> Planned:
     """Set its state and it by what is in its folder. UserError if that was trained differently."""
     record, ckpt = run.folder / "metrics.jsonl", run.folder / "ckpt.pt"
-    if not record.exists():  # then a checkpoint is of no use here; train.py moves it aside
+    if not os.path.exists(record):  # then a checkpoint is of no use here; train.py moves it aside
         return run
     header, lines = read_record(record)
     config = plain(dataclasses.asdict(run.config), nonfinite=str)

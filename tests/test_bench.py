@@ -23,6 +23,7 @@ import backprop
 import bench_attention
 import bench_attention_report
 import bench_backprop
+import bench_data
 import bench_train
 import capture_attention
 import contenders
@@ -882,6 +883,8 @@ def test_every_script_runs_from_anywhere(tmp_path, script):
         (bench_attention, "--backend=cuda", "backend must be one of"),
         (bench_attention, "--dtyp=float32", "did you mean dtype"),
         (bench_attention, "--json=nowhere/a.json", "can't write nowhere/a.json"),
+        (bench_attention, f"--json={'x' * 300}", "File name too long"),
+        (bench_attention, f"--out={'x' * 248}.png", "File name too long"),  # what is written aside has a longer one
         (bench_attention, "--out=.", "it is a folder"),
         (bench_attention, "--out=a.jpgg", "must end in .png"),
         (bench_attention, "--from_json=missing", "can't read missing"),
@@ -895,6 +898,7 @@ def test_every_script_runs_from_anywhere(tmp_path, script):
         (bench_train, "--dropout=0.1", "dropout"),
         (bench_train, "--dataset=missing", "missing"),
         (bench_train, "--T=64,99999999", "too few for block_size=99999999"),
+        (bench_data, f"--input={'x' * 300}", "give a folder of text files"),
         (cost_model, "--D=32", "known for 64 and 128 only"),
         (bench_backprop, "--T=1", "integers >= 2"),
         (bench_backprop, "--backprop=autograd", "both are measured"),

@@ -88,6 +88,8 @@ def main(tmp_path, monkeypatch):
     return main
 
 
+LONG = "x" * 300  # more bytes than a file's name may have
+
 # -- the sweep --------------------------------------------------------------------------------------
 
 
@@ -260,6 +262,9 @@ def test_what_makes_another_run(config, tmp_path, main):
         (["--sweep=5", "--eval_only=True"], "resumes by itself"),
         (["--sweep=5", "--init_from=resume"], "resumes by itself"),
         (["--sweep=5", "--out=nowhere/a.png"], "nowhere is no"),
+        (["--sweep=5", f"--out={LONG}.png"], "File name too long"),
+        (["--sweep=5", f"--runs={LONG}"], "File name too long"),
+        (["--sweep=5", LONG], "no such config file"),
         (["a", "conf.py"], "conf.py is a config file"),
         (["a", "--n_head=4"], "--n_head is for training"),
         (["a", "--seeds=1"], "--seeds is for training"),
@@ -599,6 +604,7 @@ def test_equal_names_are_told_apart(tmp_path, main, capsys):
     [
         ([], "which runs"),
         (["nowhere"], "nowhere/metrics.jsonl"),
+        ([LONG], "File name too long"),
         (["empty"], "no lines yet"),
         (["text"], "not a record"),
         (["a", "--outt=b.png"], "did you mean out"),
@@ -606,7 +612,7 @@ def test_equal_names_are_told_apart(tmp_path, main, capsys):
         (["a", "--out=b.jpgg"], "b.jpgg"),
         (["a", "--out=nowhere/b.png"], "nowhere is no folder"),
     ],
-    ids=["none", "missing", "empty", "foreign", "unknown-key", "no-equals", "format", "folder"],
+    ids=["none", "missing", "too-long", "empty", "foreign", "unknown-key", "no-equals", "format", "folder"],
 )
 def test_mistakes_get_one_clear_error(tmp_path, main, arguments, message):
     pytest.importorskip("matplotlib")

@@ -978,6 +978,7 @@ def test_text_without_input(tmp_path):
         "loader.py",
         "a\n",
         "x" * 300,
+        "漢" * 100,  # of 300 bytes
         "stdlib",
         "shakespeare_char",
         "text",
