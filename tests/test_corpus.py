@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import types
 import urllib.error
 from pathlib import Path
 
@@ -436,6 +437,24 @@ def test_two_preparations_of_one_corpus(tmp_path):
     with locked(tmp_path / "unfinished", "taken"), pytest.raises(UserError, match="another process is preparing"):
         write(tmp_path)
     write(tmp_path)
+
+
+def test_a_lock_where_there_is_no_fcntl(tmp_path, monkeypatch):
+    """As on Windows, where msvcrt locks bytes."""
+    taken = set()
+
+    def locking(number, mode, size):
+        assert mode == "LK_NBLCK" and size == 1
+        file = os.fstat(number).st_ino
+        if file in taken:
+            raise PermissionError
+        taken.add(file)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK="LK_NBLCK", locking=locking))
+    with locked(tmp_path, "taken"), pytest.raises(UserError, match="^taken$"):
+        with locked(tmp_path, "taken"):
+            pass
 
 
 class Failing(Texts):
