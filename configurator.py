@@ -142,6 +142,8 @@ def _read_file(arg: str, fields: Fields) -> dict[str, tuple[Any, str]]:
     if not os.path.isfile(arg):
         if arg.startswith("-") or "=" in arg:
             raise UserError(f"{arg}: a key is written --key=value, with two dashes")
+        if os.path.isdir(arg) and "out_dir" in fields:
+            raise UserError(f"{arg!r} is a folder, and no config file; that of a run is given by --out_dir={arg}")
         files = glob.glob("*.py", root_dir=path.parent)  # Path.glob raises where the folder's name is too long
         near = _nearest(path.name, files)
         hint = f"did you mean {path.parent / near}?" if near else "give the path of a config file, or --key=value"
@@ -231,7 +233,8 @@ def _help(cls: type, usage: str | None) -> str:
     kinds = typing.get_type_hints(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        default = "auto" if field.default is None else "" if field.default == () else field.default
+        default = "auto" if field.default is None else "" if field.default == () else str(field.default)
+        default = default if default.isprintable() else repr(default)  # a line break would break the table
         choices = f": {' | '.join(field.metadata['choices'])}" if field.metadata["choices"] else ""
         rows.append(
             (

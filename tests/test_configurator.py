@@ -328,7 +328,8 @@ def test_a_missing_file(config_file, tmp_path):
     assert error("config/long_ctx") == "'config/long_ctx': no such config file; did you mean config/long_ctx.py?"
     assert error("config/long-ctx.py") == "'config/long-ctx.py': no such config file; did you mean config/long_ctx.py?"
     elsewhere = "no such config file; give the path of a config file, or --key=value"
-    for arg in ("nowhere/x.py", "config", "", "4", "x" * 5000, "x" * 300 + "/a.py"):
+    assert error("config") == "'config' is a folder, and no config file; that of a run is given by --out_dir=config"
+    for arg in ("nowhere/x.py", "", "4", "x" * 5000, "x" * 300 + "/a.py"):
         assert error(arg) == f"{arg!r}: {elsewhere}"
 
 

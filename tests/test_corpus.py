@@ -623,7 +623,8 @@ def test_read_text(tmp_path, raw, text):
     "raw, message",
     [
         (b"PNG\0...", "f is not text: byte 3 is NUL"),
-        ("größer".encode("latin1"), "f is not UTF-8 text: byte 2 is 0xf6 .*iconv"),
+        ("größer".encode("latin1"), r"f is not UTF-8 text: byte 2 is 0xf6, in 'gr\\xf6\\xdfer' \(.*iconv"),
+        (b"one\ntwo \xe9 three " + b"x" * 90, r"in 'one\\ntwo \\xe9 three x{12}' \("),
         ("größer".encode("utf-16-le"), r"f is not text: byte 1 is NUL \(if it is UTF-16: iconv"),
         ("größer".encode("utf-16")[:-1], "f is not UTF-16 text, as its byte order mark says: truncated data"),
         (b"\xff\xfe\0\xd8a\0", "f is not UTF-16 text, as its byte order mark says: illegal"),
@@ -1464,7 +1465,7 @@ def test_text_is_read_in_blocks(tmp_path, monkeypatch, block):
     (tmp_path / "f").write_bytes("größer\r\n漢字\r🙂\r".encode())
     assert read_text(tmp_path / "f") == "größer\n漢字\r🙂\r"
     (tmp_path / "g").write_bytes("größer".encode() + b"\xe6\xbc")
-    with pytest.raises(UserError, match="byte 8 is 0xe6 .*is its end missing"):
+    with pytest.raises(UserError, match="byte 8 is 0xe6, .*is its end missing"):
         read_text(tmp_path / "g")
 
 
