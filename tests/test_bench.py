@@ -319,6 +319,14 @@ def test_the_check_passes(monkeypatch, slice_):
     assert len(check.findings) == 4 + 3 * 4 and all(0 <= f["value"] <= f["limit"] for f in check.findings)
 
 
+@pytest.mark.parametrize("T, c", [(16, 1.0), (128, 4.0), (192, 4.0)])
+def test_the_check_passes_where_cuts_are_rare(T, c):
+    """In a few rows with a tile or two, some cuts are so improbable that none of the draws has them."""
+    inputs, check = contenders.random_inputs(4, T, 64, 1, CPU), Check()
+    check.start(FLASH, sus_at(c), *inputs)
+    assert len(check.findings) == 6
+
+
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_check_finds_a_broken_operator(monkeypatch, broken):
     function, message = BROKEN[broken]
@@ -922,6 +930,12 @@ def test_a_mistake_on_the_command_line(tmp_path):
     )
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: --T=x: write integers")
+
+
+def test_texts_too_short_for_bench_data(tmp_path, monkeypatch, gpt2):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    with pytest.raises(UserError, match="is too little: one text must have 1,000,000 characters"):
+        command(bench_data, monkeypatch, f"--input={tmp_path}")
 
 
 def test_foreign_json(tmp_path):
