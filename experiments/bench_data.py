@@ -88,14 +88,18 @@ def measure_preparation(cfg: Config) -> tuple[dict[str, list[float]], float]:
     with tempfile.TemporaryDirectory() as work:
         source = Path(work, "text")
         source.mkdir()
+        longest = 0
         for path in files_under(cfg.input):
             try:
                 text = read_text(path)  # without the mark and the CR that `datasets` would keep
             except UserError as error:
                 print(f"left out: {error}")
                 continue
+            longest = max(longest, len(text))
             for copy in range(cfg.copies):
                 (source / f"{copy}-{path.name}").write_text(text, encoding="utf-8")
+        if longest * VAL_FRACTION < 1:  # then there would be no validation text at all
+            raise UserError(f"--input={cfg.input} is too little: one text must have {1 / VAL_FRACTION:,.0f} characters")
         paths = files_under(source)
         megabytes = sum(path.stat().st_size for path in paths) / 1e6
         for i in range(cfg.repeats + 1):
