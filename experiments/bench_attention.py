@@ -13,6 +13,8 @@ lowest and highest. Memory is the peak of one forward and backward beyond the in
 Nothing is printed unless it is right: SUS's forward and its gradient at c = inf may err twice as much as SDPA's do in
 that dtype; at each c the gradient's mean over many draws must be the exact one within its standard errors; and at each
 T the forward and one draw are looked at again.
+
+Dims: B batch, H query heads, K key/value heads, T tokens, D head dimension.
 """
 
 import functools

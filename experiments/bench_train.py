@@ -10,6 +10,8 @@ round, with their lowest and highest.
 Attention's share is measured in further steps, which have clocks around each layer's attention, forward and backward
 (activation checkpointing's repeated forward included). They are not compiled. Memory is the peak in a fresh process (on
 CUDA: as torch counts it) of two steps with what they need: model, gradients, optimizer, activations.
+
+Dims: T tokens in a window (block_size).
 """
 
 import dataclasses

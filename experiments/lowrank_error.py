@@ -11,6 +11,8 @@ the operator has exp itself within a query's own chunk. Four parts:
     model     the gradient of all weights of a model of four layers, over T: does the error fall, as the paper says?
     scaling   time and memory of attention alone over T, and the exponents fitted to them
     sides     a checkpoint's gradients: exact, SUS and low-rank
+
+Dims: T tokens, D head dimension, g the degree of the polynomial.
 """
 
 import contextlib

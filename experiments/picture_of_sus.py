@@ -4,6 +4,8 @@
 
 The head's queries and keys are those of a trained model on a window of its validation text. The left half shows all
 causal weights, the right half the kept ones, coloured by the weight that they get, W/q.
+
+Dims: T tokens, D head dimension.
 """
 
 import sys
