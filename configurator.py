@@ -415,7 +415,11 @@ def validate(cfg: TrainConfig) -> None:
     if cfg.lora_base and not (cfg.lora_rank and cfg.init_from == "resume"):
         raise UserError(
             f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out"
-            + (", as this run has none" if cfg.init_from == "resume" else ", or set --init_from=resume")
+            + (
+                ", as this run has none"
+                if cfg.init_from == "resume"
+                else "; --init_from=PATH gives the base of a new one, and --init_from=resume resumes that in out_dir"
+            )
         )
     if cfg.lora_rank and cfg.attn_backward == "sus" and cfg.sus_c == "auto":
         if not {"c_attn", "attn.c_attn"} & {name.strip() for name in cfg.lora_targets.split(",")}:

@@ -426,7 +426,8 @@ def test_nanogpt_dropout_meets_sus(config_file):
         (
             ["--lora_rank=8", "--init_from=gpt2", "--lora_base=a"],
             "lora_base=a is for resuming a run with adapters, whose base has moved: "
-            "leave it out, or set --init_from=resume",
+            "leave it out; --init_from=PATH gives the base of a new one, and --init_from=resume resumes that in "
+            "out_dir",
         ),
         (
             ["--lora_rank=8", "--init_from=gpt2", "--lora_targets=c_fc,c_proj", "--attn_backward=sus", "--sus_c=auto"],
