@@ -56,6 +56,16 @@ def run_main(main: Callable[[], object]) -> None:
         sys.exit(141)
 
 
+def _uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    # A Ctrl-C while torch is imported, before run_main is there to take it. So scripts import this module first.
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught
+
 T = typing.TypeVar("T")
 Fields = dict[str, dataclasses.Field]
 HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -415,11 +425,7 @@ def validate(cfg: TrainConfig) -> None:
     if cfg.lora_base and not (cfg.lora_rank and cfg.init_from == "resume"):
         raise UserError(
             f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out"
-            + (
-                ", as this run has none"
-                if cfg.init_from == "resume"
-                else "; --init_from=PATH gives the base of a new one, and --init_from=resume resumes that in out_dir"
-            )
+            + (", as this run has none" if cfg.init_from == "resume" else "; --init_from=PATH gives a new run's base")
         )
     if cfg.lora_rank and cfg.attn_backward == "sus" and cfg.sus_c == "auto":
         if not {"c_attn", "attn.c_attn"} & {name.strip() for name in cfg.lora_targets.split(",")}:

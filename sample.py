@@ -14,9 +14,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
 import torch
 
-from configurator import UserError, key, load_config, run_main
 from data.tokenizer import Tokenizer, tokenizer_from_meta
 from model import GPT
 from training import checkpoint

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import UserError, key, load_config, run_main
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
+import torch
 
 if TYPE_CHECKING:  # transformers is imported where it is used: its import takes a while
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,14 +21,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from configurator import TrainConfig, UserError, key, load_config, run_main, validate  # isort: skip (before torch)
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from data.loader import Corpus, load_corpus
 from measure import (
     apart,

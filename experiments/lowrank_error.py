@@ -23,15 +23,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import model as model_module
-from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
 from lowrank_attn import lowrank_attention, score_bound, worst_error
 from lowrank_error_report import draw, report

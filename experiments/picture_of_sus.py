@@ -12,13 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from configurator import UserError, key, load_config, run_main
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
+import torch
+from torch import Tensor
+
 from measure import trained_inputs
 from output import check_picture, import_pyplot, save_picture
 from sus_backends.reference import Known, row_weights, sus_multiplier

@@ -426,8 +426,7 @@ def test_nanogpt_dropout_meets_sus(config_file):
         (
             ["--lora_rank=8", "--init_from=gpt2", "--lora_base=a"],
             "lora_base=a is for resuming a run with adapters, whose base has moved: "
-            "leave it out; --init_from=PATH gives the base of a new one, and --init_from=resume resumes that in "
-            "out_dir",
+            "leave it out; --init_from=PATH gives a new run's base",
         ),
         (
             ["--lora_rank=8", "--init_from=gpt2", "--lora_targets=c_fc,c_proj", "--attn_backward=sus", "--sus_c=auto"],
@@ -555,6 +554,10 @@ def test_run_main_shows_a_user_error_without_a_traceback():
 
 
 def test_run_main_on_ctrl_c():
+    done = run("import configurator\nraise KeyboardInterrupt")  # as torch is imported
+    assert done.stderr == "interrupted\n" and done.stdout == ""
+    done = run("import configurator\nraise KeyError('bug')")
+    assert "Traceback" in done.stderr and "bug" in done.stderr
     done = run("from configurator import *\ndef main(): raise KeyboardInterrupt\nrun_main(main)")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 

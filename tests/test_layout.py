@@ -93,6 +93,15 @@ def test_optional_packages_are_imported_where_they_are_used():
         assert not names & {f"sus_backends.{kernels.removesuffix('.py')}" for kernels in KERNELS}, path
 
 
+def test_scripts_import_torch_after_what_makes_ctrl_c_quiet():
+    scripts = [path for path in files("data") if "run_main(main)" in path.read_text() and path.name != "train.py"]
+    assert len(scripts) > 10
+    for path in scripts:
+        top = [n for n in of(path).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = [name.partition(".")[0] for name in imports(ast.Module(body=top, type_ignores=[]))]
+        assert names.index("configurator") < [*names, "torch"].index("torch"), path
+
+
 def test_no_file_shadows_a_module_of_the_standard_library():
     names = {p.stem for p in ROOT.glob("*.py")} | ROOMS | {"tests"}
     assert not names & sys.stdlib_module_names
