@@ -583,6 +583,12 @@ def test_sample_reads_prompts_from_files_longer_than_the_context(draw, tmp_path)
     assert seen.out.startswith("import os\n" * 50) and "reads the last 64" in seen.err
 
 
+def test_sample_s_help_is_a_table_whatever_the_defaults(draw, capsys):
+    with pytest.raises(SystemExit):
+        draw("--help")
+    assert "--start='\\n' " in capsys.readouterr().out
+
+
 def test_sample_mistakes(draw, tmp_path, trained):
     with pytest.raises(UserError, match="can't read"):
         draw("--start=FILE:no-such-file.txt")
@@ -591,5 +597,10 @@ def test_sample_mistakes(draw, tmp_path, trained):
         draw(f"--start=FILE:{tmp_path / 'latin1.txt'}")
     with pytest.raises(UserError, match="no checkpoint"):
         draw(f"--out_dir={tmp_path}")
+    (tmp_path / "ckpt-8.pt").touch()
+    with pytest.raises(UserError, match=r"no checkpoint at .*ckpt.pt; --ckpt=NAME takes another one there: ckpt-8.pt"):
+        draw(f"--out_dir={tmp_path}")
+    with pytest.raises(UserError, match="is a folder, and no config file; .* --out_dir="):
+        draw(str(trained))
     with pytest.raises(UserError, match="temperature must be"):
         draw("--temperature=-1")
