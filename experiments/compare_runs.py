@@ -46,7 +46,7 @@ def main() -> None:
     if "sweep" in cfg.explicit:
         planned = plan(cfg, paths)
         with own(Path(cfg.runs)):
-            train_all(planned)
+            train_all([look(run) for run in planned])  # again: another sweep may have been here until now
         runs = sorted((read_run(run.folder) for run in planned), key=rank)
     else:
         runs = read_all(cfg, [Path(path) for path in paths])

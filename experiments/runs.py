@@ -28,6 +28,8 @@ UNRELATED = {
     "wandb_project",
     "wandb_run_name",
     "lora_base",
+    "train_sha256",
+    "val_sha256",
 }
 
 
@@ -71,7 +73,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     header, lines = read_record(folder / "metrics.jsonl")
-    return Run(header.get("run_name") or folder.name, header["config"], lines, folder)
+    text = {name: header[name] for name in ("train_sha256", "val_sha256") if header.get(name)}
+    return Run(header.get("run_name") or folder.name, header["config"] | text, lines, folder)
 
 
 def rank(run: Run) -> tuple:
@@ -134,7 +137,7 @@ def validated_unlike(runs: list[Run]) -> list[str]:
         else run.config
         for run in runs
     ]
-    keys = ("dataset", "windows", "block_size", number)
+    keys = ("dataset", "val_sha256", "windows", "block_size", number)
     return [name for name in keys if len({config[name] for config in configs if name in config}) > 1]
 
 

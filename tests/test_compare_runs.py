@@ -475,6 +475,20 @@ def test_runs_that_were_validated_on_other_text(tmp_path, main, capsys):
     assert warning.endswith("as the runs differ in dataset, eval_iters * batch_size")
 
 
+def test_a_text_that_was_prepared_anew_is_another(tmp_path, main, capsys):
+    """The folder's name is the same; the record's first line has the checksum."""
+    pytest.importorskip("matplotlib")
+    for name, seed, checksum in (("a", 1, "12"), ("b", 2, "12"), ("c", 3, "34")):
+        write(tmp_path / name, make_run(name, seed=seed, dataset="mine"))
+        header, *lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        header = json.dumps(json.loads(header) | {"val_sha256": checksum})
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join([header, *lines]) + "\n")
+    main("a", "b")
+    assert "WARNING" not in capsys.readouterr().out
+    main("a", "b", "c")
+    assert "WARNING: losses are of different validation, as the runs differ in val_sha256" in capsys.readouterr().out
+
+
 def test_the_picture_is_there_before_the_tables(tmp_path, main, monkeypatch):
     """Whoever was to read these may have left."""
     pytest.importorskip("matplotlib")

@@ -331,7 +331,9 @@ def test_always_save_checkpoint_off_keeps_the_best_until_the_end(run, tmp_path, 
 
 def test_the_first_command_cut_short(tmp_path):
     """In a fresh copy, python train.py config/long_ctx.py makes its corpus, trains, and ends with a sample."""
-    theirs = shutil.ignore_patterns(".git", ".venv", "tests", "out*", "wandb", "*.bin", "meta.json", "__pycache__")
+    theirs = shutil.ignore_patterns(
+        ".git", ".venv", "tests", "out*", "models", "wandb", "*.bin", "meta.json", "__pycache__"
+    )
     shutil.copytree(ROOT, tmp_path / "fresh", ignore=theirs)
     shutil.copytree(ROOT / "sus_backends", tmp_path / "fresh/sus_backends", dirs_exist_ok=True)  # with compiled kernels
     command = [sys.executable, "train.py", "config/long_ctx.py", "--max_iters=2", "--eval_iters=1"]
