@@ -3,6 +3,7 @@ record, its errors.
 """
 
 import dataclasses
+import json
 import math
 import os
 import signal
