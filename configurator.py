@@ -14,6 +14,7 @@ validate. A mistake ends in a UserError, whose message says where it is, what is
 import ast
 import dataclasses
 import difflib
+import errno
 import glob
 import io
 import math
@@ -54,6 +55,12 @@ def run_main(main: Callable[[], object]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or else Python complains at its exit
         sys.exit(141)
+    except OSError as error:  # a file's error has its name
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: can't write the output: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

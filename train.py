@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 from configurator import TrainConfig, UserError, load_config, run_main  # isort: skip (before torch)
 
@@ -32,7 +31,7 @@ from training import checkpoint, report
 from training.device import Device, memory_errors
 from training.evaluation import evaluate
 from training.optimizer import learning_rate
-from training.parallel import Processes, StopSignal, outlasting_readers
+from training.parallel import Processes, StopSignal, expect_notices, outlasting_readers
 from training.probe import probe_attention
 from training.record import Record
 from training.report import Progress
@@ -43,6 +42,7 @@ from training.state import State
 
 def main() -> None:
     """One run: what it begins from, on what text, the steps, the end."""
+    expect_notices()
     cfg = load_config(TrainConfig, sys.argv[1:], usage=__doc__)
     processes = Processes.here()
     with outlasting_readers() as outlets, ExitStack() as held:
@@ -109,8 +109,13 @@ class Run(State):
         self.progress = Progress(self.cfg, self.it, self.processes.master)
         try:
             self.loop()
-        except Diverged:  # such weights are worth nothing: what was saved before stays
-            raise
+        except Diverged as error:  # such weights are worth nothing: what was saved before stays
+            path = self.out_dir / "ckpt.pt"
+            earlier = f"; {path} is from before" if path.exists() else ""
+            raise UserError(
+                f"{error}{earlier}. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0, or "
+                "--dtype=float32 or bfloat16 instead of float16"
+            ) from None
         except Exception:  # whatever it is: the weights are those after the last whole step
             with suppress(Exception):  # what came first is what is to be told
                 self.save_and_say("an error")
@@ -172,11 +177,11 @@ class Run(State):
         loss, norm = train_step(
             cfg, self.ddp, self.optimizer, self.scaler, self.corpus, self.device, it, rank, world, self.window
         )
-        check_finite(loss, f"loss of iteration {it}", self.out_dir)
+        check_finite(loss, f"loss of iteration {it}")
         if not self.scaler.is_enabled():  # the scaler skips such a step by itself, and lowers its scale
-            check_finite(norm, f"gradient norm of iteration {it}", self.out_dir)
+            check_finite(norm, f"gradient norm of iteration {it}")
         elif self.scaler.get_scale() < 1e-3:
-            check_finite(math.nan, f"float16 gradient of iteration {it}, at every loss scale,", self.out_dir)
+            check_finite(math.nan, f"float16 gradient of iteration {it}, at every loss scale,")
         self.it = it = it + 1
         self.window += cfg.gradient_accumulation_steps * cfg.batch_size
         if self.retention is not None:
@@ -216,7 +221,18 @@ class Run(State):
         self.progress.steps(it, loss, dt, tok_per_sec, mfu, self.retention and self.retention.c.item())
 
     def evaluate(self) -> None:
-        """The validation loss, attention's time, and the checkpoints that are due. A signal to stop cuts it off."""
+        """The validation loss, attention's time, and the checkpoints that are due. A signal to stop cuts it off.
+
+        The state is saved before, since all this may take long; but it takes nothing's place if its loss isn't finite.
+        """
+        due = self.cfg.always_save_checkpoint or self.it == self.cfg.max_iters
+        with ExitStack() as stack:
+            if self.record is not None and self.it > 0 and due:
+                stack.enter_context(checkpoint.put_back(self.out_dir / "ckpt.pt", Diverged))
+                self.save("ckpt.pt")
+            self.evaluate_now()
+
+    def evaluate_now(self) -> None:
         cfg, it, processes = self.cfg, self.it, self.processes
         where = self.val_starts, cfg.batch_size, self.device, processes.rank, processes.world
         by_position = evaluate(self.compiled, self.corpus, *where, self.heeds_stop)
@@ -226,9 +242,9 @@ class Run(State):
         if self.record is not None:
             x, y = (t.to(self.device.device) for t in self.corpus.val_batch(self.val_starts[:1]))
             probed = probe_attention(self.model, x, y, self.device, torch.tensor(fold_in(cfg.seed, it)))
-        self.evaluated_at = it
         val_loss = float(by_position.mean())
-        check_finite(val_loss, f"validation loss at iteration {it}", self.out_dir)
+        check_finite(val_loss, f"validation loss at iteration {it}")
+        self.evaluated_at = it
         improved = val_loss < self.best_val_loss and it > 0
         self.best_val_loss = min(val_loss, self.best_val_loss)
         buckets = report.position_buckets(by_position)
@@ -320,13 +336,9 @@ class Diverged(UserError):
     """The run's numbers are no longer finite."""
 
 
-def check_finite(value: float, name: str, out_dir: Path) -> None:
+def check_finite(value: float, name: str) -> None:
     if not math.isfinite(value):
-        earlier = f"; {out_dir / 'ckpt.pt'} is from before" if (out_dir / "ckpt.pt").exists() else ""
-        raise Diverged(
-            f"the {name} is {value}{earlier}. Try a lower --learning_rate, a longer --warmup_iters, "
-            "--grad_clip=1.0, or --dtype=float32 or bfloat16 instead of float16"
-        )
+        raise Diverged(f"the {name} is {value}")
 
 
 if __name__ == "__main__":

@@ -270,7 +270,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder} has no {' and no '.join(missing)}; did you mean --dataset={folder.name}?")
         files = folder.parent.glob("*/train.bin") if os.path.isdir(folder.parent) else ()  # a long name: glob raises
         there = {file.parent.name for file in files}
-        others = ", ".join(sorted((there | {"stdlib"}) - {folder.name}))  # stdlib is made when it is wanted
+        there |= {"stdlib"} if os.path.isfile(folder.parent / "stdlib" / "prepare.py") else set()  # made when wanted
+        others = ", ".join(sorted(there - {folder.name}))
         raise UserError(
             f"{folder} has no {' and no '.join(missing)}: {_remake(folder)}"
             + (f"; or choose another data set of {folder.parent}: {others}" if others else "")

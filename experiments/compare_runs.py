@@ -42,15 +42,20 @@ class CompareConfig(TrainConfig):
 def main() -> None:
     cfg = load_config(CompareConfig, [arg for arg in sys.argv[1:] if arg.startswith("-")], usage=__doc__)
     paths = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    check_picture(cfg.out)  # now rather than after hours of training
     if "sweep" in cfg.explicit:
+        check_picture(cfg.out)  # now rather than after hours of training
         planned = plan(cfg, paths)
         with own(Path(cfg.runs)):
             train_all([look(run) for run in planned])  # again: another sweep may have been here until now
         runs = sorted((read_run(run.folder) for run in planned), key=rank)
     else:
         runs = read_all(cfg, [Path(path) for path in paths])
-    save_picture(draw(runs), Path(cfg.out))  # first: nobody may be there any more to read the tables
+    try:  # first: nobody may be there any more to read the tables
+        check_picture(cfg.out)
+        save_picture(draw(runs), Path(cfg.out))
+        obstacle = None
+    except UserError as error:  # no matplotlib, say; the tables need none
+        obstacle = error
     if differing := validated_unlike(runs):
         print(f"WARNING: losses are of different validation, as the runs differ in {', '.join(differing)}")
     if len(runs) <= MANY:
@@ -59,6 +64,8 @@ def main() -> None:
     print("".join(f"{line}\n" for line in lines), end="")
     if groups:
         print_table(groups)
+    if obstacle:
+        raise obstacle
     print(f"picture: {cfg.out}")
 
 

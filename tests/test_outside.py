@@ -191,12 +191,13 @@ def test_an_interrupt_that_was_ignored_stays_ignored_after_another_signal():
 
 
 def test_a_signal_cuts_an_evaluation_off_and_resume_makes_up_for_it(run, tmp_path, monkeypatch):
-    """The checkpoint owes the evaluation, and resume makes it; the curve is that of a run that nothing stopped."""
+    """The checkpoint is there before the first batch, and owes the evaluation; the curve is that of a run without."""
     whole = run("whole")
     real, batches = train.evaluate, []
 
     def interrupted(model, corpus, *args):
         if len(batches) == 2:  # the third evaluation: of iteration 8
+            assert load(tmp_path / "out")["iter_num"] == 8 and load(tmp_path / "out")["evaluation_owed"]
             signal.raise_signal(signal.SIGTERM)
         batches.append(1)
         return real(model, corpus, *args)
@@ -263,8 +264,43 @@ def test_numbers_that_are_not_finite_take_no_checkpoint(run, tmp_path, monkeypat
 
     monkeypatch.setattr(train, what, ruined)
     with pytest.raises(UserError, match="loss .*is nan; .*ckpt.pt is from before"):
-        run()
+        run(keep_checkpoints=2)
     assert load(tmp_path / "out")["iter_num"] == 4
+    assert sorted(p.name for p in (tmp_path / "out").glob("ckpt*")) == ["ckpt-4.pt", "ckpt.pt", "ckpt_best.pt"]
+
+
+def test_a_first_checkpoint_whose_loss_is_not_finite_is_none(run, tmp_path, monkeypatch):
+    real, calls = train.evaluate, []
+    monkeypatch.setattr(train, "evaluate", lambda *a: real(*a) * (math.nan if calls.append(1) or calls[1:] else 1))
+    with pytest.raises(UserError, match="validation loss at iteration 4 is nan. Try"):
+        run()
+    assert not list((tmp_path / "out").glob("*.pt*"))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_put_back_after_one_error_only(tmp_path, monkeypatch, links):
+    path = tmp_path / "ckpt.pt"
+    if not links:
+        monkeypatch.setattr(checkpoint.os, "link", lambda a, b: (_ for _ in ()).throw(OSError(1, "no links here")))
+    for error, there in ((train.Diverged, "a"), (ValueError, "b"), (None, "b")):
+        path.write_text("a")
+        with contextlib.suppress(train.Diverged, ValueError), checkpoint.put_back(path, train.Diverged):
+            (tmp_path / "new").write_text("b")
+            os.replace(tmp_path / "new", path)
+            if error:
+                raise error("made up")
+        assert path.read_text() == there and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@posix
+def test_a_notice_before_the_first_step_is_none(corpus, tmp_path):
+    """While text is prepared, a checkpoint is read, other processes are waited for."""
+    process = start(corpus, tmp_path / "out", max_iters=2)
+    deadline = time.time() + PATIENCE
+    while not (int(open(f"/proc/{process.pid}/status").read().split("SigCgt:")[1].split()[0], 16) >> 9) & 1:
+        assert process.poll() is None and time.time() < deadline
+    process.send_signal(signal.SIGUSR1)
+    finish(process)
 
 
 def test_a_record_that_cannot_be_written_ends_the_run_after_a_checkpoint(run, tmp_path, monkeypatch, capsys):
@@ -408,7 +444,7 @@ def test_a_step_that_fails_costs_no_more_than_itself(run, tmp_path, monkeypatch)
 def test_room_is_looked_at_before_training(run, tmp_path, monkeypatch):
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
-    with pytest.raises(UserError, match=r"has 2 MB left, and this run's checkpoints take 3 MB more: make room"):
+    with pytest.raises(UserError, match=r"has 2 MB left, and this run's checkpoints take 4 MB more: make room"):
         run(keep_checkpoints=5)
     assert not (tmp_path / "out/metrics.jsonl").exists()
     run(max_iters=2, eval_interval=2)
@@ -466,7 +502,11 @@ def test_the_best_loss_is_forgotten_where_validation_is_another(run, tmp_path, c
     run(max_iters=4)
     state = load(tmp_path / "out")
     torch.save({**state, "best_val_loss": 0.5}, tmp_path / "out/ckpt.pt")
-    keys = {"eval_iters": dict(eval_iters=4), "windows": dict(windows="document")}.get(change, {})
+    keys = {
+        "eval_iters": dict(eval_iters=4),
+        None: dict(eval_iters=6, batch_size=1),
+        "windows": dict(windows="document"),
+    }.get(change, {})
     if change == "text":
         other = [("a", text(20_000, seed=9))]
         write_corpus(tmp_path / "other", Texts(other, other, {}), tokenizer_from_meta({"name": "byte"}))

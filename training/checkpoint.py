@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,25 @@ def own(out_dir: Path) -> contextlib.AbstractContextManager[None]:
     return owned(out_dir, taken, f"out_dir={out_dir} can't be used")
 
 
+@contextlib.contextmanager
+def put_back(path: Path, after: type[Exception]) -> Iterator[None]:
+    """Where the block ends in that error, the file is again what it was before, or not there, as before."""
+    former = path.with_name(path.name + ".former")
+    former.unlink(missing_ok=True)  # of a run that was killed
+    if path.exists():
+        try:
+            os.link(path, former)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, former)
+    try:
+        yield
+    except after:
+        os.replace(former, path) if former.exists() else path.unlink(missing_ok=True)
+        raise
+    finally:
+        former.unlink(missing_ok=True)
+
+
 def keep_earlier_run(out_dir: Path) -> None:
     """A run from scratch moves what an earlier one left in out_dir into a subfolder, instead of overwriting it."""
     names = ("ckpt.pt", "ckpt_best.pt", "metrics.jsonl")
@@ -177,7 +197,7 @@ def check_room(out_dir: Path, size: int, keeps: int, resumes: bool) -> None:
     """UserError if the disk hasn't room for the checkpoints of a run, of `size` bytes each, with `keeps` older ones."""
     files = [*(out_dir / name for name in ("ckpt.pt", "ckpt_best.pt") if (out_dir / name).exists()), *kept(out_dir)]
     there = sum(path.stat().st_size for path in files) if resumes else 0  # else they are kept elsewhere
-    needed = (3 + keeps) * size - there  # the latest, the best, and one that is written aside
+    needed = (4 + keeps) * size - there  # the latest, the former, the best, and one that is written aside
     free = shutil.disk_usage(out_dir).free
     if needed > free:
         raise UserError(

@@ -164,6 +164,13 @@ ASKS_TO_SAVE = "SIGUSR1"  # a scheduler's notice that the time is nearly up
 SIGPIPE = 13  # Windows has no such signal; Python ignores it elsewhere
 
 
+def expect_notices() -> None:
+    """Until there is something to save, a notice to save is no reason to die."""
+    number = getattr(signal, ASKS_TO_SAVE, None)
+    if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+        signal.signal(number, lambda number, frame: None)
+
+
 class StopSignal:
     """Signals ask for an end after the iteration that runs, or for a checkpoint; a second Ctrl-C ends at once.
 

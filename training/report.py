@@ -5,8 +5,10 @@ Dims: T tokens in a window (block_size).
 
 import itertools
 import os
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from typing import TextIO
 
 import numpy as np
@@ -24,6 +26,7 @@ from training.device import Device
 from training.record import relative
 from training.retention import HIGH, Retention
 
+ROOT = Path(__file__).resolve().parents[1]
 MOST_FEATURES = 1 << 20  # of the low-rank backward: a chunk of them takes half a gigabyte, a few times
 
 
@@ -210,9 +213,15 @@ def own_python() -> str:
     return relative(sys.executable) if sys.prefix != sys.base_prefix else "python"
 
 
+def command(script: str, *arguments: str) -> str:
+    """One of ours, to copy into a shell that is where this process is."""
+    return " ".join([own_python(), relative(ROOT / script), *map(shlex.quote, arguments)])
+
+
 def describe_stop(cause: str, it: int, out_dir: str, is_saved: bool) -> str:
     """The last line of a run that stopped after iteration `it`. cause: a signal's name, or what else stopped it."""
-    saved = f"saved in {out_dir}. To go on:\n    {own_python()} train.py --init_from=resume --out_dir={out_dir}"
+    go_on = command("train.py", "--init_from=resume", f"--out_dir={out_dir}")
+    saved = f"saved in {out_dir}. To go on:\n    {go_on}"
     return f"stopped by {cause} at iteration {it}, {saved if is_saved else 'with nothing to save yet'}"
 
 
@@ -220,8 +229,8 @@ def print_what_next(out_dir: str, look: str) -> None:
     """The commands that go on from a finished run. look: the one that shows its curves in wandb, or empty."""
     print(
         f"checkpoint and record are in {out_dir}. To go on:\n"
-        f"    {own_python()} sample.py --out_dir={out_dir}\n"
-        f"    {own_python()} experiments/compare_runs.py {out_dir}    # a picture; needs requirements-dev.txt"
+        f"    {command('sample.py', f'--out_dir={out_dir}')}\n"
+        f"    {command('experiments/compare_runs.py', out_dir)}    # a picture; needs requirements-dev.txt"
         + (f"\n    {look}    # the curves in wandb" if look else "")
     )
 

@@ -109,9 +109,10 @@ def windows_consumed(saved: dict, cfg: TrainConfig, corpus: Corpus) -> int:
 
 def validates_alike(saved: dict, cfg: TrainConfig, corpus: Corpus, master: bool) -> bool:
     """Whether validation is on the same windows as in the checkpoint's run. If not, the master says so."""
-    was = saved["config"]
-    keys = ("dataset", "windows", "block_size", "eval_iters", "batch_size")
-    changed = [name for name in keys if was.get(name, getattr(cfg, name)) != getattr(cfg, name)]
+    was, now = saved["config"], dataclasses.asdict(cfg)
+    changed = [name for name in ("dataset", "windows", "block_size") if was.get(name, now[name]) != now[name]]
+    if math.prod(was.get(name, now[name]) for name in ("eval_iters", "batch_size")) != cfg.eval_iters * cfg.batch_size:
+        changed.append("eval_iters * batch_size")
     if any(saved.get(f"{split}_sha256") not in (None, corpus.checksums.get(f"{split}.bin")) for split in SPLITS):
         changed.append("its text")
     if changed and master:
