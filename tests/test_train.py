@@ -376,8 +376,8 @@ def test_ctrl_c_under_torchrun_saves(corpus, tmp_path):
     record = tmp_path / "out" / "metrics.jsonl"
     wait_for(process, record, '"iter": 2,')
     os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert "stopped by SIGINT" in out
+    _, err = process.communicate(timeout=PATIENCE)
+    assert "stopped by SIGINT" in err
     state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert state["iter_num"] == read_record(record)[1][-1]["iter"] >= 2
 
