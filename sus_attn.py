@@ -182,9 +182,7 @@ def resolve_backend(
 
 
 @torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
-def _resolve_backend(
-    backend: str, device_type: str, dtype: torch.dtype, D: int, sampler: str, c_max: float
-) -> str:
+def _resolve_backend(backend: str, device_type: str, dtype: torch.dtype, D: int, sampler: str, c_max: float) -> str:
     name, reason = resolve_backend(backend, device_type, dtype, D, sampler=sampler, c_max=c_max)
     if backend == "auto" and device_type in FASTEST and name == "reference":
         warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=4)
@@ -390,8 +388,8 @@ def _attention_backward(
             c_ = _bounded(c, c_max)
             return cpu.backward(*forward, tiles, masses, scale, c_, seed, row_weight, with_stats, *sees, *part)
         if backend == "triton":
-            rest = scale, c, c_max, seed, row_weight, with_stats
-            return triton.backward(*forward, tiles, masses, *rest, *sees, *part)
+            drawn = tiles, masses, scale, c, c_max, seed, row_weight, with_stats
+            return triton.backward(*forward, *drawn, *sees, *part)
         c = c.to(q.device)
         grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, k.shape[2], *part)

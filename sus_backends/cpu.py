@@ -10,8 +10,9 @@ The threads are PyTorch's own, not those of numba's parallel loops: its layers e
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
 each task computes, and where it writes it, does not depend on the thread that runs it.
 
-Dims: B batch, H query heads, K key/value heads, T query rows, N keys, D head dim, slots: the most tiles that a row proposes.
-Kernels take flat arrays; where they are views of tensors they come with strides (batch, head, position) in elements.
+Dims: B batch, H query heads, K key/value heads, T query rows, N keys, D head dim, slots: the most tiles that a row
+proposes. Kernels take flat arrays; where they are views of tensors they come with strides (batch, head, position) in
+elements.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
@@ -226,8 +227,10 @@ def forward(
     """Exact attention, and the proposals of the backward if `draws`.
 
     q (B, H, T, D); k, v (B, K, N, D), float32 or bfloat16. c <= c_max, which sizes the buffers. seed: 0-d. u: None, or
-    the sampler's uniforms, int64 (B, H, T) in [0, 2^23). is_causal, key_ranges: see reference.ranges_of. Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T);
-    and tiles and masses (B, H, T, slots), see `reference.proposals_like`: of no slots unless it draws.
+    the sampler's uniforms, int64 (B, H, T) in [0, 2^23). is_causal, key_ranges: see reference.ranges_of.
+
+    Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T); and tiles and masses (B, H, T, slots), see
+    `reference.proposals_like`: of no slots unless it draws.
     """
     ck = kernels()
     q, k, v = _rows(q, k, v)
@@ -244,8 +247,8 @@ def forward(
     _run(
         ck.forward, B * H * -(-T // ck.ROWS),
         _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, K, T, N, D), *_per_batch(ranges),
-        float(scale), _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles),
-        _flat(masses),
+        float(scale), _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots,
+        _flat(tiles), _flat(masses),
         work=[(ck.forward_work(D, N if draws else ck.KEYS), torch.float32)],
     )  # fmt: skip
     return out, lse, tiles, masses
@@ -269,7 +272,9 @@ def backward(
     """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed.
 
     grad_out, q, out (B, H, T, D); k, v (B, K, N, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
-    seed: 0-d. row_weight (B, H, T): of reference.row_weights. Returns dq (B, H, T, D), dk and dv (B, K, N, D), and stats, float32 (3,).
+    seed: 0-d. row_weight (B, H, T): of reference.row_weights.
+
+    Returns dq (B, H, T, D), dk and dv (B, K, N, D), and stats, float32 (3,).
     """
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
@@ -324,7 +329,8 @@ def backward(
         _run(
             ck.tile_gradients, heads * n_tiles,
             grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, *ranges, float(scale), lse_, delta,
-            slots, round_, records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
+            slots, round_, records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares,
+            task_variance,
             work=list(zip(ck.tile_work(D, round_[3]), (torch.float32, torch.int32))),
         )  # fmt: skip
         _run(

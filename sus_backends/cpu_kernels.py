@@ -12,8 +12,9 @@ dim: the rows that keep a tile come from anywhere, and are taken as they lie in 
 One file, because numba's cache of compiled code looks at changes of a function's own file only (and, see
 sus_backends/cpu.py, of reference.py).
 
-Dims: B batch, H query heads, K key/value heads, G = H / K, T query rows, N keys, D head dim. Arrays are flat; where they are
-views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as uint16.
+Dims: B batch, H query heads, K key/value heads, G = H / K, T query rows, N keys, D head dim. Arrays are
+flat; where they are views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as
+uint16.
 
 Deliberately missing: threads (sus_backends/cpu.py runs these functions on several; they release the GIL, and share the
 work through a counter), and all samplers but tiles.
@@ -626,8 +627,9 @@ def forward(
     Flash attention's online softmax (Dao et al., arXiv 2205.14135) over steps of KEYS keys for blocks of ROWS rows, in
     base 2. Of its weights a block remembers the sums in each tile, relative to the maximum known at the time.
 
-    shape: (B, H, K, T, N, D). ranges: int32 (B, T, 2), the keys [lo, hi) that a row sees; its stride of batches. scale:
-    of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T). Both are 0 for a row that sees nothing. c: of the proposals, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
+    shape: (B, H, K, T, N, D). ranges: int32 (B, T, 2), the keys [lo, hi) that a row sees, and its stride of batches.
+    scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T). Both are 0 for a row that sees nothing.
+    c: of the proposals, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
     tiles, masses: see reference.proposals_like.
     """
     B, H, K, T, N, D = shape
@@ -658,7 +660,7 @@ def forward(
         kv = h // (H // K)
         first = block * ROWS
         rows = min(ROWS, T - first)
-        # some row sees the keys from start0, a tile's first, to stop; and all that see any see those from `from_` to `to`
+        # some row sees the keys from start0, a tile's first, to stop; all that see any see those from from_ to `to`
         start0, stop, from_, to = N, 0, 0, N
         for r in range(rows):
             at = b * ranges_stride + 2 * (first + r)
@@ -759,7 +761,8 @@ def chunk_of(task, shape, round_):
 @jit
 def thin(
     grad_out, grad_strides, shape, ranges, ranges_stride, first_row, first_head, out, drawn_c, c, row_weights,
-    thin_state, tiles, masses, slots, round_, delta, starts, record_rows, record_weights, places, kept, counter, work, work_ints,
+    thin_state, tiles, masses, slots, round_, delta, starts, record_rows, record_weights, places, kept,
+    counter, work, work_ints,
 ):  # fmt: skip
     """The second draw (reference.thinning_units), and the records that it leaves, sorted by tile in each chunk of rows.
 
@@ -863,17 +866,17 @@ def multiply(c, c_row, a, a_row, a_column, b, b_row, rows, columns, n, accumulat
 @jit
 def tile_gradients(
     grad_out, q, k, v, grad_strides, q_strides, k_strides, v_strides, shape, ranges, ranges_stride, scale, lse, delta,
-    slots, round_, starts, bases, record_rows, record_weights, adds, parts, dk, dv, g_squares, q_squares, k_squares, variance,
-    counter, work, work_ints,
+    slots, round_, starts, bases, record_rows, record_weights, adds, parts, dk, dv, g_squares, q_squares, k_squares,
+    variance, counter, work, work_ints,
 ):  # fmt: skip
     """dK and dV of the round's tiles, and what each record adds to dQ.
 
     With P_ij = W_ij m_ij and M_ij = P_ij (G_i . V_j - delta_i): dV = P^T G, dK = scale M^T Q, dQ = scale M K.
 
-    ranges, ranges_stride: as in `forward`. delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads * chunks), how many records the chunks
-    before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous (heads of the round, N, D). adds: to what
-    is in them. g_squares, q_squares (B, H, T), k_squares (B, K, N): squared norms, float32, or empty with variance,
-    float64 (heads * tiles): the estimate of reference.backward, by task.
+    ranges, ranges_stride: as in `forward`. delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads
+    * chunks), how many records the chunks before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous
+    (heads of the round, N, D). adds: to what is in them. g_squares, q_squares (B, H, T), k_squares (B, K, N): squared
+    norms, float32, or empty with variance, float64 (heads * tiles): the estimate of reference.backward, by task.
     """
     B, H, K, T, N, D = shape
     width = padded(D)

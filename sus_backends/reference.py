@@ -169,6 +169,7 @@ def row_weights(grad_out: Tensor, group: torch.distributed.ProcessGroup | None =
     (B, H, T), float32 (float64 for float64 inputs). It is 1 where the mean is 0 or one of the two isn't finite.
     group: of processes that have rows of the same batches and heads each; the mean is over the rows of all.
     """
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()  # strides must not change a bit
     norm = grad_out.norm(dim=-1, dtype=accumulate_dtype(grad_out.dtype))
     if group is None:
         mean = norm.mean(-1, keepdim=True)
