@@ -22,9 +22,12 @@ Samplers. The default keeps or cuts the weights of a row in 64 neighbouring keys
                  over rows. Dense products of rows and tiles are what processors are good at, and the variance is far
                  below that of single keys that are as many, or take as long.
 
-Those of single keys, the paper's rule and what was tried on the way from there, are in the reference backend only:
+The paper's rule draws single keys:
 
-    poisson      an independent draw for each entry, as in the paper; the number kept is random.
+    poisson      an independent draw for each entry; the number kept is random.
+
+What was tried on the way from there is in the reference backend only:
+
     systematic   one uniform u a row; keep j where floor(C_j + u) > floor(C_{j-1} + u), C the running sum of q.
                  A row never keeps more than ceil(c) entries (+ 1 by the rounding of q), and the variance is lower.
     weighted     a systematic draw with 2c proposes, and is thinned to
@@ -102,11 +105,11 @@ def sus_attention(
         that is given the same keys then draws what the whole would.
     group: a process group whose processes have rows of the same batches and heads each: the rows are weighed over all
         of them. It is asked once in the backward, by all processes.
-    sampler: "tiles", or one of the reference's, see above.
+    sampler: "tiles", or another one, see above.
     backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, D <= 128);
         "triton" (CUDA: bfloat16, float16 and float32, D = 32, 64, and 128 but in float32; the same bits every time, in
-        one process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that
-        can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
+        one process); both have the sampler tiles, and the CPU has poisson, too; or "auto", the fastest that can do it.
+        A request that can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
     stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with three sums over the call: the
         kept entries (of a kept tile, the keys that the row sees), the dropped entries (0 by construction), and an
         estimate of the added gradient variance (Poisson: unbiased; the others: a proxy).
@@ -353,7 +356,7 @@ def _attention(
     """out, the log-sum-exp, and the proposals of a backend that draws in the forward (see `proposals_like`)."""
     sees, part = (is_causal, key_ranges), (first_row, first_head)
     if backend == "cpu":
-        return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u, *sees, *part)
+        return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u, *sees, *part, sampler)
     with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
         if backend == "triton":
             return triton.forward(q, k, v, scale, draws, c, c_max, seed, u, *sees, *part)
@@ -365,7 +368,7 @@ def _(
     q, k, v, c, seed, u, key_ranges, stats, c_max, is_causal, scale, first_row, first_head, group, sampler, backend,
     draws,
 ):  # fmt: skip
-    slots = reference.tile_slots(c_max, k.shape[2]) if draws and backend != "reference" else 0
+    slots = reference.slots_of(sampler, c_max, k.shape[2]) if draws and backend != "reference" else 0
     lse = q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
     return q.new_empty(q.shape), lse, *reference.proposals_like(q, slots)
 
@@ -386,7 +389,7 @@ def _attention_backward(
                 nans = lambda x: torch.full_like(x, math.nan)
                 return nans(q), nans(k), nans(v), torch.full((3,), math.nan)
             c_ = _bounded(c, c_max)
-            return cpu.backward(*forward, tiles, masses, scale, c_, seed, row_weight, with_stats, *sees, *part)
+            return cpu.backward(*forward, tiles, masses, scale, c_, seed, row_weight, with_stats, *sees, *part, sampler)
         if backend == "triton":
             drawn = tiles, masses, scale, c, c_max, seed, row_weight, with_stats
             return triton.backward(*forward, *drawn, *sees, *part)

@@ -17,7 +17,8 @@ flat; where they are views of tensors they come with strides (batch, head, posit
 uint16.
 
 Deliberately missing: threads (sus_backends/cpu.py runs these functions on several; they release the GIL, and share the
-work through a counter), and all samplers but tiles.
+work through a counter), the backward of single keys (sus_backends/cpu_poisson.py), and all samplers but tiles and
+poisson.
 """
 
 import math
@@ -210,7 +211,7 @@ def _(builder, context, given, args):
     intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), p, I32(0), I32(3), I32(1))
 
 
-# Arithmetic, lane by lane: + - * < of floats, + & < of ints, and these.
+# Arithmetic, lane by lane: + - * < of floats, + * & ^ < of ints, and these.
 
 
 def splat(x):
@@ -258,6 +259,11 @@ def shift_left(x, n):
     return x << n
 
 
+def shift_right(x, n):
+    """Of the bits: zeros come in."""
+    return (x.view(np.uint32) >> np.uint32(n)).view(np.int32)
+
+
 def lanes():
     """0, 1, 2, ..."""
     return np.arange(LANES, dtype=np.int32)
@@ -282,7 +288,7 @@ def lowest(bits):
 
 for function, emit_floats, emit_ints in (
     (operator.add, "fadd", "add"), (operator.sub, "fsub", "sub"), (operator.mul, "fmul", "mul"),
-    (operator.truediv, "fdiv", None), (operator.and_, None, "and_"),
+    (operator.truediv, "fdiv", None), (operator.and_, None, "and_"), (operator.xor, None, "xor"),
 ):  # fmt: skip
     for vector, method in ((floats, emit_floats), (ints, emit_ints)):
         if method:
@@ -350,6 +356,11 @@ def _(builder, context, given, args):
 @emission(shift_left, lambda x, n: (ints, ints, types.int32))
 def _(builder, context, given, args):
     return builder.shl(args[0], broadcast(builder, ints, args[1]))
+
+
+@emission(shift_right, lambda x, n: (ints, ints, types.int32))
+def _(builder, context, given, args):
+    return builder.lshr(args[0], broadcast(builder, ints, args[1]))
 
 
 @emission(lanes, lambda: (ints,))
@@ -526,10 +537,13 @@ def load_row(a, start, d, D):
     return load(a, start + d) if d + LANES <= D else load_first(a, start + d, D - d)
 
 
-def forward_work(D, keys):
-    """float32 elements of work space for one thread of `forward` that remembers the masses of `keys` keys."""
+def forward_work(D, keys, singles=False):
+    """float32 elements of work space for one thread of `forward` that remembers the masses of `keys` keys, and, if
+    singles, their weights.
+    """
     masses = -(-keys // KEYS) * (1 + KEYS // TILE)
-    return ROWS * (2 * padded(D) + KEYS + HEIGHT + 3 + masses) + 2 * KEYS * padded(D)
+    weights = keys if singles else KEYS
+    return ROWS * (2 * padded(D) + weights + HEIGHT + 3 + masses) + 2 * KEYS * padded(D)
 
 
 @jit
@@ -617,24 +631,76 @@ def draw(mass, step_top, top, norm, group, first_tile, n_tiles, n, used, scratch
             tiles[slot], masses[slot] = -1, 0
 
 
+def int32(word):
+    """The same bits."""
+    return np.array(word, np.uint32).view(np.int32)[()]
+
+
+ADDED, FIRST, SECOND = int32(0x9E3779B9), int32(0x7FEB352D), int32(0x846CA68B)
+
+
+@jit
+def absorb_all(state, word):
+    """`absorb`, lane by lane."""
+    x = (state + splat(ADDED)) ^ word
+    x = (x ^ shift_right(x, np.int32(16))) * splat(FIRST)
+    x = (x ^ shift_right(x, np.int32(15))) * splat(SECOND)
+    return x ^ shift_right(x, np.int32(16))
+
+
+@jit
+def draw_singles(
+    p, base, step_top, top, norm, group, first_key, n_keys, n, used, scratch, row, states, c, slots, keys, weights
+):
+    """The Poisson sample of 16 rows' keys: keep one where a uniform of its own is below q, see reference.keep_poisson.
+
+    p: (keys, LANES) at base, the weights from first_key on, as `softmax_step` leaves them. states: int32 (B, H, T), the
+    bits of the rows' hash states. Beyond its slots a row keeps nothing: see reference.poisson_slots. Else as in `draw`.
+    """
+    c_units = splat(np.float32(c * np.float32(UNIT)))
+    at = group * LANES
+    count = np.zeros(LANES, np.int64)
+    state, final, norms = load_first(states, row, n), load(top, at), load(norm, at)
+    for start in range(0, n_keys, KEYS):
+        factor = exp2(load(step_top, start // KEYS * ROWS + at) - final) / norms
+        for j in range(start, min(start + KEYS, n_keys)):
+            weight = load(p, base + j * LANES) * factor
+            uniform = shift_right(absorb_all(state, splat(np.int32(first_key + j))), np.int32(32 - UNIT_BITS))
+            hits = bitmap(uniform < inclusion_units(weight, c_units)) & used
+            if hits:
+                store(scratch, 0, weight)
+                while hits:
+                    lane = lowest(hits)
+                    hits &= hits - 1
+                    if count[lane] < slots:
+                        slot = (row + lane) * slots + count[lane]
+                        keys[slot], weights[slot] = first_key + j, scratch[lane]
+                        count[lane] += 1
+    for lane in range(n):
+        for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
+            keys[slot], weights[slot] = -1, 0
+
+
 @jit
 def forward(
-    q, k, v, q_strides, k_strides, v_strides, shape, ranges, ranges_stride, scale, out, lse, c, u, slots, tiles, masses,
-    counter, work,
+    q, k, v, q_strides, k_strides, v_strides, shape, ranges, ranges_stride, scale, out, lse, c, u, slots, singles,
+    tiles, masses, counter, work,
 ):  # fmt: skip
-    """Exact attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles.
+    """Exact attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles, or, if
+    singles, its Poisson sample of keys.
 
     Flash attention's online softmax (Dao et al., arXiv 2205.14135) over steps of KEYS keys for blocks of ROWS rows, in
     base 2. Of its weights a block remembers the sums in each tile, relative to the maximum known at the time.
 
     shape: (B, H, K, T, N, D). ranges: int32 (B, T, 2), the keys [lo, hi) that a row sees, and its stride of batches.
     scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T). Both are 0 for a row that sees nothing.
-    c: of the proposals, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
+    c: of the draw, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms; the bits of
+    reference.row_states if singles.
     tiles, masses: see reference.proposals_like.
     """
     B, H, K, T, N, D = shape
     width = padded(D)
-    capacity = KEYS + HEIGHT
+    capacity = (N if singles else KEYS) + HEIGHT
     blocks = (T + ROWS - 1) // ROWS
 
     # the thread's work space; with a lane for each row of the block
@@ -685,28 +751,41 @@ def forward(
             n_padded = (n + HEIGHT - 1) // HEIGHT * HEIGHT
             pack(k, b * k_strides[0] + kv * k_strides[1] + start * k_strides[2], k_strides[2], n, D, k_step, width)
             pack(v, b * v_strides[0] + kv * v_strides[1] + start * v_strides[2], v_strides[2], n, D, v_step, width)
+            at = start - start0 if slots else 0  # whose sums are remembered
+            kept = at if singles else 0  # and whose weights, where these are drawn
             for j in range(0, n_padded, HEIGHT):
                 for group in range(GROUPS):
-                    product(p, (group * capacity + j) * LANES, LANES, k_step, j * width, width, 1,
+                    product(p, (group * capacity + kept + j) * LANES, LANES, k_step, j * width, width, 1,
                             q_t, group * width * LANES, LANES, D, False)  # fmt: skip
-            at = start - start0 if slots else 0  # whose sums are remembered
             for group in range(GROUPS):
+                base = (group * capacity + kept) * LANES
                 begin = min(max(from_ - start, 0), n)  # the keys before this, and those from `end` on, not all rows see
                 end = min(max(to - start, begin), n)
                 lo_, hi_ = load(lo, group * LANES), load(hi, group * LANES)
                 for e in range(n - end + begin):
                     j = e if e < begin else end + e - begin
-                    key, s = splat(np.int32(start + j)), load(p, (group * capacity + j) * LANES)
+                    key, s = splat(np.int32(start + j)), load(p, base + j * LANES)
                     s = where(key < lo_, splat(-INF), where(key < hi_, s, splat(-INF)))
-                    store(p, (group * capacity + j) * LANES, s)
-                softmax_step(p, group * capacity * LANES, n, top, norm, step_top[at // KEYS * ROWS :],
+                    store(p, base + j * LANES, s)
+                softmax_step(p, base, n, top, norm, step_top[at // KEYS * ROWS :],
                              mass[at // TILE * ROWS :], out_t, group, width)  # fmt: skip
             for d in range(0, width, HEIGHT):
                 for group in range(GROUPS):
                     product(out_t, (group * width + d) * LANES, LANES, v_step, d, 1, width,
-                            p, group * capacity * LANES, LANES, n, True)  # fmt: skip
+                            p, (group * capacity + kept) * LANES, LANES, n, True)  # fmt: skip
 
-        for group in range(GROUPS):
+        if slots:
+            for group in range((rows + LANES - 1) // LANES):
+                n, used, row = min(LANES, rows - group * LANES), 0, head * T + first + group * LANES
+                for lane in range(n):
+                    used |= int(lo[group * LANES + lane] < hi[group * LANES + lane]) << lane
+                if singles:
+                    draw_singles(p, group * capacity * LANES, step_top, top, norm, group, start0, stop - start0, n,
+                                 used, scratch, row, u, c, slots, tiles, masses)  # fmt: skip
+                else:
+                    draw(mass, step_top, top, norm, group, start0 // TILE, (stop - start0 + TILE - 1) // TILE, n, used,
+                         scratch, row, u, c, slots, tiles, masses)  # fmt: skip
+        for group in range(GROUPS):  # into p, which has been used up
             transpose_all(out_t[group * width * LANES :], LANES, width, LANES, p[group * LANES * width :], width)
         for r in range(rows):
             row = head * T + first + r
@@ -718,13 +797,6 @@ def forward(
             for d in range(0, D, LANES):
                 store_first(out, row * D + d, load(p, r * width + d) * inverse, min(LANES, D - d))
             lse[row] = (top[r] + np.log2(norm[r])) * LN_2
-        if slots:
-            for group in range((rows + LANES - 1) // LANES):
-                n, used = min(LANES, rows - group * LANES), 0
-                for lane in range(n):
-                    used |= int(lo[group * LANES + lane] < hi[group * LANES + lane]) << lane
-                draw(mass, step_top, top, norm, group, start0 // TILE, (stop - start0 + TILE - 1) // TILE, n, used,
-                     scratch, head * T + first + group * LANES, u, c, slots, tiles, masses)  # fmt: skip
 
 
 # The backward's work is its records: the kept pairs of a row and a tile. By row it is known what is kept, and dQ is

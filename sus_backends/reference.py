@@ -11,6 +11,7 @@ size T x N is ever stored: O(R * N) scratch.
 Deliberately missing: speed. A block's masked products are dense; kernels visit kept tiles only.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, overload
 
@@ -100,10 +101,10 @@ def row_uniforms(
     seed: Tensor, B: int, H: int, rows: range, device: Device, stream: int = STREAM_SYSTEMATIC, first_head: int = 0
 ) -> Tensor:
     """One uniform a row for systematic sampling: int64 (B, H, R) in [0, 2^23). seed: 0-d int64."""
-    return _row_states(seed_state(seed, stream), B, H, rows, device, first_head) >> (32 - UNIT_BITS)
+    return row_states(seed_state(seed, stream), B, H, rows, device, first_head) >> (32 - UNIT_BITS)
 
 
-def _row_states(state: Tensor, B: int, H: int, rows: range, device: Device, first_head: int = 0) -> Tensor:
+def row_states(state: Tensor, B: int, H: int, rows: range, device: Device, first_head: int = 0) -> Tensor:
     """The hash state of each row, int64 (B, H, R), of heads from first_head on."""
     batch, head = torch.arange(B, device=device), torch.arange(first_head, first_head + H, device=device)
     state = absorb(absorb(state, batch[:, None, None]), head[:, None])
@@ -124,6 +125,11 @@ def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Ten
     return ((total & (UNIT - 1)) < q_units) & within, dropped
 
 
+def poisson_slots(c_max: float, N: int) -> int:
+    """So many entries that no row keeps more under Poisson sampling, but for one in 10^19 (Bernstein's inequality)."""
+    return N if c_max >= N else min(math.ceil(c_max + 9 * c_max**0.5 + 24), N)
+
+
 def keep_poisson(q_units: Tensor, seed: Tensor, rows: range, keys: range, first_head: int = 0) -> Tensor:
     """Poisson sampling (the paper's): independent Bernoulli(q).
 
@@ -131,7 +137,7 @@ def keep_poisson(q_units: Tensor, seed: Tensor, rows: range, keys: range, first_
     """
     B, H = q_units.shape[:2]
     device = q_units.device
-    state = _row_states(seed_state(seed, STREAM_POISSON), B, H, rows, device, first_head)
+    state = row_states(seed_state(seed, STREAM_POISSON), B, H, rows, device, first_head)
     u = absorb(state.unsqueeze(-1), torch.arange(keys.start, keys.stop, device=device)) >> (32 - UNIT_BITS)
     return u < q_units
 
@@ -218,6 +224,11 @@ def tile_slots(c_max: float, N: int) -> int:
     return slot_bound(KAPPA * c_max, tiles_of(N))
 
 
+def slots_of(sampler: str, c_max: float, N: int) -> int:
+    """The most tiles that a row may propose, or keys that it may keep, in a backend that draws in the forward."""
+    return poisson_slots(c_max, N) if sampler == "poisson" else tile_slots(c_max, N)
+
+
 def tile_masses(w: Tensor) -> Tensor:
     """Sums of W (..., n) over the keys of each tile: (..., tiles). The first key is a tile's first."""
     return torch.nn.functional.pad(w, (0, -w.shape[-1] % TILE)).unflatten(-1, (-1, TILE)).sum(-1)
@@ -227,7 +238,8 @@ def proposals_like(q: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Room for the proposals which a forward on q (B, H, T, D) hands to its backward.
 
     tiles, int32 (B, H, T, slots): each row's proposed tiles, ascending, then -1. masses, float32 of that shape: their
-    W_iJ, of which x_iJ = inclusion_units(W_iJ, KAPPA * c) is made, then 0.
+    W_iJ, of which x_iJ = inclusion_units(W_iJ, KAPPA * c) is made, then 0. With the sampler poisson the keys that are
+    kept, and their W_ij.
     """
     shape = *q.shape[:3], slots
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
