@@ -14,6 +14,7 @@ validate. A mistake ends in a UserError, whose message says where it is, what is
 import ast
 import dataclasses
 import difflib
+import glob
 import io
 import math
 import operator
@@ -54,6 +55,16 @@ def run_main(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or else Python complains at its exit
         sys.exit(141)
 
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    # A Ctrl-C while torch is imported, before run_main is there to take it. So scripts import this module first.
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught
 
 T = typing.TypeVar("T")
 Fields = dict[str, dataclasses.Field]
@@ -141,7 +152,10 @@ def _read_file(arg: str, fields: Fields) -> dict[str, tuple[Any, str]]:
     if not os.path.isfile(arg):
         if arg.startswith("-") or "=" in arg:
             raise UserError(f"{arg}: a key is written --key=value, with two dashes")
-        near = _nearest(path.name, [file.name for file in path.parent.glob("*.py")])
+        if os.path.isdir(arg) and "out_dir" in fields:
+            raise UserError(f"{arg!r} is a folder, and no config file; that of a run is given by --out_dir={arg}")
+        files = glob.glob("*.py", root_dir=path.parent)  # Path.glob raises where the folder's name is too long
+        near = _nearest(path.name, files)
         hint = f"did you mean {path.parent / near}?" if near else "give the path of a config file, or --key=value"
         raise UserError(f"{arg!r}: no such config file; {hint}")
     try:
@@ -229,7 +243,8 @@ def _help(cls: type, usage: str | None) -> str:
     kinds = typing.get_type_hints(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        default = "auto" if field.default is None else "" if field.default == () else field.default
+        default = "auto" if field.default is None else "" if field.default == () else str(field.default)
+        default = default if default.isprintable() else repr(default)  # a line break would break the table
         choices = f": {' | '.join(field.metadata['choices'])}" if field.metadata["choices"] else ""
         rows.append(
             (
@@ -410,7 +425,7 @@ def validate(cfg: TrainConfig) -> None:
     if cfg.lora_base and not (cfg.lora_rank and cfg.init_from == "resume"):
         raise UserError(
             f"lora_base={cfg.lora_base} is for resuming a run with adapters, whose base has moved: leave it out"
-            + (", as this run has none" if cfg.init_from == "resume" else ", or set --init_from=resume")
+            + (", as this run has none" if cfg.init_from == "resume" else "; --init_from=PATH gives a new run's base")
         )
     if cfg.lora_rank and cfg.attn_backward == "sus" and cfg.sus_c == "auto":
         if not {"c_attn", "attn.c_attn"} & {name.strip() for name in cfg.lora_targets.split(",")}:

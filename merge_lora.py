@@ -5,11 +5,13 @@
 The result has no optimizer: it is for sampling, for experiments, and for fine-tuning it again (--init_from=out-merged).
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, key, load_config, run_main
+from sample import find_checkpoint
 from training import checkpoint
 from training.weights import model_args, model_from_checkpoint
 
@@ -17,17 +19,17 @@ from training.weights import model_args, model_from_checkpoint
 @dataclass
 class MergeConfig:
     out_dir: str = key("out", "folder of the adapter checkpoint")
-    ckpt: str = key("ckpt.pt", "its file: ckpt.pt (the latest) or ckpt_best.pt")
+    ckpt: str = key("ckpt.pt", "its file: ckpt.pt (the latest), ckpt_best.pt, or ckpt-N.pt of keep_checkpoints")
     lora_base: str = key("", "where the base is now, if it has moved")
     merged: str = key("", "folder to write ckpt.pt to")
 
 
-def main():
+def main() -> None:
     cfg = load_config(MergeConfig, sys.argv[1:], usage=__doc__)
-    path, target = Path(cfg.out_dir) / cfg.ckpt, Path(cfg.merged) / "ckpt.pt"
+    path, target = find_checkpoint(cfg.out_dir, cfg.ckpt), Path(cfg.merged) / "ckpt.pt"
     if not cfg.merged:
         raise UserError("--merged is empty: name the folder to write to")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} exists already: choose another --merged")
     saved = checkpoint.load(path)
     if not saved.get("lora"):

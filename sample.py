@@ -8,13 +8,16 @@ The text appears as it is drawn. Tokenizer and model come from the checkpoint, w
 """
 
 import codecs
+import glob
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
 import torch
 
-from configurator import UserError, key, load_config, run_main
 from data.tokenizer import Tokenizer, tokenizer_from_meta
 from model import GPT
 from training import checkpoint
@@ -31,7 +34,7 @@ class SampleConfig:
         section="Model",
     )
     out_dir: str = key("out", "folder of the checkpoint")
-    ckpt: str = key("ckpt.pt", "its file: ckpt.pt (the latest) or ckpt_best.pt")
+    ckpt: str = key("ckpt.pt", "its file: ckpt.pt (the latest), ckpt_best.pt, or ckpt-N.pt of keep_checkpoints")
     lora_base: str = key("", "of a checkpoint with adapters: where the base is now, if it has moved")
     start: str = key("\n", "the prompt; FILE:prompt.txt reads it from a file", section="Text")
     num_samples: int = key(10, "samples to draw", low=1)
@@ -46,12 +49,12 @@ class SampleConfig:
     compile: bool = key(False, "torch.compile: slow to start, then faster")
 
 
-def main():
+def main() -> None:
     cfg = load_config(SampleConfig, sys.argv[1:], usage=__doc__)
     device = resolve_device(cfg.device, cfg.dtype)
     start = read_start(cfg.start)
     if cfg.init_from == "resume":
-        model, tokenizer = load_model(Path(cfg.out_dir) / cfg.ckpt, cfg.lora_base)
+        model, tokenizer = load_model(find_checkpoint(cfg.out_dir, cfg.ckpt), cfg.lora_base)
     else:
         model, tokenizer = load_pretrained(cfg.init_from), tokenizer_from_meta({"name": "gpt2"})
     model.eval().to(device.device)
@@ -97,6 +100,14 @@ def read_start(start: str) -> str:
         raise UserError(f"--start={start}: can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--start={start}: {path} is not UTF-8 text") from None
+
+
+def find_checkpoint(out_dir: str, ckpt: str) -> Path:
+    """The file. UserError if it isn't there, but others are."""
+    path = Path(out_dir) / ckpt
+    if not os.path.isfile(path) and (others := sorted(glob.glob("*.pt", root_dir=path.parent))):
+        raise UserError(f"no checkpoint at {path}; --ckpt=NAME takes another one there: {', '.join(others)}")
+    return path
 
 
 def load_model(path: Path, lora_base: str = "") -> tuple[GPT, Tokenizer]:

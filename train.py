@@ -17,13 +17,15 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from configurator import TrainConfig, UserError, load_config, run_main  # isort: skip (before torch)
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backprop import loss_and_gradients
-from configurator import TrainConfig, UserError, load_config, run_main
+from data.corpus import SPLITS
 from data.loader import Corpus
 from sus_attn import fold_in
 from training import checkpoint, report
@@ -47,10 +49,11 @@ def main() -> None:
         beginning = begin(cfg, processes, held)
         if beginning is None:
             return  # it is finished
+        stop = StopSignal(processes.world, outlets)
         run = Run(cfg, processes, beginning)
         if processes.master:
             run.introduce(beginning.attention)
-        run.train(StopSignal(processes.world, outlets))
+        run.train(stop)
         if run.record is not None:
             run.record.finish()
             if run.is_finished:
@@ -95,6 +98,7 @@ class Run(State):
                 group=f"{self.corpus.folder.name}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}",
                 wandb_log=cfg.wandb_log,
                 wandb_project=cfg.wandb_project,
+                checksums={f"{split}_sha256": self.corpus.checksums.get(f"{split}.bin") for split in SPLITS},
                 resume_iter=self.it if self.saved else None,
                 evaluation_owed=self.evaluated_at is None,
             )

@@ -264,7 +264,12 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     ]  # of too long a name, too
     path = folder / "meta.json"
     if missing:
-        there = {file.parent.name for file in folder.parent.glob("*/train.bin")}
+        ours = Path(__file__).parent / folder.name  # meant by a path such as data/stdlib
+        is_other = folder.name != "text" and not os.path.isfile(folder / "prepare.py")
+        if is_other and any(os.path.isfile(ours / name) for name in ("train.bin", "prepare.py")) and ours != folder:
+            raise UserError(f"{folder} has no {' and no '.join(missing)}; did you mean --dataset={folder.name}?")
+        files = folder.parent.glob("*/train.bin") if os.path.isdir(folder.parent) else ()  # a long name: glob raises
+        there = {file.parent.name for file in files}
         others = ", ".join(sorted((there | {"stdlib"}) - {folder.name}))  # stdlib is made when it is wanted
         raise UserError(
             f"{folder} has no {' and no '.join(missing)}: {_remake(folder)}"
@@ -300,5 +305,8 @@ def _remake(folder: Path) -> str:
     """What makes the corpus in folder, as the end of a message."""
     if os.path.isfile(folder / "prepare.py") and folder.name != "text":
         return f"run python {folder / 'prepare.py'}"
-    name = "NAME" if folder.name == "text" else folder.name
-    return f"run python {folder.parent / 'text' / 'prepare.py'} --input=FILE_OR_FOLDER --out={name}"
+    name, script = "NAME" if folder.name == "text" else folder.name, Path("text", "prepare.py")
+    if os.path.isfile(folder.parent / script):
+        return f"run python {folder.parent / script} --input=FILE_OR_FOLDER --out={name}"
+    ours = Path(__file__).parent / script  # which writes beside itself, and nowhere else
+    return f"run python {ours} --input=FILE_OR_FOLDER --out={name}, and give --dataset={name}"

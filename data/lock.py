@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from configurator import UserError
 
@@ -30,13 +31,26 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 
     UserError, with the text `taken`, if another one is there. Where the file system has no locks nothing is held.
     """
-    with open(folder / LOCK, "wb") as file:
+    with open(folder / LOCK, "ab") as file:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except BlockingIOError:
             raise UserError(taken) from None
-        except (ImportError, OSError):
+        except OSError:
             pass
         yield
+
+
+def _take(file: BinaryIO) -> None:
+    """Until it is closed. BlockingIOError: another process has it. OSError: it can't be locked."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -141,8 +141,10 @@ def text_blocks(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             at = begun - waiting + error.start
             hint = "if it is Latin-1: iconv -f latin1 -t utf-8 OLD > NEW" + "; or is its end missing?" * (not raw)
+            there = error.object[max(error.start - 20, 0) : error.start + 20].decode(errors="backslashreplace")
+            shown = repr(there)[1:-1].replace("\\\\", "\\")  # line ends and the like are escaped, too
             raise UserError(
-                f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x} ({hint})"
+                f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#04x}, in '{shown}' ({hint})"
             ) from None
         block = (rest + (block if begun else block.removeprefix("\ufeff"))).replace("\r\n", "\n")
         begun += len(raw)

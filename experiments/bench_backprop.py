@@ -17,15 +17,16 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from configurator import UserError, load_config, run_main, validate  # isort: skip (before torch)
+
+import torch
+from tqdm import tqdm
+
 from backprop import loss_and_gradients
 from bench_train import KINDS, BenchTrainConfig, Trainer, check_keys, describe_steps, measure, memory_of
-from configurator import UserError, load_config, run_main, validate
 from data.loader import Corpus
 from measure import apart, describe_machine, mib, numbers, ratio, ratio_text, spread
 from output import check_writable, deliver, print_table

@@ -10,6 +10,7 @@ config/long_ctx.py, beside its training steps, and the process's memory over 10,
 
 import contextlib
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -87,14 +88,18 @@ def measure_preparation(cfg: Config) -> tuple[dict[str, list[float]], float]:
     with tempfile.TemporaryDirectory() as work:
         source = Path(work, "text")
         source.mkdir()
+        longest = 0
         for path in files_under(cfg.input):
             try:
                 text = read_text(path)  # without the mark and the CR that `datasets` would keep
             except UserError as error:
                 print(f"left out: {error}")
                 continue
+            longest = max(longest, len(text))
             for copy in range(cfg.copies):
                 (source / f"{copy}-{path.name}").write_text(text, encoding="utf-8")
+        if longest * VAL_FRACTION < 1:  # then there would be no validation text at all
+            raise UserError(f"--input={cfg.input} is too little: one text must have {1 / VAL_FRACTION:,.0f} characters")
         paths = files_under(source)
         megabytes = sum(path.stat().st_size for path in paths) / 1e6
         for i in range(cfg.repeats + 1):
@@ -145,7 +150,7 @@ def measure_loading() -> tuple[dict[str, float], dict[str, float], int, list[int
 
 def main() -> None:
     cfg = load_config(Config, sys.argv[1:], usage=__doc__)
-    if not Path(cfg.input).is_dir():
+    if not os.path.isdir(cfg.input):
         raise UserError(f"--input={cfg.input}: give a folder of text files")
     device = resolve_device("cpu", "float32")
     product = [product_ms(device)]

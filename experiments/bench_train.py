@@ -10,6 +10,8 @@ round, with their lowest and highest.
 Attention's share is measured in further steps, which have clocks around each layer's attention, forward and backward
 (activation checkpointing's repeated forward included). They are not compiled. Memory is the peak in a fresh process (on
 CUDA: as torch counts it) of two steps with what they need: model, gradients, optimizer, activations.
+
+Dims: T tokens in a window (block_size).
 """
 
 import dataclasses
@@ -19,14 +21,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from configurator import TrainConfig, UserError, key, load_config, run_main, validate  # isort: skip (before torch)
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from data.loader import Corpus, load_corpus
 from measure import (
     apart,

@@ -17,6 +17,7 @@ runs of one seed. More than 8 runs are drawn as groups, by their mean and a band
 
 import dataclasses
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -26,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compare_runs_report import MANY, draw, summary, table
 from configurator import TrainConfig, UserError, key, load_config, run_main, validate
 from output import check_picture, print_table, save_picture
-from runs import Run, check_copies, rank, read_run
+from runs import Run, check_copies, rank, read_run, validated_unlike
 from sweep import Planned, look, own, train_all
-from training.record import read_record
 
 
 @dataclasses.dataclass
@@ -42,38 +42,47 @@ class CompareConfig(TrainConfig):
 def main() -> None:
     cfg = load_config(CompareConfig, [arg for arg in sys.argv[1:] if arg.startswith("-")], usage=__doc__)
     paths = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
+    check_picture(cfg.out)  # now rather than after hours of training
     if "sweep" in cfg.explicit:
-        check_picture(cfg.out)  # now rather than after hours of training
         planned = plan(cfg, paths)
         with own(Path(cfg.runs)):
-            train_all(planned)
+            train_all([look(run) for run in planned])  # again: another sweep may have been here until now
         runs = sorted((read_run(run.folder) for run in planned), key=rank)
     else:
         runs = read_all(cfg, [Path(path) for path in paths])
+    save_picture(draw(runs), Path(cfg.out))  # first: nobody may be there any more to read the tables
+    if differing := validated_unlike(runs):
+        print(f"WARNING: losses are of different validation, as the runs differ in {', '.join(differing)}")
     if len(runs) <= MANY:
         print_table(table(runs))
     lines, groups = summary(runs)
     print("".join(f"{line}\n" for line in lines), end="")
     if groups:
         print_table(groups)
-    check_picture(cfg.out)
-    save_picture(draw(runs), Path(cfg.out))
     print(f"picture: {cfg.out}")
 
 
 def read_all(cfg: CompareConfig, paths: list[Path]) -> list[Run]:
-    """The runs in these folders, a folder of runs standing for all in it that have lines, under names of their own."""
+    """The runs in these folders, a folder of runs standing for all in it, under names of their own. Those that have no
+    lines yet are named, and left out.
+    """
     for name in sorted(cfg.explicit - {"out"}):
         raise UserError(f"--{name} is for training: leave it out, or give a config file and --sweep=exact,25")
     if not paths:
         raise UserError("which runs? Give the out_dir of one or more, e.g. compare_runs.py out-exact out-sus")
-    runs = []
+    runs, empty = [], []
     for path in paths:
         if path.suffix == ".py":
             raise UserError(f"{path} is a config file: give folders of runs alone, or it alone and --sweep=exact,25")
-        inside = [] if (path / "metrics.jsonl").exists() else [f.parent for f in path.glob("*/metrics.jsonl")]
-        begun = [folder for folder in inside if read_record(folder / "metrics.jsonl")[1]]
-        runs += sorted(map(read_run, begun), key=rank) if begun else [read_run((inside or [path])[0])]
+        alone = os.path.exists(path / "metrics.jsonl") or not os.path.isdir(path)
+        inside = [] if alone else [file.parent for file in path.glob("*/metrics.jsonl")]
+        found = [read_run(folder) for folder in inside or [path]]
+        runs += sorted((run for run in found if run.lines), key=rank)
+        empty += [str(run.folder) for run in found if not run.lines]
+    if not runs:
+        raise UserError(f"no lines yet: {', '.join(empty)}; wait for a first evaluation")
+    if empty:
+        print(f"left out, since there are no lines yet: {', '.join(empty)}")
     check_copies(runs)
     names = [run.name for run in runs]  # the user's, which may repeat
     return [dataclasses.replace(r, name=f"{r.name} ({r.folder})") if names.count(r.name) > 1 else r for r in runs]
@@ -81,7 +90,7 @@ def read_all(cfg: CompareConfig, paths: list[Path]) -> list[Run]:
 
 def plan(cfg: CompareConfig, paths: list[str]) -> list[Planned]:
     """The runs in their order. UserError, before any is trained, if a key doesn't fit or a folder holds another run."""
-    for folder in [path for path in paths if Path(path).is_dir()]:
+    for folder in [path for path in paths if os.path.isdir(path)]:
         raise UserError(f"{folder} is a folder: --sweep takes a config file; to compare runs, leave --sweep out")
     for name in sorted({"attn_backward", "sus_c", "seed", "out_dir", "wandb_run_name"} & cfg.explicit):
         raise UserError(f"--{name} is set by --sweep, --seeds and --runs: leave it out")

@@ -63,9 +63,15 @@ def summary(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     chosen, at = comparable(runs)
     if at is None:
         return ["", "no gaps: there is no iteration at which all of these runs were evaluated"], []
-    left_out = ", ".join(run.name for run in runs if run not in chosen)
-    lines = ["", f"validation loss at iteration {at}, the last at which all were evaluated:"]
-    lines[1:1] = [f"left out, since not finished: {left_out}"] if left_out else []
+    lines = [""]
+    for why, left_out in (
+        ("not evaluated yet", [run.name for run in runs if not run.losses]),
+        ("not finished", [run.name for run in runs if run.losses and run not in chosen]),
+    ):
+        lines += [f"left out, since {why}: {', '.join(left_out)}"] if left_out else []
+    if len(chosen) < 2:
+        return lines, []
+    lines += [f"validation loss at iteration {at}, the last at which all were evaluated:"]
     groups = group(chosen)
     base = next((label for label in groups if label.startswith("exact")), next(iter(groups)))
     rows = [["group", "runs", "val loss", "lowest..highest", f"from {base}", "train time", *MEASURED, "median c"]]

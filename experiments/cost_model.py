@@ -4,6 +4,8 @@
 
 docs/performance.md has the sources of the rates, and what is assumed. Time is the sum of the kernels' times, a kernel's
 the largest of what its instructions, its products and its bytes take.
+
+Dims: H heads, T positions, D head dimension.
 """
 
 import sys

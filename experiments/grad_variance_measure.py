@@ -1,5 +1,7 @@
 """What grad_variance.py measures at one context length: rho and its self-check, the estimate of the added variance, the
 attention of the model.
+
+Dims: n sequences, T tokens, P weights, L layers, H query heads.
 """
 
 import math

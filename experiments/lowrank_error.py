@@ -11,6 +11,8 @@ the operator has exp itself within a query's own chunk. Four parts:
     model     the gradient of all weights of a model of four layers, over T: does the error fall, as the paper says?
     scaling   time and memory of attention alone over T, and the exponents fitted to them
     sides     a checkpoint's gradients: exact, SUS and low-rank
+
+Dims: T tokens, D head dimension, g the degree of the polynomial.
 """
 
 import contextlib
@@ -21,15 +23,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import model as model_module
-from configurator import UserError, key, load_config, run_main
 from data.loader import load_corpus
 from lowrank_attn import lowrank_attention, score_bound, worst_error
 from lowrank_error_report import draw, report

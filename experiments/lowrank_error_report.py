@@ -1,6 +1,8 @@
 """What lowrank_error.py shows: a table or two for each of its parts, and the picture.
 
 `found` is {part: what was measured for it}.
+
+Dims: T tokens, D head dimension, g the degree of the polynomial.
 """
 
 from typing import TYPE_CHECKING

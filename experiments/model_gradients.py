@@ -2,6 +2,8 @@
 
 `load_model` finds a model and `windows` its text; a `Subject` is a model whose gradients are taken, exact, by SUS or by
 the low-rank backward, and its `Parts` say which of their numbers belong to which layer and head.
+
+Dims: P weights, L layers, H query heads, K key/value heads, T tokens.
 """
 
 from pathlib import Path

@@ -151,14 +151,26 @@ def label_powers(axis: "Axis", form: str, between: bool) -> None:
 def check_writable(*paths: str) -> None:
     """UserError for a file that can't be written: better before the minutes of measuring than after."""
     for path in map(Path, filter(None, paths)):
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
+        why = "it is a folder" if os.path.isdir(path) else ""
+        if not os.access(path.absolute().parent, os.W_OK):
+            why = f"{path.parent} is no folder that can be written to"
+        try:
+            os.lstat(_aside(path))
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a name that is too long, say
+            why = why or error.strerror
+        if why:
             raise UserError(f"can't write {path}: {why}")
+
+
+def _aside(path: Path) -> Path:
+    return Path(f"{path}.aside")
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """UserError if it can't be written; a file that was there is then kept."""
-    aside = path.with_name(path.name + ".aside")
+    aside = _aside(path)
     try:
         aside.write_bytes(data)
         os.replace(aside, path)

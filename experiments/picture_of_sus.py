@@ -4,19 +4,22 @@
 
 The head's queries and keys are those of a trained model on a window of its validation text. The left half shows all
 causal weights, the right half the kept ones, coloured by the weight that they get, W/q.
+
+Dims: T tokens, D head dimension.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from configurator import UserError, key, load_config, run_main
+from configurator import UserError, key, load_config, run_main  # isort: skip (before torch)
+
+import torch
+from torch import Tensor
+
 from measure import trained_inputs
 from output import check_picture, import_pyplot, save_picture
 from sus_backends.reference import Known, row_weights, sus_multiplier

@@ -28,6 +28,8 @@ UNRELATED = {
     "wandb_project",
     "wandb_run_name",
     "lora_base",
+    "train_sha256",
+    "val_sha256",
 }
 
 
@@ -71,9 +73,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     header, lines = read_record(folder / "metrics.jsonl")
-    if not lines:
-        raise UserError(f"{folder / 'metrics.jsonl'} has no lines yet: wait for the run's first evaluation")
-    return Run(header.get("run_name") or folder.name, header["config"], lines, folder)
+    text = {name: header[name] for name in ("train_sha256", "val_sha256") if header.get(name)}
+    return Run(header.get("run_name") or folder.name, header["config"] | text, lines, folder)
 
 
 def rank(run: Run) -> tuple:
@@ -127,6 +128,19 @@ def check_copies(runs: list[Run]) -> None:
                 raise UserError(f"{b.folder or b.name} is the same run as {a.folder or a.name}: give one of them")
 
 
+def validated_unlike(runs: list[Run]) -> list[str]:
+    """The keys in which the runs differ and by which they were validated on different windows of text."""
+    number = "eval_iters * batch_size"
+    configs = [
+        run.config | {number: run.config["eval_iters"] * run.config["batch_size"]}
+        if {"eval_iters", "batch_size"} <= run.config.keys()
+        else run.config
+        for run in runs
+    ]
+    keys = ("dataset", "val_sha256", "windows", "block_size", number)
+    return [name for name in keys if len({config[name] for config in configs if name in config}) > 1]
+
+
 def losses_of(runs: list[Run]) -> dict[int, list[float]]:
     """By each iteration at which all were evaluated: the validation loss of each."""
     curves = [run.losses for run in runs]
@@ -134,9 +148,12 @@ def losses_of(runs: list[Run]) -> dict[int, list[float]]:
 
 
 def comparable(runs: list[Run]) -> tuple[list[Run], int | None]:
-    """The finished runs if they are of several groups, else all; and the last iteration at which all were evaluated."""
-    finished = [run for run in runs if run.is_finished]
-    chosen = finished if len(group(finished)) > 1 else runs
+    """The finished runs if they are of several groups, else all that were evaluated; and the last iteration at which
+    all of these were.
+    """
+    evaluated = [run for run in runs if run.losses] or runs
+    finished = [run for run in evaluated if run.is_finished]
+    chosen = finished if len(group(finished)) > 1 else evaluated
     return chosen, max(losses_of(chosen), default=None)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -38,7 +39,7 @@ class Planned:
 def look(run: Planned) -> Planned:
     """Set its state and it by what is in its folder. UserError if that was trained differently."""
     record, ckpt = run.folder / "metrics.jsonl", run.folder / "ckpt.pt"
-    if not record.exists():  # then a checkpoint is of no use here; train.py moves it aside
+    if not os.path.exists(record):  # then a checkpoint is of no use here; train.py moves it aside
         return run
     header, lines = read_record(record)
     config = plain(dataclasses.asdict(run.config), nonfinite=str)
@@ -67,20 +68,25 @@ def own(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def train_all(planned: list[Planned]) -> None:
-    """Train what isn't finished. A signal has the run saved, and ends the program. UserError if a run fails."""
+    """Train what isn't finished. A signal has the run saved, and ends the program; SIGUSR1 has it saved only, and where
+    a reader of the output leaves, or the terminal, all goes on. UserError if a run fails.
+    """
+    from training.parallel import outlasting_readers  # with torch, which takes seconds
+
     counts = ", ".join(f"{[run.state for run in planned].count(s)} {s}" for s in ("finished", "begun", "new"))
     print(f"{len(planned)} runs in {planned[0].folder.parent}: {counts}", flush=True)
-    signals = []
+    signals, notices = [], []
     hangup = [n for n in signal.Signals if n.name == "SIGHUP" and signal.getsignal(n) == signal.SIG_DFL]  # else nohup's
     caught = [signal.SIGINT, signal.SIGTERM, *hangup]
     handlers = {number: signal.signal(number, lambda n, frame: signals.append(signal.Signals(n))) for number in caught}
-    bar = progress_bar(sum(run.config.max_iters for run in planned))
-    bar.n = bar.initial = sum(run.it for run in planned)
+    for number in [n for n in signal.Signals if n.name == "SIGUSR1" and signal.getsignal(n) == signal.SIG_DFL]:
+        handlers[number] = signal.signal(number, lambda n, frame: notices.append(n))
     try:
-        with bar:
+        with outlasting_readers(), progress_bar(sum(run.config.max_iters for run in planned)) as bar:
+            bar.n = bar.initial = sum(run.it for run in planned)
             for run in planned:
                 if run.state != "finished" and not signals:
-                    train_one(run, bar, signals, f"({planned.index(run) + 1} of {len(planned)})")
+                    train_one(run, bar, signals, notices, f"({planned.index(run) + 1} of {len(planned)})")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -89,15 +95,18 @@ def train_all(planned: list[Planned]) -> None:
         sys.exit(130)
 
 
-def train_one(run: Planned, bar: tqdm, signals: list[int], count: str) -> None:
-    """Train it in a child process, the bar following its record. A signal has it saved, a second ends it at once."""
+def train_one(run: Planned, bar: tqdm, signals: list[int], notices: list[int], count: str) -> None:
+    """Train it in a child process, the bar following its record. A signal has it saved, a second ends it at once; those
+    in notices are passed on, as wishes to save and go on.
+    """
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't make {run.folder}: {error.strerror}; choose another --runs") from error
     record, log = run.folder / "metrics.jsonl", run.folder / "train.log"
     resume = ["--init_from=resume"] if run.state == "begun" else []
-    others, passed_on, text = bar.n - run.it, 0, f"{'resumes' if resume else 'starts'} at iteration {run.it}"
+    others, begun_at, passed_on = bar.n - run.it, run.it, 0
+    text = f"{'resumes' if resume else 'starts'} at iteration {run.it}"
     bar.set_description_str(f"{run.name} {text}")
     if bar.disable:
         print(f"{run.name} {text} {count}", flush=True)
@@ -124,6 +133,8 @@ def train_one(run: Planned, bar: tqdm, signals: list[int], count: str) -> None:
             for _ in signals[passed_on:]:
                 child.send_signal(signal.SIGINT if passed_on else signal.SIGTERM)  # train.py's second one is SIGINT
                 passed_on += 1
+            while notices and run.it > begun_at:  # earlier train.py might not expect it, and die of it
+                child.send_signal(notices.pop())
             if tick % 10 == 0:
                 bar.set_description_str(f"{run.name} {'stops' if passed_on else text}")  # and refresh
             time.sleep(0.1)

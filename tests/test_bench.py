@@ -23,6 +23,7 @@ import backprop
 import bench_attention
 import bench_attention_report
 import bench_backprop
+import bench_data
 import bench_train
 import capture_attention
 import contenders
@@ -316,6 +317,14 @@ def run_check(monkeypatch, slice_, cs=(8.0,)):
 def test_the_check_passes(monkeypatch, slice_):
     check = run_check(monkeypatch, slice_, (2.0, 8.0, 200.0))
     assert len(check.findings) == 4 + 3 * 4 and all(0 <= f["value"] <= f["limit"] for f in check.findings)
+
+
+@pytest.mark.parametrize("T, c", [(16, 1.0), (128, 4.0), (192, 4.0)])
+def test_the_check_passes_where_cuts_are_rare(T, c):
+    """In a few rows with a tile or two, some cuts are so improbable that none of the draws has them."""
+    inputs, check = contenders.random_inputs(4, T, 64, 1, CPU), Check()
+    check.start(FLASH, sus_at(c), *inputs)
+    assert len(check.findings) == 6
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -882,6 +891,8 @@ def test_every_script_runs_from_anywhere(tmp_path, script):
         (bench_attention, "--backend=cuda", "backend must be one of"),
         (bench_attention, "--dtyp=float32", "did you mean dtype"),
         (bench_attention, "--json=nowhere/a.json", "can't write nowhere/a.json"),
+        (bench_attention, f"--json={'x' * 300}", "File name too long"),
+        (bench_attention, f"--out={'x' * 248}.png", "File name too long"),  # what is written aside has a longer one
         (bench_attention, "--out=.", "it is a folder"),
         (bench_attention, "--out=a.jpgg", "must end in .png"),
         (bench_attention, "--from_json=missing", "can't read missing"),
@@ -895,6 +906,7 @@ def test_every_script_runs_from_anywhere(tmp_path, script):
         (bench_train, "--dropout=0.1", "dropout"),
         (bench_train, "--dataset=missing", "missing"),
         (bench_train, "--T=64,99999999", "too few for block_size=99999999"),
+        (bench_data, f"--input={'x' * 300}", "give a folder of text files"),
         (cost_model, "--D=32", "known for 64 and 128 only"),
         (bench_backprop, "--T=1", "integers >= 2"),
         (bench_backprop, "--backprop=autograd", "both are measured"),
@@ -918,6 +930,12 @@ def test_a_mistake_on_the_command_line(tmp_path):
     )
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: --T=x: write integers")
+
+
+def test_texts_too_short_for_bench_data(tmp_path, monkeypatch, gpt2):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    with pytest.raises(UserError, match="is too little: one text must have 1,000,000 characters"):
+        command(bench_data, monkeypatch, f"--input={tmp_path}")
 
 
 def test_foreign_json(tmp_path):

@@ -3,11 +3,13 @@ record, its errors.
 """
 
 import dataclasses
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,8 @@ def main(tmp_path, monkeypatch):
 
     return main
 
+
+LONG = "x" * 300  # more bytes than a file's name may have
 
 # -- the sweep --------------------------------------------------------------------------------------
 
@@ -192,6 +196,33 @@ def test_an_interrupted_sweep_goes_on(config, tmp_path, main, capsys):
         assert "1 finished, 1 begun" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_notice_is_passed_on_to_the_run(config, tmp_path):
+    """SIGUSR1 has a run saved, and both go on, also without anybody who reads what they say."""
+    pytest.importorskip("matplotlib")
+    arguments = [config, "--sweep=exact", "--seeds=1", "--runs=runs", "--out=a.png", "--eval_interval=100000"]
+    folder = tmp_path / "runs" / "exact-seed1"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "experiments" / "compare_runs.py", *arguments, "--max_iters=100000"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wait_for(process, folder / "metrics.jsonl", '"iter": 1,')
+    process.stdout.close()
+    process.send_signal(signal.SIGUSR1)
+    deadline = time.time() + PATIENCE
+    while not (folder / "ckpt.pt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    iteration = read_record(folder / "metrics.jsonl")[1][-1]["iter"]
+    wait_for(process, folder / "metrics.jsonl", f'"iter": {iteration + 5},')
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 130 and "Traceback" not in process.stderr.read()
+
+
 def test_a_run_that_fails_is_one_clear_error(config, tmp_path, main, capsys):
     pytest.importorskip("matplotlib")
     handler = signal.getsignal(signal.SIGINT)
@@ -204,8 +235,9 @@ def test_a_run_that_fails_is_one_clear_error(config, tmp_path, main, capsys):
     assert signal.getsignal(signal.SIGINT) == handler and not list(tmp_path.glob("*.png"))
 
 
-def test_the_order_and_the_names_of_a_sweep(config, monkeypatch):
+def test_the_order_and_the_names_of_a_sweep(config, tmp_path, monkeypatch):
     """All modes of a seed, then the next seed; c=auto is train.py's to refuse or to take."""
+    monkeypatch.chdir(tmp_path)
     types = compare_runs.TrainConfig
     monkeypatch.setattr(compare_runs, "load_config", lambda cls, argv, usage: types())
     monkeypatch.setattr(
@@ -259,6 +291,9 @@ def test_what_makes_another_run(config, tmp_path, main):
         (["--sweep=5", "--eval_only=True"], "resumes by itself"),
         (["--sweep=5", "--init_from=resume"], "resumes by itself"),
         (["--sweep=5", "--out=nowhere/a.png"], "nowhere is no"),
+        (["--sweep=5", f"--out={LONG}.png"], "File name too long"),
+        (["--sweep=5", f"--runs={LONG}"], "File name too long"),
+        (["--sweep=5", LONG], "no such config file"),
         (["a", "conf.py"], "conf.py is a config file"),
         (["a", "--n_head=4"], "--n_head is for training"),
         (["a", "--seeds=1"], "--seeds is for training"),
@@ -421,9 +456,60 @@ def test_unfinished_runs_are_left_out_once_others_compare():
     assert "at iteration 0" in summary([done, begun])[0][1] and groups_of([done, begun])["exact"]["runs"] == "2"
 
 
+def test_a_run_without_an_evaluation_does_not_block_the_others():
+    runs = [make_run("e"), make_run("s", attn_backward="sus"), Run("bare", {"attn_backward": "exact"}, BARE)]
+    lines, rows = summary(runs)
+    assert lines[1] == "left out, since not evaluated yet: bare" and "at iteration 20" in lines[2] and len(rows) == 3
+
+
+def test_runs_that_were_validated_on_other_text(tmp_path, main, capsys):
+    """So many evaluations of so many windows are the same windows, however they are put into batches."""
+    pytest.importorskip("matplotlib")
+    keys = dict(dataset="stdlib", windows="packed", block_size=64, eval_iters=8, batch_size=4)
+    write(tmp_path / "a", make_run("a", **keys))
+    write(tmp_path / "b", make_run("b", seed=2, **keys | dict(eval_iters=4, batch_size=8)))
+    main("a", "b")
+    assert "WARNING" not in capsys.readouterr().out
+    write(tmp_path / "c", make_run("c", seed=3, **keys | dict(dataset="books", eval_iters=9)))
+    main("a", "c")
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert warning.endswith("as the runs differ in dataset, eval_iters * batch_size")
+
+
+def test_a_text_that_was_prepared_anew_is_another(tmp_path, main, capsys):
+    """The folder's name is the same; the record's first line has the checksum."""
+    pytest.importorskip("matplotlib")
+    for name, seed, checksum in (("a", 1, "12"), ("b", 2, "12"), ("c", 3, "34")):
+        write(tmp_path / name, make_run(name, seed=seed, dataset="mine"))
+        header, *lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        header = json.dumps(json.loads(header) | {"val_sha256": checksum})
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join([header, *lines]) + "\n")
+    main("a", "b")
+    assert "WARNING" not in capsys.readouterr().out
+    main("a", "b", "c")
+    assert "WARNING: losses are of different validation, as the runs differ in val_sha256" in capsys.readouterr().out
+
+
+def test_the_picture_is_there_before_the_tables(tmp_path, main, monkeypatch):
+    """Whoever was to read these may have left."""
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "a", make_run())
+
+    def gone(rows):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(compare_runs, "print_table", gone)
+    with pytest.raises(BrokenPipeError):
+        main("a", "--out=a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_groups_need_something_to_compare():
     assert summary([make_run()]) == ([], [])
-    assert "no iteration" in summary([make_run(), make_run("b", val=())])[0][1]
+    apart = make_run("b")
+    apart.lines = [line | {"iter": line["iter"] + 1} for line in apart.lines]
+    assert "no iteration" in summary([make_run(), apart])[0][1]
+    assert summary([make_run(), make_run("b", val=())]) == (["", "left out, since not evaluated yet: b"], [])
     assert groups_of([make_run(), make_run("b", attn_backward="sus")])["exact"]["val loss"] == "1.9000"
 
 
@@ -434,11 +520,12 @@ def test_many_runs_get_the_groups_table_alone(tmp_path, main, capsys):
     (tmp_path / "all" / "note").mkdir()
     write(tmp_path / "all" / "just-begun", make_run("x", val=()))
     main("all")
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "left out, since there are no lines yet: all/just-begun"
     assert [line[:2] for line in lines[1:9]] == ["r1", "r3", "r5", "r7", "r0", "r2", "r4", "r6"]  # exact first
     main("all", write(tmp_path / "one-more", make_run("r8", seed=9)))
     out = capsys.readouterr().out
-    assert "r1" not in out and out.splitlines()[3].split()[:2] == ["exact", "5"]
+    assert "r1" not in out and out.splitlines()[4].split()[:2] == ["exact", "5"]
 
 
 def test_smooth():
@@ -598,6 +685,7 @@ def test_equal_names_are_told_apart(tmp_path, main, capsys):
     [
         ([], "which runs"),
         (["nowhere"], "nowhere/metrics.jsonl"),
+        ([LONG], "File name too long"),
         (["empty"], "no lines yet"),
         (["text"], "not a record"),
         (["a", "--outt=b.png"], "did you mean out"),
@@ -605,7 +693,7 @@ def test_equal_names_are_told_apart(tmp_path, main, capsys):
         (["a", "--out=b.jpgg"], "b.jpgg"),
         (["a", "--out=nowhere/b.png"], "nowhere is no folder"),
     ],
-    ids=["none", "missing", "empty", "foreign", "unknown-key", "no-equals", "format", "folder"],
+    ids=["none", "missing", "too-long", "empty", "foreign", "unknown-key", "no-equals", "format", "folder"],
 )
 def test_mistakes_get_one_clear_error(tmp_path, main, arguments, message):
     pytest.importorskip("matplotlib")

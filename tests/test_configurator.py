@@ -328,7 +328,8 @@ def test_a_missing_file(config_file, tmp_path):
     assert error("config/long_ctx") == "'config/long_ctx': no such config file; did you mean config/long_ctx.py?"
     assert error("config/long-ctx.py") == "'config/long-ctx.py': no such config file; did you mean config/long_ctx.py?"
     elsewhere = "no such config file; give the path of a config file, or --key=value"
-    for arg in ("nowhere/x.py", "config", "", "4", "x" * 5000):
+    assert error("config") == "'config' is a folder, and no config file; that of a run is given by --out_dir=config"
+    for arg in ("nowhere/x.py", "", "4", "x" * 5000, "x" * 300 + "/a.py"):
         assert error(arg) == f"{arg!r}: {elsewhere}"
 
 
@@ -425,7 +426,7 @@ def test_nanogpt_dropout_meets_sus(config_file):
         (
             ["--lora_rank=8", "--init_from=gpt2", "--lora_base=a"],
             "lora_base=a is for resuming a run with adapters, whose base has moved: "
-            "leave it out, or set --init_from=resume",
+            "leave it out; --init_from=PATH gives a new run's base",
         ),
         (
             ["--lora_rank=8", "--init_from=gpt2", "--lora_targets=c_fc,c_proj", "--attn_backward=sus", "--sus_c=auto"],
@@ -553,6 +554,10 @@ def test_run_main_shows_a_user_error_without_a_traceback():
 
 
 def test_run_main_on_ctrl_c():
+    done = run("import configurator\nraise KeyboardInterrupt")  # as torch is imported
+    assert done.stderr == "interrupted\n" and done.stdout == ""
+    done = run("import configurator\nraise KeyError('bug')")
+    assert "Traceback" in done.stderr and "bug" in done.stderr
     done = run("from configurator import *\ndef main(): raise KeyboardInterrupt\nrun_main(main)")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 

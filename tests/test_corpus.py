@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import types
 import urllib.error
 from pathlib import Path
 
@@ -438,6 +439,24 @@ def test_two_preparations_of_one_corpus(tmp_path):
     write(tmp_path)
 
 
+def test_a_lock_where_there_is_no_fcntl(tmp_path, monkeypatch):
+    """As on Windows, where msvcrt locks bytes."""
+    taken = set()
+
+    def locking(number, mode, size):
+        assert mode == "LK_NBLCK" and size == 1
+        file = os.fstat(number).st_ino
+        if file in taken:
+            raise PermissionError
+        taken.add(file)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK="LK_NBLCK", locking=locking))
+    with locked(tmp_path, "taken"), pytest.raises(UserError, match="^taken$"):
+        with locked(tmp_path, "taken"):
+            pass
+
+
 class Failing(Texts):
     """Raises after the first document."""
 
@@ -604,7 +623,8 @@ def test_read_text(tmp_path, raw, text):
     "raw, message",
     [
         (b"PNG\0...", "f is not text: byte 3 is NUL"),
-        ("größer".encode("latin1"), "f is not UTF-8 text: byte 2 is 0xf6 .*iconv"),
+        ("größer".encode("latin1"), r"f is not UTF-8 text: byte 2 is 0xf6, in 'gr\\xf6\\xdfer' \(.*iconv"),
+        (b"one\ntwo \xe9 three " + b"x" * 90, r"in 'one\\ntwo \\xe9 three x{12}' \("),
         ("größer".encode("utf-16-le"), r"f is not text: byte 1 is NUL \(if it is UTF-16: iconv"),
         ("größer".encode("utf-16")[:-1], "f is not UTF-16 text, as its byte order mark says: truncated data"),
         (b"\xff\xfe\0\xd8a\0", "f is not UTF-16 text, as its byte order mark says: illegal"),
@@ -978,6 +998,7 @@ def test_text_without_input(tmp_path):
         "loader.py",
         "a\n",
         "x" * 300,
+        "漢" * 100,  # of 300 bytes
         "stdlib",
         "shakespeare_char",
         "text",
@@ -1444,7 +1465,7 @@ def test_text_is_read_in_blocks(tmp_path, monkeypatch, block):
     (tmp_path / "f").write_bytes("größer\r\n漢字\r🙂\r".encode())
     assert read_text(tmp_path / "f") == "größer\n漢字\r🙂\r"
     (tmp_path / "g").write_bytes("größer".encode() + b"\xe6\xbc")
-    with pytest.raises(UserError, match="byte 8 is 0xe6 .*is its end missing"):
+    with pytest.raises(UserError, match="byte 8 is 0xe6, .*is its end missing"):
         read_text(tmp_path / "g")
 
 

@@ -173,6 +173,7 @@ def test_mistakes_get_one_clear_error(small, wheel, tmp_path, monkeypatch):
         (("--gguf=cut.gguf",), "transformers can't read cut.gguf"),
         ((f"--gguf={small[0]}", "--out=full"), "--out=full is there already, and is something else"),
         ((f"--gguf={small[0]}", "--out=cut.gguf/a"), "can't make cut.gguf/a: "),
+        ((f"--gguf={small[0]}", f"--out={'x' * 300}"), "File name too long"),
     ):
         with pytest.raises(UserError) as error:
             command(smollm2, monkeypatch, "--out=out", *options)

@@ -33,7 +33,12 @@ LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", 
         "datasets", "huggingface_hub", "pyarrow", "zstandard"}  # fmt: skip
 KERNELS = {"cpu_kernels.py", "triton_kernels.py"}  # themselves imported where they are used
 MODULES = [module for floor in FLOORS for module in floor.split()]
-OURS = {name.partition(".")[0] for name in MODULES} | {"experiments", "tests"}
+ROOMS = {"config", "data", "examples", "experiments", "sus_backends", "training"}
+OURS = (
+    {name.partition(".")[0] for name in MODULES}
+    | {"experiments", "tests"}
+    | {path.stem for room in ("experiments", "tests") for path in (ROOT / room).glob("*.py")}  # they import by these
+)
 
 
 def imports(tree):
@@ -47,8 +52,8 @@ def imports(tree):
 
 
 def files(*but):
-    """Every Python file of the product, tests and `but` excepted."""
-    found = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", *but} & set(p.relative_to(ROOT).parts)]
+    """Every Python file of the product, tests and the rooms `but` excepted. Other folders are none of ours."""
+    found = [*ROOT.glob("*.py"), *(path for room in sorted(ROOMS - {*but}) for path in (ROOT / room).rglob("*.py"))]
     assert len(found) > 15
     return found
 
@@ -88,8 +93,17 @@ def test_optional_packages_are_imported_where_they_are_used():
         assert not names & {f"sus_backends.{kernels.removesuffix('.py')}" for kernels in KERNELS}, path
 
 
+def test_scripts_import_torch_after_what_makes_ctrl_c_quiet():
+    scripts = [path for path in files("data") if "\n    run_main(" in path.read_text()]
+    assert len(scripts) > 10
+    for path in scripts:
+        top = [n for n in of(path).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = [name.partition(".")[0] for name in imports(ast.Module(body=top, type_ignores=[]))]
+        assert names.index("configurator") < [*names, "torch"].index("torch"), path
+
+
 def test_no_file_shadows_a_module_of_the_standard_library():
-    names = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in ROOT.iterdir() if p.is_dir()}
+    names = {p.stem for p in ROOT.glob("*.py")} | ROOMS | {"tests"}
     assert not names & sys.stdlib_module_names
 
 

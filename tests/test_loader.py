@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from configurator import UserError
 from data import corpus as corpus_module
+from data import loader
 from data.corpus import Texts, write_corpus
 from data.loader import Epoch, TextChanged, load_corpus
 from data.tokenizer import tokenizer_from_meta
@@ -250,6 +252,21 @@ def test_missing_data_set_tells_what_there_is(tmp_path):
         load_corpus(tmp_path / "stdlib", 16)
     with pytest.raises(UserError, match=r"run python \S+/text/prepare.py --input=FILE_OR_FOLDER --out=NAME"):
         load_corpus(tmp_path / "text", 16)
+
+
+DATA = Path(loader.__file__).parent
+
+
+def test_a_path_in_place_of_a_name(tmp_path):
+    """--dataset=data/stdlib is sought as data/data/stdlib. A command that is told exists."""
+    with pytest.raises(UserError, match=r"has no train.bin and no val.bin; did you mean --dataset=stdlib\?$"):
+        load_corpus(DATA / "data" / "stdlib", 16)
+    long = DATA / ("x" * 300) / "books"
+    for folder, name in (tmp_path / "books", "books"), (DATA / "data" / "text", "NAME"), (long, "books"):
+        with pytest.raises(UserError) as error:
+            load_corpus(folder, 16)
+        script = DATA / "text" / "prepare.py"
+        assert f"run python {script} --input=FILE_OR_FOLDER --out={name}, and give --dataset={name}" in str(error.value)
 
 
 @pytest.mark.parametrize("gone", ["train", "val"])

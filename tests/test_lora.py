@@ -512,6 +512,9 @@ def test_sampling_merges_and_reads_beyond_the_base_s_context(based, tmp_path, mo
     merge_lora.main()
     with pytest.raises(UserError, match="exists already"):
         merge_lora.main()
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", f"--out_dir={path.parent}", f"--merged={'x' * 300}"])
+    with pytest.raises(UserError, match="can't make x+: File name too long"):
+        merge_lora.main()
     shutil.rmtree(tmp_path / "base"), shutil.rmtree(tmp_path / "lora")
     monkeypatch.setattr(sys, "argv", [argv[0], f"--out_dir={tmp_path / 'merged'}", *argv[2:]])
     capsys.readouterr()

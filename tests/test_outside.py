@@ -350,6 +350,19 @@ def test_validation_without_long_documents_is_told(run, tmp_path, capsys, window
         assert warned == (size == 50)
 
 
+def test_the_record_says_on_which_text(run, tmp_path):
+    run(max_iters=2)
+    header = read_record(tmp_path / "out/metrics.jsonl")[0]
+    saved = load(tmp_path / "out")
+    assert all(len(header[name]) == 64 and header[name] == saved[name] for name in ("train_sha256", "val_sha256"))
+
+
+@pytest.mark.parametrize("word", ["Resume", "GPT2", "Scratch"])
+def test_a_word_in_capitals_is_understood(run, word):
+    with pytest.raises(UserError, match=f"init_from={word}: did you mean --init_from={word.lower()}"):
+        run(init_from=word)
+
+
 # -- checkpoints ----------------------------------------------------------------------------------------
 
 

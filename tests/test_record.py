@@ -15,6 +15,7 @@ import torch
 
 from configurator import UserError
 from training.record import Record, flatten, make_id, read_record
+from training_runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -367,7 +368,7 @@ def test_real_wandb_offline(tmp_path, login):
         text=True,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.count("\n") == 1 and "wandb is offline (" in result.stdout
@@ -376,6 +377,6 @@ def test_real_wandb_offline(tmp_path, login):
     assert len(read_record(tmp_path / "out" / "metrics.jsonl")[1]) == 5
 
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", "./wandb"]
-    shown = json.loads(subprocess.run(inspect, cwd=tmp_path, env=env, capture_output=True, timeout=120).stdout)
+    shown = json.loads(subprocess.run(inspect, cwd=tmp_path, env=env, capture_output=True, timeout=PATIENCE).stdout)
     assert shown["summary"]["iter"] == 40 and shown["summary"]["train/loss"] == 1, shown
     assert shown["summary"]["val/loss_by_position/0-63"] == 2.5 and shown["config"] == {"sus_c": "inf"}

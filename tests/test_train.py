@@ -331,7 +331,9 @@ def test_always_save_checkpoint_off_keeps_the_best_until_the_end(run, tmp_path, 
 
 def test_the_first_command_cut_short(tmp_path):
     """In a fresh copy, python train.py config/long_ctx.py makes its corpus, trains, and ends with a sample."""
-    theirs = shutil.ignore_patterns(".git", ".venv", "tests", "out*", "wandb", "*.bin", "meta.json", "__pycache__")
+    theirs = shutil.ignore_patterns(
+        ".git", ".venv", "tests", "out*", "models", "wandb", "*.bin", "meta.json", "__pycache__"
+    )
     shutil.copytree(ROOT, tmp_path / "fresh", ignore=theirs)
     shutil.copytree(ROOT / "sus_backends", tmp_path / "fresh/sus_backends", dirs_exist_ok=True)  # with compiled kernels
     command = [sys.executable, "train.py", "config/long_ctx.py", "--max_iters=2", "--eval_iters=1"]
@@ -583,6 +585,12 @@ def test_sample_reads_prompts_from_files_longer_than_the_context(draw, tmp_path)
     assert seen.out.startswith("import os\n" * 50) and "reads the last 64" in seen.err
 
 
+def test_sample_s_help_is_a_table_whatever_the_defaults(draw, capsys):
+    with pytest.raises(SystemExit):
+        draw("--help")
+    assert "--start='\\n' " in capsys.readouterr().out
+
+
 def test_sample_mistakes(draw, tmp_path, trained):
     with pytest.raises(UserError, match="can't read"):
         draw("--start=FILE:no-such-file.txt")
@@ -591,5 +599,10 @@ def test_sample_mistakes(draw, tmp_path, trained):
         draw(f"--start=FILE:{tmp_path / 'latin1.txt'}")
     with pytest.raises(UserError, match="no checkpoint"):
         draw(f"--out_dir={tmp_path}")
+    (tmp_path / "ckpt-8.pt").touch()
+    with pytest.raises(UserError, match=r"no checkpoint at .*ckpt.pt; --ckpt=NAME takes another one there: ckpt-8.pt"):
+        draw(f"--out_dir={tmp_path}")
+    with pytest.raises(UserError, match="is a folder, and no config file; .* --out_dir="):
+        draw(str(trained))
     with pytest.raises(UserError, match="temperature must be"):
         draw("--temperature=-1")

@@ -2,7 +2,7 @@
 
 The file is the truth. Its first line holds the run's configuration, every further one what was logged at one iteration:
 
-    {"config": {...}, "run_id": "sus-c25-ab12", "run_name": "sus-c25-ab12"}
+    {"config": {...}, "run_id": "sus-c25-ab12", "run_name": "sus-c25-ab12", "val_sha256": "9f86d0...", ...}
     {"iter": 250, "val/loss": 1.93, "val/loss_by_position": {"0-63": 2.4, "64-127": 2.1}}
 
 Each line is written at once, so that a kill loses at most one. A resumed run first cuts off the lines after its
@@ -38,7 +38,7 @@ class Record:
     """The record of one run. config: plain values, of the first line. run_id: of the run to go on with, from its
     checkpoint; None makes one from run_name. group: what wandb overlays by. resume_iter: the checkpoint's iteration,
     after which the lines are cut off; None starts a new file. evaluation_owed: so is that iteration's evaluation.
-    UserError if the file can't be read or written.
+    checksums: of the text, for the first line. UserError if the file can't be read or written.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Record:
         wandb_project: str,
         resume_iter: int | None,
         evaluation_owed: bool = False,
+        checksums: dict[str, str | None] | None = None,
     ):
         self.path = Path(out_dir) / "metrics.jsonl"
         self.run_id = run_id or make_id(run_name)
@@ -62,7 +63,7 @@ class Record:
             lines = [line for line in read_record(self.path)[1] if line["iter"] <= resume_iter]
             if evaluation_owed:  # it will be made again
                 lines = [line for line in lines if line["iter"] < resume_iter or "val/loss" not in line]
-        self._rewrite([{"config": config, "run_id": self.run_id, "run_name": run_name}, *lines])
+        self._rewrite([{"config": config, "run_id": self.run_id, "run_name": run_name, **(checksums or {})}, *lines])
         self.mirror, self.look = None, ""  # look: where wandb shows the curves
         if wandb_log:
             resume = "allow" if run_id else "never"

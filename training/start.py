@@ -134,6 +134,8 @@ def find_base(cfg: TrainConfig) -> Path | None:
         return None
     path = checkpoint.find(cfg.init_from)
     if not os.path.isfile(path):
+        if (meant := cfg.init_from.lower()) in ("scratch", "resume", *PRETRAINED):
+            raise UserError(f"init_from={cfg.init_from}: did you mean --init_from={meant}?")
         raise UserError(
             f"init_from={cfg.init_from} must be one of scratch, resume, {', '.join(PRETRAINED)}, or the path of a "
             f"checkpoint or its folder, and there is no {path}: train that model first"

@@ -78,7 +78,8 @@ def prepare(
     inputs = [input] if isinstance(input, str) else list(input)
     if not inputs or "" in inputs:
         raise UserError("--input is missing: give a file, or a folder of files")
-    if not re.fullmatch(r"[^\W_][\w.-]{0,99}", out) or folder.is_file():
+    too_long = len(os.fsencode(out)) > 255  # of a file system's names
+    if not re.fullmatch(r"[^\W_][\w.-]{0,99}", out) or too_long or os.path.isfile(folder):
         raise UserError(f"--out={out}: give a name of letters, digits, '_', '-' and '.', for a folder under {data}")
     if (folder / "prepare.py").exists():
         raise UserError(f"--out={out}: this data set has a prepare.py of its own; give another name")
