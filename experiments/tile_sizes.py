@@ -78,7 +78,8 @@ class TilesConfig:
 def main() -> None:
     cfg = load_config(TilesConfig, [arg for arg in sys.argv[1:] if arg.startswith("-")], usage=__doc__)
     models = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    check_picture(cfg.out)
+    if cfg.out:
+        check_picture(cfg.out)
     check_writable(cfg.json)
     data = read_json(Path(cfg.from_json), "tile_sizes") if cfg.from_json else {"benchmark": "tile_sizes"}
     if not cfg.from_json or cfg.inputs:
