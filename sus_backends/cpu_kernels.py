@@ -40,8 +40,9 @@ from sus_backends.reference import TILE, UNIT, UNIT_BITS, absorb, tiles_of
 
 LANES = 16
 INTERPRETED = bool(numba.config.DISABLE_JIT)
-# Rows of the matrix product's register tile: 8 of 32 registers of 16 floats, or 4 pairs of 16 registers of 8.
-HEIGHT = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4
+# The matrix product's register tile, in rows and in vectors of LANES: 16 of 32 registers of 16 floats, or 8 of 16
+# registers of 8. An FMA waits for the one before it; so many sums at once fill the time, and make much of each load.
+HEIGHT, WIDE = (8, 2) if llvmlite.binding.get_host_cpu_features().get("avx512f") else (4, 1)
 
 F32, I32, I64, BIT = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(1)
 
@@ -403,45 +404,50 @@ def _(builder, context, given, args):
     return builder.atomic_rmw("add", p, args[1], "monotonic")
 
 
-def product(c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate):
+def product(c, c0, c_row, c_next, a, a0, a_row, a_column, b, b0, b_row, b_next, n, accumulate):
     """C = A B, or C += A B: the matrix product's register tile. c, a, b: float32.
 
-    A (HEIGHT, n) at a[a0 + row * a_row + column * a_column]; B (n, LANES) and C (HEIGHT, LANES) at b0 and c0, in rows
-    b_row and c_row apart; n >= 1. A B is summed by FMAs in order from 0, and then added: over many calls the error
-    stays that of short sums.
+    A (HEIGHT, n) at a[a0 + row * a_row + column * a_column]. B (n, WIDE * LANES) and C (HEIGHT, WIDE * LANES) at b0 and
+    c0, in rows b_row and c_row apart; their next LANES columns are b_next and c_next further. n >= 1. A B is summed by
+    FMAs in order from 0, and then added: over many calls the error stays that of short sums.
     """
     for row in range(HEIGHT):
-        x = np.zeros(LANES, np.float32)
-        for j in range(n):
-            x = fma(splat(a[a0 + row * a_row + j * a_column]), load(b, b0 + j * b_row), x)
-        store(c, c0 + row * c_row, load(c, c0 + row * c_row) + x if accumulate else x)
+        for w in range(WIDE):
+            x = np.zeros(LANES, np.float32)
+            for j in range(n):
+                x = fma(splat(a[a0 + row * a_row + j * a_column]), load(b, b0 + w * b_next + j * b_row), x)
+            at = c0 + row * c_row + w * c_next
+            store(c, at, load(c, at) + x if accumulate else x)
 
 
-@emission(product, lambda c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate: (
-    types.void, c, *(types.int64,) * 2, a, *(types.int64,) * 3, b, *(types.int64,) * 3, types.boolean
+@emission(product, lambda c, c0, c_row, c_next, a, a0, a_row, a_column, b, b0, b_row, b_next, n, accumulate: (
+    types.void, c, *(types.int64,) * 3, a, *(types.int64,) * 3, b, *(types.int64,) * 4, types.boolean
 ))  # fmt: skip
 def _(builder, context, given, args):
-    c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate = args
+    c, c0, c_row, c_next, a, a0, a_row, a_column, b, b0, b_row, b_next, n, accumulate = args
 
     def vector_at(p, i):
         return builder.bitcast(builder.gep(p, [i]), floats.ir.as_pointer())
 
-    c, a, b = (_address(builder, context, given[i], args[i], args[i + 1]) for i in (0, 3, 7))
+    c, a, b = (_address(builder, context, given[i], args[i], args[i + 1]) for i in (0, 4, 8))
     a_rows = [builder.gep(a, [builder.mul(a_row, I64(row))]) for row in range(HEIGHT)]
+    b_parts = [builder.gep(b, [builder.mul(b_next, I64(w))]) for w in range(WIDE)]
     start, loop = builder.block, builder.append_basic_block("loop")
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    j, sums = builder.phi(I64), [builder.phi(floats.ir) for _ in range(HEIGHT)]
-    b_j = builder.load(vector_at(b, builder.mul(j, b_row)))
-    b_j.align = 4
-    column = builder.mul(j, a_column)
+    j, sums = builder.phi(I64), [builder.phi(floats.ir) for _ in range(HEIGHT * WIDE)]
+    of_b, column = builder.mul(j, b_row), builder.mul(j, a_column)
+    b_j = []
+    for part in b_parts:
+        b_j.append(builder.load(vector_at(part, of_b)))
+        b_j[-1].align = 4
     added = []
     for row in range(HEIGHT):
-        a_j = builder.load(builder.gep(a_rows[row], [column]))
-        added.append(
-            intrinsic(builder, f"llvm.fma.v{LANES}f32", floats.ir, broadcast(builder, floats, a_j), b_j, sums[row])
-        )
+        a_j = broadcast(builder, floats, builder.load(builder.gep(a_rows[row], [column])))
+        for w in range(WIDE):
+            args_ = a_j, b_j[w], sums[row * WIDE + w]
+            added.append(intrinsic(builder, f"llvm.fma.v{LANES}f32", floats.ir, *args_))
     next_j = builder.add(j, I64(1))
     for phi, first, again in ((j, I64(0), next_j), *((x, constant(floats, 0.0), y) for x, y in zip(sums, added))):
         phi.add_incoming(first, start)
@@ -451,12 +457,14 @@ def _(builder, context, given, args):
 
     builder.position_at_end(end)
     for row in range(HEIGHT):
-        p = vector_at(c, builder.mul(c_row, I64(row)))
-        before = builder.load(p)
-        before.align = 4
-        # a select, not a product with 0: C may hold anything before
-        x = builder.select(accumulate, builder.fadd(before, added[row]), added[row])
-        builder.store(x, p).align = 4
+        for w in range(WIDE):
+            p = vector_at(c, builder.add(builder.mul(c_row, I64(row)), builder.mul(c_next, I64(w))))
+            before = builder.load(p)
+            before.align = 4
+            # a select, not a product with 0: C may hold anything before
+            x = added[row * WIDE + w]
+            x = builder.select(accumulate, builder.fadd(before, x), x)
+            builder.store(x, p).align = 4
 
 
 def transpose(a, a0, a_row, c, c0, c_row):
@@ -528,7 +536,7 @@ def exp2(x):
 
 @register_jitable
 def padded(D):
-    return (D + LANES - 1) // LANES * LANES
+    return (D + WIDE * LANES - 1) // (WIDE * LANES) * WIDE * LANES
 
 
 @jit
@@ -542,16 +550,22 @@ def forward_work(D, keys, singles=False):
     singles, their weights.
     """
     masses = -(-keys // KEYS) * (1 + KEYS // TILE)
-    weights = keys if singles else KEYS
-    return ROWS * (2 * padded(D) + weights + HEIGHT + 3 + masses) + 2 * KEYS * padded(D)
+    return ROWS * (2 * padded(D) + weights_of(keys, D, singles) + 3 + masses) + 2 * KEYS * padded(D)
+
+
+@register_jitable
+def weights_of(keys, D, singles):
+    """How many of a row's weights `forward` has at a time; before and after, that space holds rows of Q and of O."""
+    return (max(keys, padded(D)) if singles else KEYS) + HEIGHT
 
 
 @jit
 def pack(source, start, stride, n, D, target, width):
     """n rows of D elements, float32 or bfloat16, `stride` apart, into contiguous rows of `width` >= D, zeros behind."""
     for i in range(n):
-        for d in range(0, D, LANES):
-            store(target, i * width + d, load_row(source, start + i * stride, d, D))
+        for d in range(0, width, LANES):
+            x = load_row(source, start + i * stride, d, D) if d < D else splat(np.float32(0))
+            store(target, i * width + d, x)
 
 
 @jit
@@ -700,7 +714,7 @@ def forward(
     """
     B, H, K, T, N, D = shape
     width = padded(D)
-    capacity = (N if singles else KEYS) + HEIGHT
+    capacity = weights_of(N, D, singles)
     blocks = (T + ROWS - 1) // ROWS
 
     # the thread's work space; with a lane for each row of the block
@@ -754,9 +768,9 @@ def forward(
             at = start - start0 if slots else 0  # whose sums are remembered
             kept = at if singles else 0  # and whose weights, where these are drawn
             for j in range(0, n_padded, HEIGHT):
-                for group in range(GROUPS):
-                    product(p, (group * capacity + kept + j) * LANES, LANES, k_step, j * width, width, 1,
-                            q_t, group * width * LANES, LANES, D, False)  # fmt: skip
+                for group in range(0, GROUPS, WIDE):
+                    product(p, (group * capacity + kept + j) * LANES, LANES, capacity * LANES, k_step, j * width, width,
+                            1, q_t, group * width * LANES, LANES, width * LANES, D, False)  # fmt: skip
             for group in range(GROUPS):
                 base = (group * capacity + kept) * LANES
                 begin = min(max(from_ - start, 0), n)  # the keys before this, and those from `end` on, not all rows see
@@ -770,9 +784,9 @@ def forward(
                 softmax_step(p, base, n, top, norm, step_top[at // KEYS * ROWS :],
                              mass[at // TILE * ROWS :], out_t, group, width)  # fmt: skip
             for d in range(0, width, HEIGHT):
-                for group in range(GROUPS):
-                    product(out_t, (group * width + d) * LANES, LANES, v_step, d, 1, width,
-                            p, (group * capacity + kept) * LANES, LANES, n, True)  # fmt: skip
+                for group in range(0, GROUPS, WIDE):
+                    product(out_t, (group * width + d) * LANES, LANES, width * LANES, v_step, d, 1, width,
+                            p, (group * capacity + kept) * LANES, LANES, capacity * LANES, n, True)  # fmt: skip
 
         if slots:
             for group in range((rows + LANES - 1) // LANES):
@@ -929,10 +943,11 @@ def tile_work(D, chunks):
 
 @jit
 def multiply(c, c_row, a, a_row, a_column, b, b_row, rows, columns, n, accumulate):
-    """C = A B, or C += A B, for C (rows, columns): rows are rounded up to HEIGHT, columns a multiple of LANES."""
+    """C = A B, or C += A B, for C (rows, columns): rows are rounded up to HEIGHT, columns one of WIDE * LANES."""
     for row in range(0, rows, HEIGHT):
-        for column in range(0, columns, LANES):
-            product(c, row * c_row + column, c_row, a, row * a_row, a_row, a_column, b, column, b_row, n, accumulate)
+        for column in range(0, columns, WIDE * LANES):
+            product(c, row * c_row + column, c_row, LANES, a, row * a_row, a_row, a_column, b, column, b_row, LANES, n,
+                    accumulate)  # fmt: skip
 
 
 @jit
@@ -1009,6 +1024,9 @@ def tile_gradients(
                 for d in range(0, D, LANES):
                     store(q_rows, e * width + d, load_row(q, q_row, d, D) * q_scale)
                     store(g_rows, e * width + d, load_row(grad_out, g_row, d, D))
+                for d in range((D + LANES - 1) // LANES * LANES, width, LANES):
+                    store(q_rows, e * width + d, splat(np.float32(0)))
+                    store(g_rows, e * width + d, splat(np.float32(0)))
 
             multiply(p, TILE, q_rows, width, 1, k_t, TILE, n, TILE, width, False)
             multiply(m, TILE, g_rows, width, 1, v_t, TILE, n, TILE, width, False)

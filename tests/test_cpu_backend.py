@@ -578,7 +578,7 @@ REFUSED = [
     (dict(dtype=torch.float64), "float64"),
     (dict(dtype=torch.float16), "float16"),
     (dict(D=129), "129"),
-    (dict(sampler="poisson"), "poisson"),
+    (dict(sampler="weighted"), "weighted"),
     (dict(sampler="systematic"), "systematic"),
 ]
 SLOW = "sus_attention uses the slow reference backend"
