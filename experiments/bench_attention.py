@@ -3,10 +3,12 @@
     python experiments/bench_attention.py --json=attention.json --out=attention.png     # minutes on a CPU
     python experiments/bench_attention.py --T=2048,8192 --c=4 --wandb
     python experiments/bench_attention.py --inputs=smollm2.pt     # a model's q, k, v, from capture_attention.py
+    python experiments/bench_attention.py --T=32768 --documents=4096    # or --window=1024
     python experiments/bench_attention.py --from_json=attention.json --out=attention.png
 
 Exact is the fastest backend that torch's scaled_dot_product_attention has on the device: all are measured, by name.
-Inputs are normal random numbers, or those of a file: then each of its layers is measured, and their median is shown.
+With --documents it is called for each document; with --window it gets a mask. Inputs are normal random numbers, or
+those of a file: then each of its layers is measured, and their median is shown.
 All take turns in one process; a time is the median of the rounds, a ratio that of two times of the same round, with its
 lowest and highest. Memory is the peak of one forward and backward beyond the inputs, on a CPU in a process of its own.
 
@@ -35,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench_attention_report import compare, draw, fits, log_to_wandb, over_layers, overall, report
-from contenders import Check, Contender, captured_inputs, captured_layer, contenders, random_inputs
+from contenders import Check, Contender, Sight, captured_inputs, captured_layer, contenders, key_ranges, random_inputs
 from measure import apart, free_memory, gradients, heading, numbers, peak_of, product_ms, sus_backend
 from output import check_picture, check_writable, deliver, progress_bar, read_json
 from sus_attn import BACKENDS, SAMPLERS
@@ -62,6 +64,8 @@ class BenchConfig:
     backend: str = key("auto", "SUS's kernels", choices=BACKENDS)
     device: str = key("auto", "auto, cpu, cuda, cuda:1")
     inputs: str = key("", "a file of capture_attention.py, which has T, H and D; empty: normal random numbers")
+    documents: int = key(0, "attention within documents of so many tokens, side by side; 0: one document", low=0)
+    window: int = key(0, "attention to so many keys at most; 0: to all", low=0)
     seed: int = key(0, "seeds the inputs and the draws", low=0, high=2**62)
 
     repeats: int = key(7, "timed rounds, after one for warming up", low=1, section="How")
@@ -122,7 +126,8 @@ def measure(cfg: BenchConfig) -> dict:
     origin, D, to_measure = cases(cfg, device)
     cs = numbers("c", cfg.c, float, 0)
     backends = {c: sus_backend(cfg.backend, device, D, c, cfg.sampler) for c in cs}
-    members = contenders(device, {c: backend for c, (backend, _) in backends.items()}, cfg.sampler)
+    sight = Sight(cfg.documents, cfg.window)
+    members = contenders(device, {c: backend for c, (backend, _) in backends.items()}, cfg.sampler, sight)
     print(
         device.reason,
         *(
@@ -153,6 +158,7 @@ def measure(cfg: BenchConfig) -> dict:
             "from": origin,
             "shape": [*inputs[0].shape[:2], "T", inputs[0].shape[3]],
             "key_heads": inputs[1].shape[1],
+            "sight": sight._asdict(),
             "dtype": str(device.dtype).removeprefix("torch."),
         },
         "checks": checks,
@@ -219,9 +225,10 @@ def measure_at(
     exact = gradients(members[0], *inputs)
     for member in sus:
         stats = torch.zeros(3, device=q.device)
-        check.at(exact, gradients(member, *inputs, seed=cfg.seed, stats=stats), member.c, q, k, v)
+        check.at(exact, gradients(member, *inputs, seed=cfg.seed, stats=stats), member, q, k, v)
         rows[member.name]["kept_per_row"] = stats[0].item() / q[..., 0].numel()
-        rows[member.name]["kept_fraction"] = stats[0].item() / (q[..., 0].numel() * (T + 1) / 2)
+        seen = key_ranges(T, member.sight, q.device).diff(dim=-1).double().mean().item()
+        rows[member.name]["kept_fraction"] = stats[0].item() / (q[..., 0].numel() * seen)
     del exact
     functions = {m.name: functools.partial(m, seed=cfg.seed) for m in members}
     for i, name, forward, backward in take_turns(functions, *inputs, device, cfg.repeats + 1):

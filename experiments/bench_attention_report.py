@@ -113,9 +113,12 @@ def report(data: dict) -> None:
     results, inputs = data["results"], data["inputs"]
     machine, idle = describe_machine(data)
     shape = ", ".join(map(str, inputs["shape"]))
+    sight = inputs.get("sight", {})  # files of before have none
+    cut = "".join(f", {what} of {sight[what]} tokens" for what in ("documents", "window") if sight.get(what))
     heads = f", {inputs['key_heads']} key heads" if inputs["key_heads"] != inputs["shape"][1] else ""
     print(
-        f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}; {data['config']['sampler']} draws\n"
+        f"{machine}\nq, k, v ({shape}){heads}, {inputs['dtype']}, {inputs['from']}{cut}; "
+        f"{data['config']['sampler']} draws\n"
         f"checked: {len(data['checks'])} comparisons, all within their limits\n"
     )
     places = list(place(results[0]))

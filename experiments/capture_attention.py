@@ -19,6 +19,7 @@ import functools
 import io
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,7 @@ def hugging_face(folder: Path, cfg: CaptureConfig, device: Device) -> tuple[Laye
     """The layers, and the page's loss, of a model in a folder that transformers reads."""
     recorder = Recorder()
     model, tokenizer = load(folder, recorder)
-    model.to(device.device)
+    checkpoint_layers(model.to(device.device).requires_grad_(False))
     config = model.config.get_text_config()
     layers = chosen(cfg, config.num_hidden_layers)
     longest = getattr(config, "max_position_embeddings", None) or cfg.T
@@ -197,8 +198,17 @@ def hugging_face(folder: Path, cfg: CaptureConfig, device: Device) -> tuple[Laye
     return found, loss.item()
 
 
-def load(folder: Path, recorder: Recorder) -> tuple["PreTrainedModel", Any]:
-    """The folder's model, in float32, with the recorder as its attention, and its tokenizer. UserError."""
+def checkpoint_layers(model: "PreTrainedModel") -> None:
+    """Compute each layer's activations again in the backward. transformers' own way would switch on dropout."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = functools.partial(recomputed, module.forward, use_reentrant=False)
+
+
+def load(folder: Path, attention: Callable) -> tuple["PreTrainedModel", Any]:
+    """The folder's model, in float32, with `attention` in each layer (see Recorder), and its tokenizer. UserError."""
     try:
         from transformers import (
             AttentionInterface,
@@ -208,25 +218,20 @@ def load(folder: Path, recorder: Recorder) -> tuple["PreTrainedModel", Any]:
             logging,
         )
         from transformers.masking_utils import sdpa_mask
-        from transformers.modeling_layers import GradientCheckpointingLayer
     except ImportError:
         raise UserError(f"{folder} is read by transformers: pip install -r requirements-dev.txt") from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    AttentionInterface.register("recorder", recorder)
-    AttentionMaskInterface.register("recorder", sdpa_mask)  # makes none where the mask is the causal one
+    AttentionInterface.register("ours", attention)
+    AttentionMaskInterface.register("ours", sdpa_mask)  # makes none where the mask is the causal one
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="recorder", local_files_only=True
+            folder, dtype=torch.float32, attn_implementation="ours", local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file can fail at any point
         reason = str(error).strip().partition("\n")[0][:200]
         raise UserError(f"transformers can't read {folder} ({type(error).__name__}: {reason})") from error
-    model.requires_grad_(False)
-    for module in model.modules():  # its own activation checkpointing would switch on dropout
-        if isinstance(module, GradientCheckpointingLayer):
-            module.forward = functools.partial(recomputed, module.forward, use_reentrant=False)
     return model, tokenizer
 
 

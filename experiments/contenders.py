@@ -1,7 +1,7 @@
 """Who runs in bench_attention.py, on which inputs, and whether SUS's results may be believed.
 
-A contender is one way to compute causal attention: a backend of torch's SDPA, SUS at some c, FlexAttention. Before any
-of them is timed, `Check` compares SUS's forward and gradients with exact ones.
+A contender is one way to compute attention, causal, in documents or in a window: a backend of torch's SDPA, SUS at some
+c, FlexAttention. Before any of them is timed, `Check` compares SUS's forward and gradients with exact ones.
 
 Dims: B batch, H query heads, K key/value heads, T tokens, D head dimension.
 """
@@ -38,24 +38,76 @@ UNSEEN = 16  # what happens so often, on average, doesn't happen at all once in 
 # -- what is measured -------------------------------------------------------------------------------
 
 
+class Sight(NamedTuple):
+    """What rows see: keys up to their own, of their own document and window."""
+
+    documents: int = 0  # tokens of each; 0: all are of one
+    window: int = 0  # so many keys, with its own; 0: any number
+
+
+ALL = Sight()
+
+
 class Contender(NamedTuple):
-    """One way to compute causal attention: a function of q (B, H, T, D) and k, v (B, K, T, D) to (B, H, T, D)."""
+    """One way to compute attention: a function of q (B, H, T, D) and k, v (B, K, T, D) to (B, H, T, D)."""
 
     name: str
     kind: str  # "exact"; "sus"; "undrawn", SUS's forward where no gradient is wanted, so none is prepared; "peer"
     how: str  # the backend, of SDPA or of SUS; or "flex"
     c: float | None = None
     sampler: str = "tiles"
+    sight: Sight = ALL
+    apart: bool = False  # SUS by a call for each document
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, seed: int = 0, stats: Tensor | None = None) -> Tensor:
+        T, (documents, window) = q.shape[2], self.sight
+        gqa = q.shape[1] != k.shape[1]
+        if self.how == "flex":
+            mask = flex_blocks(T, q.device) if self.sight == ALL else flex_mask(T, self.sight, q.device)
+            return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=gqa)
         if self.kind == "exact":
             with sdpa_kernel(getattr(SDPBackend, self.how)):
-                return exact_attention(q, k, v)
-        if self.how == "flex":
-            mask, gqa = causal_blocks(q.shape[2], q.device), q.shape[1] != k.shape[1]
-            return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=gqa)
+                if window:
+                    mask = seen(T, self.sight, q.device)
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
+                parts = zip(*(x.split(documents or T, 2) for x in (q, k, v)))  # a call for each document
+                return (
+                    torch.cat([exact_attention(*part) for part in parts], 2) if documents else exact_attention(q, k, v)
+                )
+        options = dict(seed=seed, sampler=self.sampler, backend=self.how, stats=stats)
         with torch.set_grad_enabled(self.kind != "undrawn"):
-            return sus_attention(q, k, v, self.c, seed=seed, sampler=self.sampler, backend=self.how, stats=stats)
+            if self.apart:
+                parts = zip(*(x.split(documents, 2) for x in (q, k, v)))
+                return torch.cat([sus_attention(*part, self.c, **options) for part in parts], 2)
+            ranges = None if self.sight == ALL else key_ranges(T, self.sight, q.device)
+            return sus_attention(q, k, v, self.c, key_ranges=ranges, **options)
+
+
+@functools.cache
+def key_ranges(T: int, sight: Sight, device: torch.device) -> Tensor:
+    """(T, 2) int32, of sus_attention."""
+    row = torch.arange(T, device=device)
+    lo = torch.zeros_like(row)
+    if sight.documents:
+        lo = row // sight.documents * sight.documents
+    if sight.window:
+        lo = torch.maximum(lo, row + 1 - sight.window)
+    return torch.stack([lo, row + 1], -1).int()
+
+
+@functools.cache
+def seen(T: int, sight: Sight, device: torch.device) -> Tensor:
+    """(T, T) bool: the mask of SDPA."""
+    ranges, key = key_ranges(T, sight, device), torch.arange(T, device=device)
+    return (key >= ranges[:, :1]) & (key < ranges[:, 1:])
+
+
+@functools.cache
+def flex_mask(T: int, sight: Sight, device: torch.device) -> "BlockMask":
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ranges = key_ranges(T, sight, device)
+    return create_block_mask(lambda b, h, i, j: (j >= ranges[i, 0]) & (j < ranges[i, 1]), None, None, T, T, device)
 
 
 @functools.cache
@@ -66,8 +118,8 @@ def compiled_flex() -> Callable:
 
 
 @functools.cache
-def causal_blocks(T: int, device: torch.device) -> "BlockMask":
-    """FlexAttention's mask, from its blocks: its own create_block_mask makes all T^2 entries, 17 GB at T = 128k."""
+def flex_blocks(T: int, device: torch.device) -> "BlockMask":
+    """FlexAttention's causal mask by its blocks: its own create_block_mask makes all T^2 entries, 17 GB at T = 128k."""
     from torch.nn.attention.flex_attention import BlockMask
 
     size = 128
@@ -85,7 +137,9 @@ def label(backend: str) -> str:
     return backend.removesuffix("_ATTENTION").lower()
 
 
-def contenders(device: Device, backends: dict[float, str], sampler: str = "tiles") -> list[Contender]:
+def contenders(
+    device: Device, backends: dict[float, str], sampler: str = "tiles", sight: Sight = ALL
+) -> list[Contender]:
     """Everything there is for the device. backends: SUS's, of each c."""
     typical = min(backends, key=lambda c: abs(c - 4))
     backend = backends[typical]
@@ -97,7 +151,9 @@ def contenders(device: Device, backends: dict[float, str], sampler: str = "tiles
     ]
     if backend != "reference":
         members.append(Contender(f"reference c={typical:g}", "peer", "reference", typical, sampler))
-    return members
+    if sight.documents:
+        members.append(Contender(f"SUS c={typical:g} by document", "peer", backend, typical, sampler, apart=True))
+    return [member._replace(sight=sight) for member in members]
 
 
 def random_inputs(H: int, T: int, D: int, seed: int, device: Device) -> tuple[Tensor, ...]:
@@ -179,7 +235,7 @@ class Check:
     def start(self, exact: Contender, sus: list[Contender], q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> None:
         """On a short slice of the inputs: all values in float64's light, and the mean of many draws at each c."""
         inputs = tuple(x[:, :, :SLICE] for x in (q, k, v, grad_out))
-        math_ = Contender("", "exact", "MATH")
+        math_ = exact._replace(how="MATH")
         truth = gradients(math_, *(x.double() for x in inputs))
         tiny = torch.finfo(q.dtype).eps  # in float64 SDPA's error may be less than one rounding
         own = [relative_error(x, t) for x, t in zip(gradients(exact, *inputs), truth)]
@@ -214,14 +270,15 @@ class Check:
             self.deviation[contender.c] = whole_shares([grads for _, *grads in draws], truth[1:]).std(0)
 
     def at(
-        self, exact: tuple[Tensor, ...], results: tuple[Tensor, ...], c: float, q: Tensor, k: Tensor, v: Tensor
+        self, exact: tuple[Tensor, ...], results: tuple[Tensor, ...], sus: Contender, q: Tensor, k: Tensor, v: Tensor
     ) -> None:
         """At full length: some rows of the forward in float64's light, and whether one draw is off by too much."""
-        T, G = q.shape[2], q.shape[1] // k.shape[1]
+        T, G, c = q.shape[2], q.shape[1] // k.shape[1], sus.c
         rows = torch.linspace(0, T - 1, min(T, 64), device=q.device).long()
         k, v = (x.double().repeat_interleave(G, 1) for x in (k, v))
         scores = q[:, :, rows].double() @ k.mT * q.shape[3] ** -0.5
-        scores.masked_fill_(torch.arange(T, device=q.device) > rows[:, None], -math.inf)
+        ranges, key = key_ranges(T, sus.sight, q.device)[rows], torch.arange(T, device=q.device)
+        scores.masked_fill_((key < ranges[:, :1]) | (key >= ranges[:, 1:]), -math.inf)
         truth = scores.softmax(-1) @ v
         own = relative_error(exact[0][:, :, rows], truth)
         self.compare(

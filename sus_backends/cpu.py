@@ -10,8 +10,9 @@ The threads are PyTorch's own, not those of numba's parallel loops: its layers e
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
 each task computes, and where it writes it, does not depend on the thread that runs it.
 
-Dims: B batch, H query heads, K key/value heads, T positions, D head dim, slots: the most tiles that a row proposes.
-Kernels take flat arrays; where they are views of tensors they come with strides (batch, head, position) in elements.
+Dims: B batch, H query heads, K key/value heads, T query rows, N keys, D head dim, slots: the most tiles that a row
+proposes. Kernels take flat arrays; where they are views of tensors they come with strides (batch, head, position) in
+elements.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
@@ -24,7 +25,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,16 @@ import torch
 from torch import Tensor
 
 from sus_backends import reference
-from sus_backends.reference import STREAM_THINNING, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
+from sus_backends.reference import (
+    STREAM_POISSON,
+    STREAM_THINNING,
+    proposals_like,
+    ranges_of,
+    row_states,
+    row_uniforms,
+    seed_state,
+    slots_of,
+)
 
 MAX_D = 128
 
@@ -49,16 +59,14 @@ def missing() -> str | None:
     return None
 
 
-def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
+def unsupported(dtype: torch.dtype, D: int, sampler: str) -> str | None:
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}".replace("torch.", "")
     if D > MAX_D:
         return f"it takes head dims up to {MAX_D}, not {D}"
-    if not is_causal:
-        return "it is for causal attention"
-    if sampler != "tiles":
-        return f"it has the sampler tiles, not {sampler}"
+    if sampler not in ("tiles", "poisson"):
+        return f"it has the samplers tiles and poisson, not {sampler}"
     return None
 
 
@@ -72,18 +80,34 @@ def kernels() -> ModuleType:
     """cpu_kernels, with its compiled code kept on disk where that is possible."""
     from sus_backends import cpu_kernels
 
-    specified = hashlib.sha256(Path(reference.__file__).read_bytes()).hexdigest()
-    for name in ("forward", "thin", "tile_gradients", "query_gradients"):
-        kernel = getattr(cpu_kernels, name)
-        if not cpu_kernels.INTERPRETED:
-            try:
-                kernel.enable_caching()
-            except RuntimeError:
-                continue  # no folder can be written: compiled anew in each process
-            # what kernels have from reference.py is compiled into them: when it changes, so must they
-            file = kernel._cache._cache_file
-            file._source_stamp = file._source_stamp, specified
+    _keep_on_disk(cpu_kernels, "forward", "thin", "tile_gradients", "query_gradients")
     return cpu_kernels
+
+
+@functools.cache
+def poisson_kernels() -> ModuleType:
+    """cpu_poisson, likewise."""
+    from sus_backends import cpu_poisson
+
+    _keep_on_disk(cpu_poisson, "count_entries", "row_gradients", "key_gradients")
+    return cpu_poisson
+
+
+def _keep_on_disk(module: ModuleType, *names: str) -> None:
+    from sus_backends import cpu_kernels
+
+    if cpu_kernels.INTERPRETED:
+        return
+    # what kernels have from these files is compiled into them: when they change, so must they
+    sources = b"".join(Path(m.__file__ or "").read_bytes() for m in (reference, cpu_kernels))
+    for name in names:
+        kernel = getattr(module, name)
+        try:
+            kernel.enable_caching()
+        except RuntimeError:
+            continue  # no folder can be written: compiled anew in each process
+        file = kernel._cache._cache_file
+        file._source_stamp = file._source_stamp, hashlib.sha256(sources).hexdigest()
 
 
 _compiling = threading.Lock()
@@ -222,72 +246,125 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: float, c_max: float, seed: Tensor, u: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact causal attention, and the proposals of the backward if `draws`.
+    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: float, c_max: float, seed: Tensor, u: Tensor | None,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
+    sampler: str = "tiles",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Exact attention, and the proposals of the backward if `draws`.
 
-    q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. seed: 0-d. u: None, or
-    the sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T);
-    and tiles and masses (B, H, T, slots), see `reference.proposals_like`: of no slots unless it draws.
+    q (B, H, T, D); k, v (B, K, N, D), float32 or bfloat16. c <= c_max, which sizes the buffers. seed: 0-d. u: None, or
+    the sampler's uniforms, int64 (B, H, T) in [0, 2^23). is_causal, key_ranges: see reference.ranges_of.
+
+    Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T); and tiles and masses (B, H, T, slots), see
+    `reference.proposals_like`: of no slots unless it draws.
     """
     ck = kernels()
     q, k, v = _rows(q, k, v)
     B, H, T, D = q.shape
+    K, N = k.shape[1:3]
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    slots = tile_slots(c_max, T) if draws else 0
+    slots, singles = slots_of(sampler, c_max, N) if draws else 0, sampler == "poisson"
+    rows = range(first_row, first_row + T)
     tiles, masses = proposals_like(q, slots)
     if not draws:
         u = q.new_empty(0, dtype=torch.int32)
+    elif singles:
+        u = row_states(seed_state(seed.cpu(), STREAM_POISSON), B, H, rows, "cpu", first_head)
     elif u is None:
-        u = row_uniforms(seed.cpu(), B, H, range(T), "cpu")
+        u = row_uniforms(seed.cpu(), B, H, rows, "cpu", first_head=first_head)
+    ranges = ranges_of(key_ranges, is_causal, T, N, "cpu")
     _run(
         ck.forward, B * H * -(-T // ck.ROWS),
-        _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
-        _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles),
-        _flat(masses),
-        work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
+        _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, K, T, N, D), *_per_batch(ranges),
+        float(scale), _flat(out), _flat(lse), np.float32(c if singles else reference.KAPPA * c),
+        _flat(u.int().contiguous()), slots, singles and draws, _flat(tiles), _flat(masses),
+        work=[(ck.forward_work(D, N if draws else ck.KEYS, singles and draws), torch.float32)],
     )  # fmt: skip
     return out, lse, tiles, masses
 
 
-def round_records(T: int) -> int:
+def _per_batch(ranges: Tensor) -> tuple[np.ndarray, int]:
+    """ranges (1 or B, T, 2), flat, and how far the next batch's are."""
+    return _flat(ranges), ranges[0].numel() if len(ranges) > 1 else 0
+
+
+def round_records(N: int) -> int:
     """About the most kept pairs of one round of the backward: few enough for a cache, and worth a pass over dK, dV."""
-    return max(1 << 16, 8 * T)
+    return max(1 << 16, 8 * N)
+
+
+def round_entries(N: int) -> int:
+    """The same of single keys."""
+    return max(1 << 18, 32 * N)
+
+
+Round = tuple[int, int, int, int]  # first key/value head of all, heads, first chunk of each, chunks
+
+
+def _rounds(dk: Tensor, dv: Tensor, chunks: int, round_chunks: int) -> Iterator[tuple[Round, list[Tensor]]]:
+    """A backward's rounds, and where the sums for dk and dv (B, K, N, D) of each go: in float32, until they are whole.
+    chunks: of the rows of one key/value head. round_chunks: of one round, about.
+    """
+    B, K, N, D = dk.shape
+    round_heads = max(1, round_chunks // chunks)
+    for head, chunk in itertools.product(range(0, B * K, round_heads), range(0, chunks, round_chunks)):
+        heads, some = min(round_heads, B * K - head), min(round_chunks, chunks - chunk)
+        of_round = [x.view(B * K, N, D)[head : head + heads] for x in (dk, dv)]
+        if round_chunks >= chunks:
+            sums = of_round
+        elif chunk == 0:  # several rounds make one head's sums
+            sums = [torch.empty_like(x, dtype=torch.float32) for x in of_round]
+        yield (head, heads, chunk, some), sums
+        if chunk + some == chunks:
+            for x, total in zip(of_round, sums):
+                x.copy_(total)
+
+
+def _squares(*tensors: Tensor) -> list[np.ndarray]:
+    """The squared norms of their rows."""
+    return [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in tensors]
+
+
+NOTHING = [np.empty(0, np.float32)] * 3
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
-    scale: float, c: float, seed: Tensor, with_stats: bool = False,
+    scale: float, c: float, seed: Tensor, row_weight: Tensor, with_stats: bool = False,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
+    sampler: str = "tiles",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed.
 
-    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
-    seed: 0-d. Returns dq (B, H, T, D), dk and dv (B, K, T, D), and stats, float32 (3,).
+    grad_out, q, out (B, H, T, D); k, v (B, K, N, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
+    seed: 0-d. row_weight (B, H, T): of reference.row_weights.
+
+    Returns dq (B, H, T, D), dk and dv (B, K, N, D), and stats, float32 (3,).
     """
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
     out, lse, tiles, masses = (x.detach().contiguous() for x in (out, lse, tiles, masses))
     B, H, T, D = q.shape
-    K, slots = k.shape[1], tiles.shape[3]
+    K, N, slots = *k.shape[1:3], tiles.shape[3]
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
-    chunks, n_tiles = H // K * ck.chunks_of(T), reference.tiles_of(T)  # chunks of the rows of one key/value head
-    shape = (B, H, K, T, D)
+    if sampler == "poisson":
+        return _poisson_backward(grad_out, q, k, v, out, lse, tiles, masses, scale, c, with_stats)
+    chunks, n_tiles = H // K * ck.chunks_of(T), reference.tiles_of(N)  # chunks of the rows of one key/value head
+    shape = (B, H, K, T, N, D)
+    ranges = _per_batch(ranges_of(key_ranges, is_causal, T, N, "cpu"))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
     stats = q.new_zeros(3, dtype=torch.float32)
-    row_weight, thin_state = _flat(row_weights(grad_out)), seed_state(int(seed), STREAM_THINNING)
-    squares = [np.empty(0, np.float32)] * 3
-    if with_stats:
-        squares = [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in (grad_out, q, k)]
+    weights, thin_state = _flat(row_weight.float().contiguous()), seed_state(int(seed), STREAM_THINNING)
+    squares = _squares(grad_out, q, k) if with_stats else NOTHING
     grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
     lse_, proposals = _flat(lse), (_flat(tiles), _flat(masses))
     delta = _flat(torch.empty_like(lse))
 
     # a row keeps about c tiles, on average over the rows
-    round_chunks = max(1, int(round_records(T) // (ck.CHUNK * min(slots, c + 1))))
-    round_heads = max(1, round_chunks // chunks)
-    most = min(round_heads, B * K) * min(round_chunks, chunks)
+    round_chunks = max(1, int(round_records(N) // (ck.CHUNK * min(slots, c + 1))))
+    most = min(max(1, round_chunks // chunks), B * K) * min(round_chunks, chunks)
     starts = q.new_empty(most * (n_tiles + 1), dtype=torch.int32)
     record_rows, places = (q.new_empty(most * ck.CHUNK * slots, dtype=torch.int32) for _ in range(2))
     record_weights = q.new_empty(2 * len(record_rows), dtype=torch.float32)
@@ -295,37 +372,74 @@ def backward(
     # once, and from NumPy, which asks for large pages: by small ones, to get memory takes longer than to fill it. It is
     # of the size that is never exceeded; what isn't written takes no memory
     parts = np.empty(most * ck.CHUNK * slots * ck.padded(D), np.float32)
-    for head, chunk in itertools.product(range(0, B * K, round_heads), range(0, chunks, round_chunks)):
-        heads = min(round_heads, B * K - head)
-        round_ = head, heads, chunk, min(round_chunks, chunks - chunk)
-        tasks = heads * round_[3]
+    for round_, sums in _rounds(dk, dv, chunks, round_chunks):
+        tasks = round_[1] * round_[3]
         _run(
             ck.thin, tasks,
-            *grad_, shape, _flat(out), np.float32(reference.KAPPA * c), np.float32(c), row_weight, thin_state,
-            *proposals, slots, round_, delta, *records, _flat(places), kept,
+            *grad_, shape, *ranges, first_row, first_head, _flat(out), np.float32(reference.KAPPA * c), np.float32(c),
+            weights, thin_state, *proposals, slots, round_, delta, *records, _flat(places), kept,
             work=[((2 + 2 * ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
         )  # fmt: skip
         counts = starts.view(most, n_tiles + 1)[:tasks, -1].long()
         bases = _flat(counts.cumsum(0) - counts)
-        of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
-        if round_chunks >= chunks:
-            sums = of_round
-        elif chunk == 0:  # several rounds make one head's sums
-            sums = [torch.empty_like(x, dtype=torch.float32) for x in of_round]
-        task_variance = np.zeros(heads * n_tiles if with_stats else 0)
+        task_variance = np.zeros(round_[1] * n_tiles if with_stats else 0)
         _run(
-            ck.tile_gradients, heads * n_tiles,
-            grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, float(scale), lse_, delta, slots,
-            round_, records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
+            ck.tile_gradients, round_[1] * n_tiles,
+            grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, *ranges, float(scale), lse_, delta,
+            slots, round_, records[0], bases, *records[1:], round_[2] > 0, parts, *map(_flat, sums), *squares,
+            task_variance,
             work=list(zip(ck.tile_work(D, round_[3]), (torch.float32, torch.int32))),
         )  # fmt: skip
         _run(
             ck.query_gradients, tasks,
             shape, float(scale), lse_, delta, slots, round_, bases, _flat(places), parts, _flat(dq),
         )  # fmt: skip
-        if chunk + round_[3] == chunks:
-            for x, total in zip(of_round, sums):
-                x.copy_(total)
+        variance += task_variance.sum()
+    if with_stats:
+        stats[0], stats[2] = float(kept[0]), variance
+    return dq, dk, dv, stats
+
+
+def _poisson_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, keys: Tensor, weights: Tensor,
+    scale: float, c: float, with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward` from the entries that the forward kept: keys and their W, both (B, H, T, slots)."""
+    ck, pk = kernels(), poisson_kernels()
+    B, H, T, D = q.shape
+    K, N, slots = *k.shape[1:3], keys.shape[3]
+    chunks, buckets = H // K * ck.chunks_of(T), pk.buckets_of(N)
+    shape = (B, H, K, T, N, D)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    kept, variance = np.zeros(1, np.int64), 0.0
+    stats = q.new_zeros(3, dtype=torch.float32)
+    squares = _squares(grad_out, q, k) if with_stats else NOTHING
+    grad_, q_, k_, v_ = ((_flat(x), _strides(x)) for x in (grad_out, q, k, v))
+    entries = _flat(keys), _flat(weights)
+    round_chunks = max(1, int(round_entries(N) // (ck.CHUNK * min(slots, c + 1))))
+    for round_, sums in _rounds(dk, dv, chunks, round_chunks):
+        tasks = round_[1] * round_[3]
+        counts = q.new_zeros(round_[1], round_[3], buckets, dtype=torch.int64)
+        _run(pk.count_entries, tasks, entries[0], shape, slots, round_, _flat(counts))
+        # regions lie side by side by (head, bucket, chunk), and are looked up by (head, chunk, bucket)
+        by_bucket = counts.transpose(1, 2)
+        ends = by_bucket.flatten().cumsum(0).view(by_bucket.shape)
+        starts = (ends - by_bucket).transpose(1, 2).contiguous()
+        places = starts.clone()
+        records = q.new_empty(int(ends[-1, -1, -1]) + pk.AHEAD, 4, dtype=torch.float32)
+        record = _flat(records.view(torch.int32)), _flat(records)
+        task_variance = np.zeros(tasks if with_stats else 0)
+        _run(
+            pk.row_gradients, tasks,
+            grad_[0], k_[0], v_[0], grad_[1], k_[1], v_[1], shape, float(scale), _flat(out), _flat(lse), np.float32(c),
+            *entries, slots, round_, _flat(places), *record, _flat(dq), kept, *squares, task_variance,
+            work=[(pk.row_work(D, slots), torch.float32)],
+        )  # fmt: skip
+        _run(
+            pk.key_gradients, round_[1] * buckets,
+            grad_[0], q_[0], grad_[1], q_[1], shape, round_, _flat(starts), _flat(places), *record, round_[2] > 0,
+            *map(_flat, sums), work=[(pk.key_work(D), torch.float32)],
+        )  # fmt: skip
         variance += task_variance.sum()
     if with_stats:
         stats[0], stats[2] = float(kept[0]), variance

@@ -12,11 +12,13 @@ dim: the rows that keep a tile come from anywhere, and are taken as they lie in 
 One file, because numba's cache of compiled code looks at changes of a function's own file only (and, see
 sus_backends/cpu.py, of reference.py).
 
-Dims: B batch, H query heads, K key/value heads, G = H / K, T positions, D head dim. Arrays are flat; where they are
-views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as uint16.
+Dims: B batch, H query heads, K key/value heads, G = H / K, T query rows, N keys, D head dim. Arrays are
+flat; where they are views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as
+uint16.
 
 Deliberately missing: threads (sus_backends/cpu.py runs these functions on several; they release the GIL, and share the
-work through a counter), and everything but causal attention with the sampler tiles.
+work through a counter), the backward of single keys (sus_backends/cpu_poisson.py), and all samplers but tiles and
+poisson.
 """
 
 import math
@@ -38,8 +40,9 @@ from sus_backends.reference import TILE, UNIT, UNIT_BITS, absorb, tiles_of
 
 LANES = 16
 INTERPRETED = bool(numba.config.DISABLE_JIT)
-# Rows of the matrix product's register tile: 8 of 32 registers of 16 floats, or 4 pairs of 16 registers of 8.
-HEIGHT = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 4
+# The matrix product's register tile, in rows and in vectors of LANES: 16 of 32 registers of 16 floats, or 8 of 16
+# registers of 8. An FMA waits for the one before it; so many sums at once fill the time, and make much of each load.
+HEIGHT, WIDE = (8, 2) if llvmlite.binding.get_host_cpu_features().get("avx512f") else (4, 1)
 
 F32, I32, I64, BIT = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(1)
 
@@ -209,7 +212,7 @@ def _(builder, context, given, args):
     intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), p, I32(0), I32(3), I32(1))
 
 
-# Arithmetic, lane by lane: + - * < of floats, + & < of ints, and these.
+# Arithmetic, lane by lane: + - * < of floats, + * & ^ < of ints, and these.
 
 
 def splat(x):
@@ -257,6 +260,11 @@ def shift_left(x, n):
     return x << n
 
 
+def shift_right(x, n):
+    """Of the bits: zeros come in."""
+    return (x.view(np.uint32) >> np.uint32(n)).view(np.int32)
+
+
 def lanes():
     """0, 1, 2, ..."""
     return np.arange(LANES, dtype=np.int32)
@@ -281,7 +289,7 @@ def lowest(bits):
 
 for function, emit_floats, emit_ints in (
     (operator.add, "fadd", "add"), (operator.sub, "fsub", "sub"), (operator.mul, "fmul", "mul"),
-    (operator.truediv, "fdiv", None), (operator.and_, None, "and_"),
+    (operator.truediv, "fdiv", None), (operator.and_, None, "and_"), (operator.xor, None, "xor"),
 ):  # fmt: skip
     for vector, method in ((floats, emit_floats), (ints, emit_ints)):
         if method:
@@ -351,6 +359,11 @@ def _(builder, context, given, args):
     return builder.shl(args[0], broadcast(builder, ints, args[1]))
 
 
+@emission(shift_right, lambda x, n: (ints, ints, types.int32))
+def _(builder, context, given, args):
+    return builder.lshr(args[0], broadcast(builder, ints, args[1]))
+
+
 @emission(lanes, lambda: (ints,))
 def _(builder, context, given, args):
     return ir.Constant(ints.ir, list(range(LANES)))
@@ -391,45 +404,50 @@ def _(builder, context, given, args):
     return builder.atomic_rmw("add", p, args[1], "monotonic")
 
 
-def product(c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate):
+def product(c, c0, c_row, c_next, a, a0, a_row, a_column, b, b0, b_row, b_next, n, accumulate):
     """C = A B, or C += A B: the matrix product's register tile. c, a, b: float32.
 
-    A (HEIGHT, n) at a[a0 + row * a_row + column * a_column]; B (n, LANES) and C (HEIGHT, LANES) at b0 and c0, in rows
-    b_row and c_row apart; n >= 1. A B is summed by FMAs in order from 0, and then added: over many calls the error
-    stays that of short sums.
+    A (HEIGHT, n) at a[a0 + row * a_row + column * a_column]. B (n, WIDE * LANES) and C (HEIGHT, WIDE * LANES) at b0 and
+    c0, in rows b_row and c_row apart; their next LANES columns are b_next and c_next further. n >= 1. A B is summed by
+    FMAs in order from 0, and then added: over many calls the error stays that of short sums.
     """
     for row in range(HEIGHT):
-        x = np.zeros(LANES, np.float32)
-        for j in range(n):
-            x = fma(splat(a[a0 + row * a_row + j * a_column]), load(b, b0 + j * b_row), x)
-        store(c, c0 + row * c_row, load(c, c0 + row * c_row) + x if accumulate else x)
+        for w in range(WIDE):
+            x = np.zeros(LANES, np.float32)
+            for j in range(n):
+                x = fma(splat(a[a0 + row * a_row + j * a_column]), load(b, b0 + w * b_next + j * b_row), x)
+            at = c0 + row * c_row + w * c_next
+            store(c, at, load(c, at) + x if accumulate else x)
 
 
-@emission(product, lambda c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate: (
-    types.void, c, *(types.int64,) * 2, a, *(types.int64,) * 3, b, *(types.int64,) * 3, types.boolean
+@emission(product, lambda c, c0, c_row, c_next, a, a0, a_row, a_column, b, b0, b_row, b_next, n, accumulate: (
+    types.void, c, *(types.int64,) * 3, a, *(types.int64,) * 3, b, *(types.int64,) * 4, types.boolean
 ))  # fmt: skip
 def _(builder, context, given, args):
-    c, c0, c_row, a, a0, a_row, a_column, b, b0, b_row, n, accumulate = args
+    c, c0, c_row, c_next, a, a0, a_row, a_column, b, b0, b_row, b_next, n, accumulate = args
 
     def vector_at(p, i):
         return builder.bitcast(builder.gep(p, [i]), floats.ir.as_pointer())
 
-    c, a, b = (_address(builder, context, given[i], args[i], args[i + 1]) for i in (0, 3, 7))
+    c, a, b = (_address(builder, context, given[i], args[i], args[i + 1]) for i in (0, 4, 8))
     a_rows = [builder.gep(a, [builder.mul(a_row, I64(row))]) for row in range(HEIGHT)]
+    b_parts = [builder.gep(b, [builder.mul(b_next, I64(w))]) for w in range(WIDE)]
     start, loop = builder.block, builder.append_basic_block("loop")
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    j, sums = builder.phi(I64), [builder.phi(floats.ir) for _ in range(HEIGHT)]
-    b_j = builder.load(vector_at(b, builder.mul(j, b_row)))
-    b_j.align = 4
-    column = builder.mul(j, a_column)
+    j, sums = builder.phi(I64), [builder.phi(floats.ir) for _ in range(HEIGHT * WIDE)]
+    of_b, column = builder.mul(j, b_row), builder.mul(j, a_column)
+    b_j = []
+    for part in b_parts:
+        b_j.append(builder.load(vector_at(part, of_b)))
+        b_j[-1].align = 4
     added = []
     for row in range(HEIGHT):
-        a_j = builder.load(builder.gep(a_rows[row], [column]))
-        added.append(
-            intrinsic(builder, f"llvm.fma.v{LANES}f32", floats.ir, broadcast(builder, floats, a_j), b_j, sums[row])
-        )
+        a_j = broadcast(builder, floats, builder.load(builder.gep(a_rows[row], [column])))
+        for w in range(WIDE):
+            args_ = a_j, b_j[w], sums[row * WIDE + w]
+            added.append(intrinsic(builder, f"llvm.fma.v{LANES}f32", floats.ir, *args_))
     next_j = builder.add(j, I64(1))
     for phi, first, again in ((j, I64(0), next_j), *((x, constant(floats, 0.0), y) for x, y in zip(sums, added))):
         phi.add_incoming(first, start)
@@ -439,12 +457,14 @@ def _(builder, context, given, args):
 
     builder.position_at_end(end)
     for row in range(HEIGHT):
-        p = vector_at(c, builder.mul(c_row, I64(row)))
-        before = builder.load(p)
-        before.align = 4
-        # a select, not a product with 0: C may hold anything before
-        x = builder.select(accumulate, builder.fadd(before, added[row]), added[row])
-        builder.store(x, p).align = 4
+        for w in range(WIDE):
+            p = vector_at(c, builder.add(builder.mul(c_row, I64(row)), builder.mul(c_next, I64(w))))
+            before = builder.load(p)
+            before.align = 4
+            # a select, not a product with 0: C may hold anything before
+            x = added[row * WIDE + w]
+            x = builder.select(accumulate, builder.fadd(before, x), x)
+            builder.store(x, p).align = 4
 
 
 def transpose(a, a0, a_row, c, c0, c_row):
@@ -480,7 +500,7 @@ def _(builder, context, given, args):
 # The kernels.
 # ---------------------------------------------------------------------------------------------
 
-ROWS = TILE  # query rows of one forward task: the products reuse each key ROWS times, and one tile has their diagonal
+ROWS = 64  # query rows of one forward task: the products reuse each key ROWS times
 KEYS = 256  # keys of one step of the forward: those of K, of V and their scores stay in the second-level cache
 GROUPS = ROWS // LANES
 
@@ -516,7 +536,7 @@ def exp2(x):
 
 @register_jitable
 def padded(D):
-    return (D + LANES - 1) // LANES * LANES
+    return (D + WIDE * LANES - 1) // (WIDE * LANES) * WIDE * LANES
 
 
 @jit
@@ -525,18 +545,27 @@ def load_row(a, start, d, D):
     return load(a, start + d) if d + LANES <= D else load_first(a, start + d, D - d)
 
 
-def forward_work(D, keys):
-    """float32 elements of work space for one thread of `forward` that remembers the masses of `keys` keys."""
+def forward_work(D, keys, singles=False):
+    """float32 elements of work space for one thread of `forward` that remembers the masses of `keys` keys, and, if
+    singles, their weights.
+    """
     masses = -(-keys // KEYS) * (1 + KEYS // TILE)
-    return ROWS * (2 * padded(D) + KEYS + HEIGHT + 3 + masses) + 2 * KEYS * padded(D)
+    return ROWS * (2 * padded(D) + weights_of(keys, D, singles) + 3 + masses) + 2 * KEYS * padded(D)
+
+
+@register_jitable
+def weights_of(keys, D, singles):
+    """How many of a row's weights `forward` has at a time; before and after, that space holds rows of Q and of O."""
+    return (max(keys, padded(D)) if singles else KEYS) + HEIGHT
 
 
 @jit
 def pack(source, start, stride, n, D, target, width):
     """n rows of D elements, float32 or bfloat16, `stride` apart, into contiguous rows of `width` >= D, zeros behind."""
     for i in range(n):
-        for d in range(0, D, LANES):
-            store(target, i * width + d, load_row(source, start + i * stride, d, D))
+        for d in range(0, width, LANES):
+            x = load_row(source, start + i * stride, d, D) if d < D else splat(np.float32(0))
+            store(target, i * width + d, x)
 
 
 @jit
@@ -584,16 +613,16 @@ def inclusion_units(weight, c_units):
 
 
 @jit
-def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots, tiles, masses):
+def draw(mass, step_top, top, norm, group, first_tile, n_tiles, n, used, scratch, row, u, c, slots, tiles, masses):
     """The systematic sample of 16 rows' tiles: keep one where the running sum of q, started at u, passes an integer.
 
     In fixed point, as specified in reference.inclusion_units and keep_systematic; q depends on the stored masses alone.
-    mass: (tiles, ROWS), relative to step_top: (steps, ROWS). row: the first of the rows, of B * H * T. n: how many of
-    the 16 there are. scratch: LANES floats.
+    mass: (tiles, ROWS) from first_tile on, relative to step_top: (steps, ROWS). row: the first of the rows, of B * H *
+    T. n: how many of the 16 there are; used: a bitmap of those that see anything. scratch: LANES floats.
     """
     unit, fraction, none = splat(np.int32(UNIT)), splat(np.int32(UNIT - 1)), splat(np.int32(0))
     c_units = splat(np.float32(c * np.float32(UNIT)))
-    at, used = group * LANES, (1 << n) - 1
+    at = group * LANES
     count = np.zeros(LANES, np.int64)
     running, final, norms = load_first(u, row, n), load(top, at), load(norm, at)
     for tile in range(n_tiles):
@@ -609,29 +638,83 @@ def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots
                 hits &= hits - 1
                 if count[lane] < slots:
                     slot = (row + lane) * slots + count[lane]
-                    tiles[slot], masses[slot] = tile, scratch[lane]
+                    tiles[slot], masses[slot] = first_tile + tile, scratch[lane]
                     count[lane] += 1
     for lane in range(n):
         for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
             tiles[slot], masses[slot] = -1, 0
 
 
+def int32(word):
+    """The same bits."""
+    return np.array(word, np.uint32).view(np.int32)[()]
+
+
+ADDED, FIRST, SECOND = int32(0x9E3779B9), int32(0x7FEB352D), int32(0x846CA68B)
+
+
+@jit
+def absorb_all(state, word):
+    """`absorb`, lane by lane."""
+    x = (state + splat(ADDED)) ^ word
+    x = (x ^ shift_right(x, np.int32(16))) * splat(FIRST)
+    x = (x ^ shift_right(x, np.int32(15))) * splat(SECOND)
+    return x ^ shift_right(x, np.int32(16))
+
+
+@jit
+def draw_singles(
+    p, base, step_top, top, norm, group, first_key, n_keys, n, used, scratch, row, states, c, slots, keys, weights
+):
+    """The Poisson sample of 16 rows' keys: keep one where a uniform of its own is below q, see reference.keep_poisson.
+
+    p: (keys, LANES) at base, the weights from first_key on, as `softmax_step` leaves them. states: int32 (B, H, T), the
+    bits of the rows' hash states. Beyond its slots a row keeps nothing: see reference.poisson_slots. Else as in `draw`.
+    """
+    c_units = splat(np.float32(c * np.float32(UNIT)))
+    at = group * LANES
+    count = np.zeros(LANES, np.int64)
+    state, final, norms = load_first(states, row, n), load(top, at), load(norm, at)
+    for start in range(0, n_keys, KEYS):
+        factor = exp2(load(step_top, start // KEYS * ROWS + at) - final) / norms
+        for j in range(start, min(start + KEYS, n_keys)):
+            weight = load(p, base + j * LANES) * factor
+            uniform = shift_right(absorb_all(state, splat(np.int32(first_key + j))), np.int32(32 - UNIT_BITS))
+            hits = bitmap(uniform < inclusion_units(weight, c_units)) & used
+            if hits:
+                store(scratch, 0, weight)
+                while hits:
+                    lane = lowest(hits)
+                    hits &= hits - 1
+                    if count[lane] < slots:
+                        slot = (row + lane) * slots + count[lane]
+                        keys[slot], weights[slot] = first_key + j, scratch[lane]
+                        count[lane] += 1
+    for lane in range(n):
+        for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
+            keys[slot], weights[slot] = -1, 0
+
+
 @jit
 def forward(
-    q, k, v, q_strides, k_strides, v_strides, shape, scale, out, lse, c, u, slots, tiles, masses, counter, work,
+    q, k, v, q_strides, k_strides, v_strides, shape, ranges, ranges_stride, scale, out, lse, c, u, slots, singles,
+    tiles, masses, counter, work,
 ):  # fmt: skip
-    """Exact causal attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles.
+    """Exact attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles, or, if
+    singles, its Poisson sample of keys.
 
     Flash attention's online softmax (Dao et al., arXiv 2205.14135) over steps of KEYS keys for blocks of ROWS rows, in
     base 2. Of its weights a block remembers the sums in each tile, relative to the maximum known at the time.
 
-    shape: (B, H, K, T, D). scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T).
-    c: of the proposals, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
+    shape: (B, H, K, T, N, D). ranges: int32 (B, T, 2), the keys [lo, hi) that a row sees, and its stride of batches.
+    scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T). Both are 0 for a row that sees nothing.
+    c: of the draw, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms; the bits of
+    reference.row_states if singles.
     tiles, masses: see reference.proposals_like.
     """
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     width = padded(D)
-    capacity = KEYS + HEIGHT
+    capacity = weights_of(N, D, singles)
     blocks = (T + ROWS - 1) // ROWS
 
     # the thread's work space; with a lane for each row of the block
@@ -644,8 +727,9 @@ def forward(
     scratch, end = work[end : end + ROWS], end + ROWS
     k_step, end = work[end : end + KEYS * width], end + KEYS * width
     v_step, end = work[end : end + KEYS * width], end + KEYS * width
-    steps = (T + KEYS - 1) // KEYS if slots else 1
+    steps = (N + KEYS - 1) // KEYS if slots else 1
     step_top, mass = work[end : end + ROWS * steps], work[end + ROWS * steps :]  # (steps, ROWS), (tiles, ROWS)
+    lo, hi = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)  # of the block's rows
 
     while True:
         task = fetch_add(counter, 1)
@@ -656,7 +740,15 @@ def forward(
         kv = h // (H // K)
         first = block * ROWS
         rows = min(ROWS, T - first)
-        stop = first + rows  # keys that the block sees
+        # some row sees the keys from start0, a tile's first, to stop; all that see any see those from from_ to `to`
+        start0, stop, from_, to = N, 0, 0, N
+        for r in range(rows):
+            at = b * ranges_stride + 2 * (first + r)
+            lo[r], hi[r] = ranges[at], ranges[at + 1]
+            if lo[r] < hi[r]:
+                start0, stop = min(start0, lo[r]), max(stop, hi[r])
+                from_, to = max(from_, lo[r]), min(to, hi[r])
+        start0 = start0 // TILE * TILE
 
         pack(q, b * q_strides[0] + h * q_strides[1] + first * q_strides[2], q_strides[2], rows, D, p, width)
         p[rows * width : ROWS * width] = 0
@@ -668,41 +760,57 @@ def forward(
         norm[:] = 0
         out_t[:] = 0
 
-        for start in range(0, stop, KEYS):
+        for start in range(start0, stop, KEYS):
             n = min(KEYS, stop - start)
             n_padded = (n + HEIGHT - 1) // HEIGHT * HEIGHT
             pack(k, b * k_strides[0] + kv * k_strides[1] + start * k_strides[2], k_strides[2], n, D, k_step, width)
             pack(v, b * v_strides[0] + kv * v_strides[1] + start * v_strides[2], v_strides[2], n, D, v_step, width)
+            at = start - start0 if slots else 0  # whose sums are remembered
+            kept = at if singles else 0  # and whose weights, where these are drawn
             for j in range(0, n_padded, HEIGHT):
-                for group in range(GROUPS):
-                    product(p, (group * capacity + j) * LANES, LANES, k_step, j * width, width, 1,
-                            q_t, group * width * LANES, LANES, D, False)  # fmt: skip
-            at = start if slots else 0  # whose sums are remembered
+                for group in range(0, GROUPS, WIDE):
+                    product(p, (group * capacity + kept + j) * LANES, LANES, capacity * LANES, k_step, j * width, width,
+                            1, q_t, group * width * LANES, LANES, width * LANES, D, False)  # fmt: skip
             for group in range(GROUPS):
-                row = splat(np.int32(first + group * LANES)) + lanes()
-                for j in range(max(0, first - start), n):  # keys on and beyond the diagonal
-                    s = load(p, (group * capacity + j) * LANES)
-                    future = row < splat(np.int32(start + j))
-                    store(p, (group * capacity + j) * LANES, where(future, splat(-INF), s))
-                softmax_step(p, group * capacity * LANES, n, top, norm, step_top[at // KEYS * ROWS :],
+                base = (group * capacity + kept) * LANES
+                begin = min(max(from_ - start, 0), n)  # the keys before this, and those from `end` on, not all rows see
+                end = min(max(to - start, begin), n)
+                lo_, hi_ = load(lo, group * LANES), load(hi, group * LANES)
+                for e in range(n - end + begin):
+                    j = e if e < begin else end + e - begin
+                    key, s = splat(np.int32(start + j)), load(p, base + j * LANES)
+                    s = where(key < lo_, splat(-INF), where(key < hi_, s, splat(-INF)))
+                    store(p, base + j * LANES, s)
+                softmax_step(p, base, n, top, norm, step_top[at // KEYS * ROWS :],
                              mass[at // TILE * ROWS :], out_t, group, width)  # fmt: skip
             for d in range(0, width, HEIGHT):
-                for group in range(GROUPS):
-                    product(out_t, (group * width + d) * LANES, LANES, v_step, d, 1, width,
-                            p, group * capacity * LANES, LANES, n, True)  # fmt: skip
+                for group in range(0, GROUPS, WIDE):
+                    product(out_t, (group * width + d) * LANES, LANES, width * LANES, v_step, d, 1, width,
+                            p, (group * capacity + kept) * LANES, LANES, capacity * LANES, n, True)  # fmt: skip
 
-        for group in range(GROUPS):
+        if slots:
+            for group in range((rows + LANES - 1) // LANES):
+                n, used, row = min(LANES, rows - group * LANES), 0, head * T + first + group * LANES
+                for lane in range(n):
+                    used |= int(lo[group * LANES + lane] < hi[group * LANES + lane]) << lane
+                if singles:
+                    draw_singles(p, group * capacity * LANES, step_top, top, norm, group, start0, stop - start0, n,
+                                 used, scratch, row, u, c, slots, tiles, masses)  # fmt: skip
+                else:
+                    draw(mass, step_top, top, norm, group, start0 // TILE, (stop - start0 + TILE - 1) // TILE, n, used,
+                         scratch, row, u, c, slots, tiles, masses)  # fmt: skip
+        for group in range(GROUPS):  # into p, which has been used up
             transpose_all(out_t[group * width * LANES :], LANES, width, LANES, p[group * LANES * width :], width)
         for r in range(rows):
             row = head * T + first + r
+            if lo[r] >= hi[r]:
+                out[row * D : (row + 1) * D] = 0
+                lse[row] = 0
+                continue
             inverse = splat(np.float32(1) / norm[r])
             for d in range(0, D, LANES):
                 store_first(out, row * D + d, load(p, r * width + d) * inverse, min(LANES, D - d))
             lse[row] = (top[r] + np.log2(norm[r])) * LN_2
-        if slots:
-            for group in range((rows + LANES - 1) // LANES):
-                draw(mass, step_top, top, norm, group, block + 1, min(LANES, rows - group * LANES), scratch,
-                     head * T + first + group * LANES, u, c, slots, tiles, masses)  # fmt: skip
 
 
 # The backward's work is its records: the kept pairs of a row and a tile. By row it is known what is kept, and dQ is
@@ -729,7 +837,7 @@ def chunks_of(T):
 @register_jitable
 def chunk_of(task, shape, round_):
     """(batch, key/value head, query head, first row, row after the last) of a round's task, a chunk of query rows."""
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     head, chunk = round_[0] + task // round_[3], round_[2] + task % round_[3]
     b, kv = head // K, head % K
     first = chunk % chunks_of(T) * CHUNK
@@ -738,12 +846,14 @@ def chunk_of(task, shape, round_):
 
 @jit
 def thin(
-    grad_out, grad_strides, shape, out, drawn_c, c, row_weights, thin_state, tiles, masses, slots, round_,
-    delta, starts, record_rows, record_weights, places, kept, counter, work, work_ints,
+    grad_out, grad_strides, shape, ranges, ranges_stride, first_row, first_head, out, drawn_c, c, row_weights,
+    thin_state, tiles, masses, slots, round_, delta, starts, record_rows, record_weights, places, kept,
+    counter, work, work_ints,
 ):  # fmt: skip
     """The second draw (reference.thinning_units), and the records that it leaves, sorted by tile in each chunk of rows.
 
-    out: contiguous. drawn_c: what the forward proposed with. row_weights: float32 (B, H, T). thin_state: the hash state
+    ranges, ranges_stride: as in `forward`. first_row, first_head: where the first ones stand in the whole. out:
+    contiguous. drawn_c: what the forward proposed with. row_weights: float32 (B, H, T). thin_state: the hash state
     of seed and stream. tiles, masses: from `forward`. Writes
 
     delta: float32 (B, H, T), G_i . O_i.
@@ -752,8 +862,8 @@ def thin(
     places: int32 (heads * chunks, CHUNK, slots), where a row's records are among the chunk's, then -1.
     kept: int64 (1,), grows by the number of entries kept.
     """
-    B, H, K, T, D = shape
-    n_tiles = number_of_tiles(T)
+    B, H, K, T, N, D = shape
+    n_tiles = number_of_tiles(N)
     capacity = CHUNK * slots
     units, left = work[:slots], work[slots : 2 * slots]  # r in fixed point, 1/(x r)
     kept_weights, kept_tiles = work[2 * slots :], work_ints
@@ -788,7 +898,8 @@ def thin(
                 r = to_floats(ceil_to_ints(where(r < unit, maximum(r, splat(np.float32(1))), unit)))
                 store_first(units, s, r, n)
                 store_first(left, s, share * (unit / r), n)
-            state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), h), i)
+            state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), first_head + h), first_row + i)
+            lo, hi = ranges[b * ranges_stride + 2 * i], ranges[b * ranges_stride + 2 * i + 1]
             running = state >> (32 - UNIT_BITS)
             place = (i - first) * slots
             for s in range(count):
@@ -798,7 +909,7 @@ def thin(
                     kept_tiles[place] = tile
                     kept_weights[2 * place], kept_weights[2 * place + 1] = left[s], masses[slot + s]
                     at[tile + 1] += 1
-                    entries += min(TILE, i + 1 - tile * TILE)
+                    entries += min((tile + 1) * TILE, hi) - max(tile * TILE, lo)
                     place += 1
                 running &= UNIT - 1
             if place < (i - first + 1) * slots:
@@ -832,30 +943,31 @@ def tile_work(D, chunks):
 
 @jit
 def multiply(c, c_row, a, a_row, a_column, b, b_row, rows, columns, n, accumulate):
-    """C = A B, or C += A B, for C (rows, columns): rows are rounded up to HEIGHT, columns a multiple of LANES."""
+    """C = A B, or C += A B, for C (rows, columns): rows are rounded up to HEIGHT, columns one of WIDE * LANES."""
     for row in range(0, rows, HEIGHT):
-        for column in range(0, columns, LANES):
-            product(c, row * c_row + column, c_row, a, row * a_row, a_row, a_column, b, column, b_row, n, accumulate)
+        for column in range(0, columns, WIDE * LANES):
+            product(c, row * c_row + column, c_row, LANES, a, row * a_row, a_row, a_column, b, column, b_row, LANES, n,
+                    accumulate)  # fmt: skip
 
 
 @jit
 def tile_gradients(
-    grad_out, q, k, v, grad_strides, q_strides, k_strides, v_strides, shape, scale, lse, delta, slots, round_,
-    starts, bases, record_rows, record_weights, adds, parts, dk, dv, g_squares, q_squares, k_squares, variance,
-    counter, work, work_ints,
+    grad_out, q, k, v, grad_strides, q_strides, k_strides, v_strides, shape, ranges, ranges_stride, scale, lse, delta,
+    slots, round_, starts, bases, record_rows, record_weights, adds, parts, dk, dv, g_squares, q_squares, k_squares,
+    variance, counter, work, work_ints,
 ):  # fmt: skip
     """dK and dV of the round's tiles, and what each record adds to dQ.
 
     With P_ij = W_ij m_ij and M_ij = P_ij (G_i . V_j - delta_i): dV = P^T G, dK = scale M^T Q, dQ = scale M K.
 
-    delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads * chunks), how many records the chunks
-    before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous (heads of the round, T, D). adds: to what
-    is in them. g_squares, q_squares (B, H, T), k_squares (B, K, T): squared norms, float32, or empty with variance,
-    float64 (heads * tiles): the estimate of reference.backward, by task.
+    ranges, ranges_stride: as in `forward`. delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads
+    * chunks), how many records the chunks before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous
+    (heads of the round, N, D). adds: to what is in them. g_squares, q_squares (B, H, T), k_squares (B, K, N): squared
+    norms, float32, or empty with variance, float64 (heads * tiles): the estimate of reference.backward, by task.
     """
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     width = padded(D)
-    n_tiles, chunks = number_of_tiles(T), round_[3]
+    n_tiles, chunks = number_of_tiles(N), round_[3]
     end, size = 0, TILE * width
     k_tile, end = work[end : end + size], end + size  # (TILE, width)
     k_t, end = work[end : end + size], end + size  # (width, TILE)
@@ -881,7 +993,7 @@ def tile_gradients(
             return
         head, tile = task // n_tiles, task % n_tiles
         first = tile * TILE
-        n_keys = min(TILE, T - first)
+        n_keys = min(TILE, N - first)
         b, kv = (round_[0] + head) // K, (round_[0] + head) % K
         k_tile[n_keys * width :] = 0
         pack(v, b * v_strides[0] + kv * v_strides[1] + first * v_strides[2], v_strides[2], n_keys, D, k_tile, width)
@@ -890,7 +1002,7 @@ def tile_gradients(
         transpose_all(k_tile, width, TILE, width, k_t, TILE)
         if estimates:
             k_square[n_keys:] = 0
-            k_square[:n_keys] = k_squares[(b * K + kv) * T + first : (b * K + kv) * T + first + n_keys]
+            k_square[:n_keys] = k_squares[(b * K + kv) * N + first : (b * K + kv) * N + first + n_keys]
         dk_tile[:], dv_tile[:] = 0, 0
         task_variance = 0.0
         count = 0
@@ -912,6 +1024,9 @@ def tile_gradients(
                 for d in range(0, D, LANES):
                     store(q_rows, e * width + d, load_row(q, q_row, d, D) * q_scale)
                     store(g_rows, e * width + d, load_row(grad_out, g_row, d, D))
+                for d in range((D + LANES - 1) // LANES * LANES, width, LANES):
+                    store(q_rows, e * width + d, splat(np.float32(0)))
+                    store(g_rows, e * width + d, splat(np.float32(0)))
 
             multiply(p, TILE, q_rows, width, 1, k_t, TILE, n, TILE, width, False)
             multiply(m, TILE, g_rows, width, 1, v_t, TILE, n, TILE, width, False)
@@ -926,11 +1041,13 @@ def tile_gradients(
                 i = positions[batch + e]
                 row = (b * H + heads[batch + e]) * T + i
                 log_norm, delta_e = splat(np.float32(lse[row] * LOG2_E)), splat(delta[row])
+                lo = splat(ranges[b * ranges_stride + 2 * i])
+                hi = splat(ranges[b * ranges_stride + 2 * i + 1])
                 zero = splat(np.float32(0))
                 sums, squares = zero, zero
                 for j in range(e * TILE, (e + 1) * TILE, LANES):
-                    future = splat(np.int32(i)) < splat(np.int32(first + j - e * TILE)) + lanes()
-                    w = where(future, zero, exp2(load(p, j) - log_norm))
+                    key = splat(np.int32(first + j - e * TILE)) + lanes()
+                    w = where(key < lo, zero, where(key < hi, exp2(load(p, j) - log_norm), zero))
                     store(p, j, w)
                     sums = sums + w
                 # their sum is known, and not by the log-sum-exp, whose last place is worth much where it is large
@@ -938,9 +1055,9 @@ def tile_gradients(
                 share = splat(masses[batch + e] / all_keys if all_keys != 0 else all_keys)
                 multiplier = splat(multipliers[batch + e])
                 for j in range(e * TILE, (e + 1) * TILE, LANES):
-                    future = splat(np.int32(i)) < splat(np.int32(first + j - e * TILE)) + lanes()
+                    key = splat(np.int32(first + j - e * TILE)) + lanes()
                     w = load(p, j) * share
-                    slope = where(future, zero, load(m, j) - delta_e)
+                    slope = where(key < lo, zero, where(key < hi, load(m, j) - delta_e, zero))
                     store(p, j, w * multiplier)
                     store(m, j, w * multiplier * slope)
                     if estimates:
@@ -957,7 +1074,7 @@ def tile_gradients(
                     store(parts, places[batch + e] * width + d, load(part, e * width + d))
 
         for j in range(n_keys):
-            row = (head * T + first + j) * D
+            row = (head * N + first + j) * D
             for d in range(0, D, LANES):
                 # LN_2 for the LOG2_E in q_rows
                 lanes_left, dv_j = min(LANES, D - d), load(dv_tile, j * width + d)
@@ -973,7 +1090,7 @@ def tile_gradients(
 @jit
 def query_gradients(shape, scale, lse, delta, slots, round_, bases, places, parts, dq, counter):
     """dQ of the round's rows, from `tile_gradients` and what `thin` wrote. dq: contiguous."""
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     width = padded(D)
     while True:
         task = fetch_add(counter, 1)

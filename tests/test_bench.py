@@ -132,6 +132,7 @@ def test_the_json_holds_every_figure(figures):
         "from": "normal random numbers",
         "shape": [1, 2, "T", 16],
         "key_heads": 2,
+        "sight": {"documents": 0, "window": 0},
         "dtype": "float32",
     }
     assert data["config"]["c"] == "0.4,inf" and {row["backend"] for row in sus} == {"reference"}
@@ -309,7 +310,7 @@ def run_check(monkeypatch, slice_, cs=(8.0,)):
     check.start(FLASH, sus_at(*cs), *INPUTS)
     exact = measure.gradients(FLASH, *INPUTS)
     for sus in sus_at(*cs):
-        check.at(exact, measure.gradients(sus, *INPUTS, seed=0), sus.c, *INPUTS[:3])
+        check.at(exact, measure.gradients(sus, *INPUTS, seed=0), sus, *INPUTS[:3])
     return check
 
 
@@ -467,6 +468,27 @@ def test_a_whole_run_as_a_user_starts_it(tmp_path):
     peaks = [rows[kind]["peak_bytes"] for kind in ("exact", "sus")]
     assert peaks == [None, None] or min(peaks) > 4 * 2 * 256 * 16 * 4  # the output, dq, dk and dv
     assert rows["sus"]["backend"] == rows["undrawn"]["backend"] and rows["sus"]["saved_bytes"] > 0
+
+
+@pytest.mark.parametrize("sight", ["documents=50", "window=20"])
+def test_documents_and_windows(sight, monkeypatch, capsys):
+    """All contenders attend to the same keys: what is shown has been checked. Entries are counted among those seen."""
+    options = f"--{sight}", "--T=130", "--c=1,inf", "--memory=False", "--backend=reference"
+    command(bench_attention, monkeypatch, *SMALL, *options)
+    out = capsys.readouterr().out
+    assert f", {sight.replace('=', ' of ')} tokens; tiles draws" in out
+    assert ("SUS c=1 by document" in out) == sight.startswith("documents")
+    seen = {"documents=50": (2 * 50 * 51 / 2 + 30 * 31 / 2) / 130, "window=20": (130 * 20 - 19 * 20 / 2) / 130}[sight]
+    assert abs(float(table_in(out)[2][11]) - seen) < 0.1
+
+
+def test_contenders_see_the_same(monkeypatch):
+    q, k, v, _ = contenders.random_inputs(4, 130, 16, 1, CPU)
+    for sight in (contenders.Sight(documents=50), contenders.Sight(window=20)):
+        members = contenders.contenders(CPU, {math.inf: "cpu"}, sight=sight)
+        outs = {m.name: m(q, k, v) for m in members if m.how != "flex"}
+        for name, out in outs.items():
+            torch.testing.assert_close(out, outs["SDPA math"], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # -- capture_attention.py, and bench_attention.py --inputs ------------------------------------------
@@ -973,6 +995,6 @@ def test_help_lists_every_key(capsys, monkeypatch):
 def test_flex_attention_s_mask_is_causal(T):
     """Made of blocks: what torch makes holds T^2 entries meanwhile."""
     create_block_mask = pytest.importorskip("torch.nn.attention.flex_attention").create_block_mask
-    ours = contenders.causal_blocks(T, torch.device("cpu"))
+    ours = contenders.flex_blocks(T, torch.device("cpu"))
     theirs = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device="cpu")
     assert ours.shape == theirs.shape and torch.equal(ours.to_dense(), theirs.to_dense())
