@@ -61,6 +61,27 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def rounds_of(all_heads: int, T: int) -> list[tuple[int, int, int, int]]:
+    """The rounds of a forward that draws: (first head, heads, first row, rows).
+
+    A round has as many rows of all heads as the table has room for, so that its blocks have nearly equal lengths; of
+    fewer heads where ROWS rows of all are too many.
+    """
+    room = max(TABLE, tiles_of(T) * ROWS * PROGRAMS)
+    heads = min(all_heads, room // (tiles_of(T) * ROWS))
+    rounds = []
+    for head in range(0, all_heads, heads):
+        some, row = min(heads, all_heads - head), 0
+        while row < T:
+            # r * (row + r) / TILE floats a head, at most
+            most = room // some * TILE
+            r = (math.isqrt(row * row + 4 * most) - row) // 2
+            r = min(T - row, max(ROWS, r // ROWS * ROWS))
+            rounds.append((head, some, row, r))
+            row += r
+    return rounds
+
+
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -131,7 +152,7 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
         large = [(dict(BM=128), 8, 2 if D == 32 else 3)] if D < 128 or shared_memory() >= SHARED_LARGE else []
         return [*large, (dict(BM=64), 4, 2 if D == 128 else 3)]
     if kernel == "draw":
-        return [(dict(SOME=8), 1, 1)]
+        return [(dict(SOME=8), 4, 1), (dict(SOME=16), 4, 1)]
     if kernel == "tile_gradients":
         if itemsize == 4:
             return [(dict(SOME=16), 8, 1)]
@@ -187,30 +208,26 @@ def forward(
     """
     B, H, T, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    n = tiles_of(T)
     slots = tile_slots(c_max, T) if draws else 0
     tiles, masses = proposals_like(q, slots)
-    heads, rows = B * H, T  # of a round
     if draws:
-        room = max(TABLE, n * ROWS * PROGRAMS)
-        heads = min(heads, max(1, room // (n * T)))
-        rows = min(T, room // (n * ROWS) * ROWS)
         c, seed = c.to(q.device, torch.float32), seed.to(q.device)
         u = None if u is None else u.int().contiguous()
-    table = q.new_empty(heads * n * rows if draws else 0, dtype=torch.float32)
+    all_rounds = rounds_of(B * H, T) if draws else [(0, B * H, 0, T)]
+    table = q.new_empty(max(h * r * tiles_of(row + r) for _, h, row, r in all_rounds) if draws else 0, dtype=torch.float32)
     strides = *q.stride(), *k.stride(), *v.stride()
     with torch.cuda.device_of(q):
-        for head, row in itertools.product(range(0, B * H, heads), range(0, T, rows)):
-            some, r = min(heads, B * H - head), min(rows, T - row)
+        for head, heads, row, rows in all_rounds:
+            of_round = head, heads, row, rows, tiles_of(row + rows)
             _launch(
-                "forward", q, lambda BM: some * cdiv(r, BM),
-                q, k, v, out, lse, table, *strides, scale, head, row, r, H, k.shape[1], T,
+                "forward", q, lambda BM: heads * cdiv(rows, BM),
+                q, k, v, out, lse, table, *strides, scale, *of_round, H, k.shape[1], T,
                 DRAWS=draws, D=D, PRECISION=_precision(q),
             )  # fmt: skip
             if draws:
                 _launch(
-                    "draw", q, some * cdiv(r, ROWS),
-                    table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, head, row, r, H, T, slots,
+                    "draw", q, heads * cdiv(rows, ROWS),
+                    table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, *of_round, H, T, slots,
                     HAS_U=u is not None, ROWS=ROWS,
                 )  # fmt: skip
     return out, lse, tiles, masses

@@ -81,24 +81,25 @@ def rough_log2(x):
     return ((bits >> 23) - 127).to(tl.float32) + mantissa * (1.3465 - 0.3465 * mantissa)
 
 
-@triton.jit(do_not_specialize=["first_head", "first_row", "rows"])
+@triton.jit(do_not_specialize=["first_head", "heads", "first_row", "rows", "tabled"])
 def forward(
     q, k, v, out, lse, table, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
-    first_head, first_row, rows, H, K, T,
+    first_head, heads, first_row, rows, tabled, H, K, T,
     DRAWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, T, D) and lse (B, H, T), contiguous, for `rows` rows from first_row on of the local heads.
 
-    One program a block of BM rows, those with the most keys first. q (B, H, T, D); k, v (B, K, T, D): their strides are
-    q_b, q_h, q_t, q_d and so on.
+    One program a block of BM rows: those with the most keys first, of all heads, so that the last to finish are short;
+    heads that share their keys are neighbours. q (B, H, T, D); k, v (B, K, T, D): their strides are q_b, q_h, q_t, q_d
+    and so on.
 
-    table, float32 (local, tiles, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
+    table, float32 (local, tabled, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
+    It has the tiles that these rows see.
     A row whose first TILE scores are all -inf is NaN, though it is defined; only infinite inputs have such rows.
     """
-    blocks, all_tiles = tl.cdiv(rows, BM), tl.cdiv(T, TILE)
-    local, b, h = heads_of(tl.program_id(0), blocks, first_head, H)
+    local, b, h = heads_of(tl.program_id(0) % heads, 1, first_head, H)
     kv = h // (H // K)
-    first = first_row + (blocks - 1 - tl.program_id(0) % blocks) * BM
+    first = first_row + (tl.cdiv(rows, BM) - 1 - tl.program_id(0) // heads) * BM
     row, cols, d = first + tl.arange(0, BM), tl.arange(0, TILE), tl.arange(0, D)
     row_ = row.to(tl.int64)
     within = row < T
@@ -107,7 +108,7 @@ def forward(
     # element, they take all registers where Triton 3.6 compiles them.
     k_head, k_offset = k + b * k_b + kv * k_h, cols[None, :] * k_t + d[:, None] * k_d  # (D, TILE)
     v_head, v_offset = v + b * v_b + kv * v_h, cols[:, None] * v_t + d[None, :] * v_d
-    table_head, in_tile = table + local * all_tiles * rows, row - first_row
+    table_head, in_tile = table + local * tabled * rows, row - first_row
     top = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
@@ -139,9 +140,9 @@ def forward(
     tl.store(lse + at, (top + tl.log2(norm)) * LN_2, mask=within)
 
 
-@triton.jit(do_not_specialize=["first_head", "first_row", "rows"])
+@triton.jit(do_not_specialize=["first_head", "heads", "first_row", "rows", "tabled"])
 def draw(
-    table, lse, tiles, masses, c, seed, u, c_max, kappa, first_head, first_row, rows, H, T, slots,
+    table, lse, tiles, masses, c, seed, u, c_max, kappa, first_head, heads, first_row, rows, tabled, H, T, slots,
     HAS_U: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Each row's systematic draw of tiles with kappa * c. One program ROWS rows, SOME tiles at once.
@@ -149,34 +150,44 @@ def draw(
     table: of `forward`. tiles, masses (B, H, T, slots): of reference.proposals_like. u: int32 (B, H, T) in [0, UNIT) if
     HAS_U; else the uniforms come from the seed.
     """
-    groups, all_tiles = tl.cdiv(rows, ROWS), tl.cdiv(T, TILE)
-    local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
-    place = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS)
+    local, b, h = heads_of(tl.program_id(0) % heads, 1, first_head, H)
+    first_place = (tl.cdiv(rows, ROWS) - 1 - tl.program_id(0) // heads) * ROWS
+    place = first_place + tl.arange(0, ROWS)
     row = first_row + place
     within = (place < rows) & (row < T)
     at = (b * H + h) * T + row
-    log_norm = tl.load(lse + at, mask=within, other=0) * LOG2_E
+    # less than it may be by rough_log2: there are slots for masses of a row that add up to 1, not to more
+    log_norm = tl.load(lse + at, mask=within, other=0) * LOG2_E + 0.01
     drawn_units = retention(c, c_max) * kappa * UNIT
     if HAS_U:
         running = tl.load(u + at, mask=within, other=0)
     else:
         running = row_uniforms(seed, PROPOSING, b, h, row)
+    tiles_at, masses_at = tiles + at * slots, masses + at * slots
+    table_head, some = table + local * tabled * rows, tl.arange(0, SOME)[:, None]
+    in_some = some * rows + place[None, :]
     count = tl.zeros([ROWS], tl.int32)
-    for first in range(0, tl.cdiv(tl.minimum(first_row + (tl.program_id(0) % groups + 1) * ROWS, T), TILE), SOME):
-        tile = (first + tl.arange(0, SOME))[:, None]
-        seen = within[None, :] & (tile * TILE <= row[None, :])
-        mass = tl.load(table + (local * all_tiles + tile) * rows + place[None, :], mask=seen, other=0)
-        # less than it may be by rough_log2: there are slots for masses of a row that add up to 1, not to more
-        mass = tl.exp2(mass - log_norm[None, :] - 0.01)
-        units = tl.where(seen & (mass > 0), inclusion_units(mass, drawn_units), 0).to(tl.int32)
-        total = running[None, :] + tl.cumsum(units, 0)
-        slot = count[None, :] + (total >> UNIT_BITS) - 1
-        kept = ((total & (UNIT - 1)) < units) & (slot < slots)
-        tl.store(tiles + at[None, :] * slots + slot, tile + 0 * slot, mask=kept)
-        tl.store(masses + at[None, :] * slots + slot, mass, mask=kept)
-        running += tl.sum(units, 0)
-        count += running >> UNIT_BITS
-        running &= UNIT - 1
+    first_masked = (first_row + first_place) // TILE // SOME * SOME  # where some rows don't see all of SOME tiles
+    past = tl.cdiv(tl.minimum(first_row + first_place + ROWS, T), TILE)
+    for MASKED in tl.static_range(2):
+        for first in range(first_masked if MASKED else 0, past if MASKED else first_masked, SOME):
+            tile = first + some
+            mass_at = table_head + (first + tl.zeros([], tl.int64)) * rows + in_some
+            if MASKED:
+                seen = within[None, :] & (tile * TILE <= row[None, :])
+                mass = tl.load(mass_at, mask=seen, other=float("-inf"))
+            else:
+                mass = tl.load(mass_at, mask=within[None, :], other=float("-inf"))
+            mass = tl.exp2(mass - log_norm[None, :])
+            units = tl.where(mass > 0, inclusion_units(mass, drawn_units), 0).to(tl.int32)
+            total = running[None, :] + tl.cumsum(units, 0)
+            slot = count[None, :] + (total >> UNIT_BITS) - 1
+            kept = ((total & (UNIT - 1)) < units) & (slot < slots)
+            tl.store(tiles_at[None, :] + slot, tile + 0 * slot, mask=kept)
+            tl.store(masses_at[None, :] + slot, mass, mask=kept)
+            running += tl.sum(units, 0)
+            count += running >> UNIT_BITS
+            running &= UNIT - 1
     for first in range(0, slots, SOME):
         slot = (first + tl.arange(0, SOME))[:, None]
         behind = within[None, :] & (slot >= count[None, :]) & (slot < slots)
