@@ -1,10 +1,15 @@
 """The Triton backend: the kernels of triton_kernels.py on a CUDA device, or interpreted on CPU tensors.
 
 The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, where slots is
-ceil(2c) + 1, or the number of tiles if that is less. It goes in rounds of heads and rows, see TABLE. The backward works
-on the tiles kept of these, in rounds of so many key/value heads, with their query heads, as have ROUND floats of
-`parts`, but at least one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots,
-and T / 512 of a bitmap.
+ceil(2c) + 1, or the number of tiles if that is less. It goes in rounds of rows, see TABLE. The backward works on the
+tiles kept of these, in rounds of so many key/value heads, with their query heads, as ROUND has room for, but at least
+one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for `parts`, 0.4 times that for what goes
+to dK and dV, 8 * slots, and T / 512 of a bitmap.
+
+Each round costs the host some tenths of a millisecond, so a round is as large as a 40 GB card can bear: 1 GiB, of which a
+call takes what it needs. With 12 heads, D = 64 and c = 4 the backward needs so much from some 45,000 tokens on, when a
+model's activations are many times that. It stays the same for more, until one head alone takes more: at T = 1M its
+parts and bitmap are 4 GB, and the table of as many rows as keep the device busy is 2.2 GB.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
 seed are tensors on the device, after a first call that is like them in dtype, head dim, T, number of slots, strides and
@@ -24,7 +29,6 @@ Deliberately missing: what `unsupported` names. The reference does that.
 """
 
 import functools
-import itertools
 import math
 import os
 
@@ -32,11 +36,11 @@ import torch
 from torch import Tensor
 
 from sus_backends import reference
-from sus_backends.reference import TILE, proposals_like, row_weights, tile_slots, tiles_of
+from sus_backends.reference import TILE, proposals_like, tile_slots, tiles_of
 
 HEAD_DIMS = 32, 64, 128
-ROUND = 1 << 26
-TABLE = 1 << 26  # floats, of a round of the forward,
+ROUND = 1 << 28  # floats, of parts and bitmap, of a round of the backward
+TABLE = 1 << 28  # floats, of a round of the forward,
 PROGRAMS = 264  # or what so many blocks of ROWS rows need: two for each of an H200's multiprocessors
 ROWS = 128  # of one program of draw
 # Bytes of shared memory: what the forward takes with blocks of 128 rows and head dim 128, and tile_gradients with
@@ -162,8 +166,10 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
         return [(some, 4, 1), (some, 8, 1)]
     if kernel == "list_rows":
         return [(dict(SOME=256), 4, 1)]
-    if kernel == "query_gradients":
-        return [(dict(ROWS=4, SOME=8), 4, 1)]
+    if kernel == "sum_parts":
+        return [(dict(ROWS=4, SOME=8, KEYS=16), 4, 1)]
+    if kernel == "plan":
+        return [(dict(SOME=2048), 8, 1)]
     return [({}, 4, 1)]
 
 
@@ -182,9 +188,12 @@ def _kernel(name: str, D: int, itemsize: int, measure: bool, kind: tuple = ()):
 def _launch(name: str, q: Tensor, programs, *args, **constants) -> None:
     """Run a kernel on inputs such as q. programs: how many, or a function of BM that tells."""
     measure = not (interpreted() or torch.are_deterministic_algorithms_enabled())
+    kind = (q.dtype, q.shape[2].bit_length(), *sorted(constants.items())) if measure else ()
+    kernel = _kernel(name, q.shape[3], q.element_size(), measure, kind)
+    if chosen := getattr(kernel, "best_config", None):  # what chose it needs time, too, and is not asked again
+        kernel, constants = kernel.fn, constants | chosen.all_kwargs()
     grid = (lambda meta: (programs(meta["BM"]),)) if callable(programs) else (programs,)
-    kind = (q.shape[2].bit_length(), *sorted(constants.items())) if measure else ()
-    _kernel(name, q.shape[3], q.element_size(), measure, kind)[grid](*args, **constants, **OPTIONS)
+    kernel[grid](*args, **constants, **OPTIONS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,7 +223,9 @@ def forward(
         c, seed = c.to(q.device, torch.float32), seed.to(q.device)
         u = None if u is None else u.int().contiguous()
     all_rounds = rounds_of(B * H, T) if draws else [(0, B * H, 0, T)]
-    table = q.new_empty(max(h * r * tiles_of(row + r) for _, h, row, r in all_rounds) if draws else 0, dtype=torch.float32)
+    table = q.new_empty(
+        max(h * r * tiles_of(row + r) for _, h, row, r in all_rounds) if draws else 0, dtype=torch.float32
+    )
     strides = *q.stride(), *k.stride(), *v.stride()
     with torch.cuda.device_of(q):
         for head, heads, row, rows in all_rounds:
@@ -246,55 +257,52 @@ def backward(
     K, slots = k.shape[1], tiles.shape[3]
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
-    G, n, words = H // K, tiles_of(T), cdiv(T, 32)
+    G, n = H // K, tiles_of(T)
+    words = cdiv(T, 128) * 4  # of 32 rows; so many that what lies behind is aligned
     c, seed = c.to(q.device, torch.float32), seed.to(q.device)
     out, lse, tiles, masses = (x.contiguous() for x in (out, lse, tiles, masses))
-    row_weight = row_weights(grad_out)
+    norms = grad_out.norm(dim=-1, dtype=torch.float32).contiguous()
+    mean = norms.mean(-1)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # contiguous, whatever the inputs' strides
     of_head = parts_of(c_max, T)
-    heads = min(B * H, max(1, ROUND // (G * of_head * D)) * G)  # of a round
-    jobs = heads * (n + cdiv(of_head, JOB))
+    heads = min(B * H, max(1, ROUND // (G * (of_head * D + n * words))) * G)  # of a round
+    jobs = cdiv(heads * (n + cdiv(of_head, JOB)), 4) * 4  # the next round's begin aligned
     SLOTS = max(16, 1 << (slots - 1).bit_length())
     thin_rows = max(1, 512 // SLOTS)
-    query_rows = configurations("query_gradients", D, q.element_size())[0][0]["ROWS"]
-    new = functools.partial(torch.empty, device=q.device)
-    w, places = (new(heads, T, slots, dtype=dtype) for dtype in (torch.float32, torch.int32))
-    delta, kept = new(heads, T, dtype=torch.float32), new(heads, cdiv(T, thin_rows), dtype=torch.int32)
-    listed, parts = new(heads * of_head, dtype=torch.int32), new(heads * of_head, D, dtype=torch.float32)
-    dk_parts, dv_parts = (new(jobs, TILE, D, dtype=torch.float32) for _ in range(2))
-    variance = new(jobs, dtype=torch.float32)
-    all_jobs = torch.arange(jobs, dtype=torch.int32, device=q.device)
+    of_sums = configurations("sum_parts", D, q.element_size())[0][0]
+    floats, ints = (functools.partial(torch.empty, dtype=x, device=q.device) for x in (torch.float32, torch.int32))
+    w, places, delta = floats(heads, T, slots), ints(heads, T, slots), floats(heads, T)
+    kept = ints(B * H, cdiv(T, thin_rows))
+    zeros, ends, job_ends, job_regions = ints(heads * n * (words + 1)), ints(heads * n), ints(heads * n), ints(jobs)
+    listed, parts, dkv_parts = ints(heads * of_head), floats(heads * of_head, D), floats(jobs, 2, TILE, D)
+    bits, counts = zeros[: heads * n * words], zeros[heads * n * words :]
+    variance = floats(cdiv(B * H, heads) if with_stats else 0, jobs)
     g_strides, q_strides, k_strides, v_strides = (x.stride() for x in (grad_out, q, k, v))
-    stats = q.new_zeros(3, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        for first in range(0, B * H, heads):
+        for round_, first in enumerate(range(0, B * H, heads)):
             some = min(heads, B * H - first)
             regions = some * n
-            bits = torch.zeros(some, n, words, dtype=torch.int32, device=q.device)
-            counts = torch.zeros(regions, dtype=torch.int32, device=q.device)
+            zeros.zero_()
             _launch(
-                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits,
-                counts, delta, kept, *g_strides, c_max, reference.KAPPA, first, H, T, slots, words,
+                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, norms, w, bits,
+                counts, delta, kept, mean, *g_strides, c_max, reference.KAPPA, first, H, T, slots, words,
                 D=D, SLOTS=SLOTS, ROWS=thin_rows,
             )  # fmt: skip
-            ends = counts.cumsum(0, dtype=torch.int32)
-            job_ends = ((counts + JOB - 1) // JOB).cumsum(0, dtype=torch.int32)
-            job_regions = torch.searchsorted(job_ends, all_jobs, right=True, out_int32=True)
+            _launch("plan", q, 1, counts, ends, job_ends, job_regions, regions, JOB=JOB)
             _launch("list_rows", q, regions, bits, counts, ends, listed, T, words)
             _launch(
                 "tile_gradients", q, jobs, grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions,
-                listed, places, parts, dk_parts, dv_parts, variance, *g_strides, *q_strides, *k_strides, *v_strides,
-                scale, first, H, K, T, slots, regions, ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
+                listed, places, parts, dkv_parts, variance[round_] if with_stats else None,
+                *g_strides, *q_strides, *k_strides, *v_strides, scale, first, H, K, T, slots, regions,
+                ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
             )  # fmt: skip
             _launch(
-                "query_gradients", q, some * cdiv(T, query_rows), parts, w, places, delta, lse, c, dq,
-                first, H, T, slots, D=D,
+                "sum_parts", q, some * cdiv(T, of_sums["ROWS"]) + regions // G * (TILE // of_sums["KEYS"]),
+                parts, w, places, delta, lse, c, dkv_parts, counts, job_ends, dq, dk, dv, first, some, H, K, T, slots,
+                D=D, JOB=JOB,
             )  # fmt: skip
-            _launch(
-                "key_gradients", q, regions // G, dk_parts, dv_parts, counts, job_ends, c, dk, dv,
-                first, H, K, T, D=D, JOB=JOB,
-            )  # fmt: skip
-            if with_stats:
-                stats[0] += kept[:some].sum(dtype=torch.float32)
-                stats[2] += variance.sum()
+    stats = q.new_zeros(3, dtype=torch.float32)
+    if with_stats:
+        torch.sum(kept.view(1, -1), 1, dtype=torch.float32, out=stats[:1])
+        torch.sum(variance.view(1, -1), 1, out=stats[2:])
     return dq, dk, dv, stats

@@ -4,11 +4,11 @@
                       the log-sum-exp of those in each tile
     draw              the tiles that each row proposes
     thin              which of these it keeps, and what each weighs; delta_i = G_i . O_i
+    plan              where in the lists each tile's rows begin
     list_rows         the rows that keep a tile, tile by tile
     tile_gradients    of one tile and the rows that keep it: P = W times the weight, M = scale * P * (G V^T - delta),
                       and from these sums over rows, P^T G and M^T Q, and each row's M K
-    query_gradients   dQ_i: the sum of a row's M K
-    key_gradients     dK, dV: sums of tile_gradients' sums
+    sum_parts         dQ_i: the sum of a row's M K; dK, dV: sums of tile_gradients' sums
 
 What they have in common. B batch, H query heads, K key/value heads, T positions, D head dim. TILE keys make a tile, of
 which there are `all_tiles`. A row proposes up to `slots` tiles. "local" are the heads of one round, see triton.py;
@@ -25,6 +25,7 @@ from sus_backends import reference
 UNIT_BITS, UNIT = tl.constexpr(reference.UNIT_BITS), tl.constexpr(reference.UNIT)
 PROPOSING, THINNING = tl.constexpr(reference.STREAM_SYSTEMATIC), tl.constexpr(reference.STREAM_THINNING)
 TILE = tl.constexpr(reference.TILE)
+LEAST_WEIGHT, MOST_WEIGHT = (tl.constexpr(float(x)) for x in reference.ROW_WEIGHTS)
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
@@ -60,6 +61,13 @@ def retention(c, c_max):
 def inclusion_units(mass, c_units):
     """reference.inclusion_units, as floats: draw and thin must agree on them to the bit. c_units: c * UNIT."""
     return tl.ceil(tl.minimum(mass * c_units, UNIT))
+
+
+@triton.jit
+def row_weights(norm, mean):
+    """reference.row_weights, to the bit."""
+    weight = tl.div_rn(norm, tl.where((mean > 0) & (mean < float("inf")), mean, float("nan")))
+    return tl.where(weight < float("inf"), tl.minimum(tl.maximum(weight, LEAST_WEIGHT), MOST_WEIGHT), 1.0)
 
 
 @triton.jit
@@ -200,19 +208,20 @@ def draw(
 
 @triton.jit(do_not_specialize=["first_head"])
 def thin(
-    grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept,
+    grad_out, out, lse, tiles, masses, c, seed, norms, w, bits, counts, delta, kept, mean,
     g_b, g_h, g_t, g_d, c_max, kappa, first_head, H, T, slots, words,
     D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What each row keeps. One program ROWS rows. SLOTS: a power of 2, at least slots.
 
-    grad_out, out (B, H, T, D), lse and row_weight (B, H, T), tiles and masses (B, H, T, slots) are whole. It writes
+    grad_out, out (B, H, T, D), lse and norms (B, H, T), tiles and masses (B, H, T, slots) are whole: norms are of
+    grad_out's rows, float32; mean (B, H, 1) is theirs. It writes
 
     w, float32 (local, T, slots): what the entries of a kept tile weigh, 1 / q; 0 where a proposal is cut.
     bits, int32 (local, tiles, words): bit i % 32 of word i / 32 is set where row i keeps the tile. It begins as zeros.
     counts, int32 (local, tiles): how many rows keep it. It begins as zeros.
     delta, float32 (local, T).
-    kept, int32 (local, groups of ROWS rows): entries.
+    kept, int32 (B, H, groups of ROWS rows): entries.
 
     So that `parts` can be bounded, a row's second draw expects at most 1.125 of its c, and one more.
     """
@@ -233,7 +242,7 @@ def thin(
     used = tile >= 0
     mass = tl.load(masses + at, mask=used, other=0)
     all_c = retention(c, c_max)
-    row_c = all_c * tl.load(row_weight + row, mask=within, other=0)
+    row_c = all_c * row_weights(tl.load(norms + row, mask=within, other=0), tl.load(mean + b * H + h))
     w_drawn = UNIT / inclusion_units(mass, all_c * kappa * UNIT)
     aim = mass * w_drawn * (row_c * UNIT)[:, None]
     aim = tl.where(aim < UNIT, tl.maximum(tl.ceil(aim), 1), UNIT)  # UNIT where it is NaN too
@@ -250,7 +259,7 @@ def thin(
     tl.atomic_add(counts + region, 1, mask=keep, sem="relaxed")
     tl.atomic_or(bits + region * words + rows[:, None] // 32, 1 << (rows[:, None] % 32), mask=keep, sem="relaxed")
     entries = tl.minimum(rows[:, None] + 1 - tile * TILE, TILE)
-    tl.store(kept + local * groups + group, tl.sum(tl.sum(tl.where(keep, entries, 0), 1), 0))
+    tl.store(kept + (b * H + h) * groups + group, tl.sum(tl.sum(tl.where(keep, entries, 0), 1), 0))
 
 
 @triton.jit
@@ -259,6 +268,27 @@ def ones_of(x):
     x -= (x >> 1) & 0x55555555
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["regions"])
+def plan(counts, ends, job_ends, job_regions, regions, JOB: tl.constexpr, SOME: tl.constexpr):
+    """Where each region's rows and jobs go, of its counts. One program in all, SOME regions at once.
+
+    ends, job_ends, int32 (regions): the sums of counts, and of jobs, up to and including a region's. A region has a job
+    for each JOB of its rows. job_regions, int32 (jobs): a job's region.
+    """
+    end, job_end = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for first in range(0, regions, SOME):
+        region = first + tl.arange(0, SOME)
+        count = tl.load(counts + region, mask=region < regions, other=0)
+        jobs = tl.cdiv(count, JOB)
+        last_job = job_end + tl.cumsum(jobs, 0)
+        tl.store(ends + region, end + tl.cumsum(count, 0), mask=region < regions)
+        tl.store(job_ends + region, last_job, mask=region < regions)
+        for i in range(0, tl.max(jobs, 0)):
+            tl.store(job_regions + last_job - 1 - i, region, mask=i < jobs)
+        end += tl.sum(count, 0)
+        job_end += tl.sum(jobs, 0)
 
 
 @triton.jit
@@ -288,24 +318,22 @@ def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
 @triton.jit(do_not_specialize=["first_head"])
 def tile_gradients(
     grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed, places, parts,
-    dk_parts, dv_parts, variance, g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
+    dkv_parts, variance, g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
     first_head, H, K, T, slots, regions,
     ESTIMATES: tl.constexpr, JOB: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """One job: up to JOB of the rows that keep a tile, SOME at once. job_regions, int32 (jobs): a job's region, or
-    `regions` if it is none. job_ends, int32 (regions): the number of jobs up to and including a region's.
+    """One job of `plan`: up to JOB of the rows that keep a tile, SOME at once. Programs beyond the last job do nothing.
 
     places, int32 (local, T, slots): where in `parts` a kept (row, tile) is. parts, float32 (listed, D): its M K.
-    dk_parts, dv_parts, float32 (jobs, TILE, D).
+    dkv_parts, float32 (jobs, 2, TILE, D): what a job gives to dK and dV.
     variance, float32 (jobs): the estimate of reference.backward, if ESTIMATES.
     """
     job = tl.program_id(0)
-    region = tl.load(job_regions + job)
-    if region >= regions:
+    if job >= tl.load(job_ends + regions - 1):
         if ESTIMATES:
             tl.store(variance + job, 0.0)
         return
-    all_tiles = tl.cdiv(T, TILE)
+    region, all_tiles = tl.load(job_regions + job), tl.cdiv(T, TILE)
     tile = region % all_tiles
     local, b, h = heads_of(region, all_tiles, first_head, H)
     kv = h // (H // K)
@@ -357,22 +385,39 @@ def tile_gradients(
         dk = tl.dot(tl.trans(m), q_rows, dk, input_precision=PRECISION)
         part = tl.dot(m, k_tile, input_precision=PRECISION)
         tl.store(parts + place[:, None].to(tl.int64) * D + d[None, :], part, mask=some[:, None])
-    of_job = job.to(tl.int64) * TILE * D + tl.arange(0, TILE)[:, None] * D + d[None, :]
-    tl.store(dk_parts + of_job, dk)
-    tl.store(dv_parts + of_job, dv)
+    of_job = dkv_parts + job.to(tl.int64) * 2 * TILE * D + tl.arange(0, TILE)[:, None] * D + d[None, :]
+    tl.store(of_job, dk)
+    tl.store(of_job + TILE * D, dv)
     if ESTIMATES:
         tl.store(variance + job, tl.sum(added, 0))
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(do_not_specialize=["first_head", "heads"])
+def sum_parts(
+    parts, w, places, delta, lse, c, dkv_parts, counts, job_ends, dq, dk, dv, first_head, heads, H, K, T, slots,
+    D: tl.constexpr, JOB: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq (B, H, T, D), dk and dv (B, K, T, D), contiguous, of what tile_gradients left; `heads` local heads.
+
+    One program ROWS rows of dq, SOME slots at once; the programs after these KEYS keys of dk and dv.
+    """
+    for_queries = heads * tl.cdiv(T, ROWS)
+    if tl.program_id(0) < for_queries:
+        query_gradients(tl.program_id(0), parts, w, places, delta, lse, c, dq, first_head, H, T, slots, D, ROWS, SOME)
+    else:
+        program = tl.program_id(0) - for_queries
+        key_gradients(program, dkv_parts, counts, job_ends, c, dk, dv, first_head, H, K, T, D, JOB, KEYS)
+
+
+@triton.jit
 def query_gradients(
-    parts, w, places, delta, lse, c, dq, first_head, H, T, slots,
+    program, parts, w, places, delta, lse, c, dq, first_head, H, T, slots,
     D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, T, D), contiguous; NaN where the row is not defined. One program ROWS rows, SOME slots at once."""
+    """dq; NaN where the row is not defined."""
     groups = tl.cdiv(T, ROWS)
-    local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
-    rows, d = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    local, b, h = heads_of(program, groups, first_head, H)
+    rows, d = program % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     within = rows < T
     row = (b * H + h) * T + rows
     acc = tl.zeros([ROWS, D], tl.float32)
@@ -387,25 +432,26 @@ def query_gradients(
     tl.store(dq + row[:, None] * D + d[None, :], acc.to(dq.dtype.element_ty), mask=within[:, None])
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit
 def key_gradients(
-    dk_parts, dv_parts, counts, job_ends, c, dk, dv, first_head, H, K, T, D: tl.constexpr, JOB: tl.constexpr,
+    program, dkv_parts, counts, job_ends, c, dk, dv, first_head, H, K, T,
+    D: tl.constexpr, JOB: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (B, K, T, D), contiguous: sums over the jobs of a tile. One program a tile of a key/value head."""
+    """dk and dv: sums over the jobs of a tile, of all query heads of a key/value head."""
     all_tiles, group = tl.cdiv(T, TILE), H // K
-    tile = tl.program_id(0) % all_tiles
-    local_kv = (tl.program_id(0) // all_tiles).to(tl.int64)
-    within, d = tl.arange(0, TILE)[:, None], tl.arange(0, D)[None, :]
-    dk_acc, dv_acc = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
+    tile, first_key = program // (TILE // KEYS) % all_tiles, program % (TILE // KEYS) * KEYS
+    local_kv = (program // (all_tiles * (TILE // KEYS))).to(tl.int64)
+    within, d = first_key + tl.arange(0, KEYS)[:, None], tl.arange(0, D)[None, :]
+    dk_acc, dv_acc = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, D], tl.float32)
     for member in range(0, group):
         region = (local_kv * group + member) * all_tiles + tile
         end = tl.load(job_ends + region)
         begin = end - tl.cdiv(tl.load(counts + region), JOB)
-        at = begin.to(tl.int64) * TILE * D + within * D + d
+        at = dkv_parts + begin.to(tl.int64) * 2 * TILE * D + within * D + d
         for _ in range(begin, end):
-            dk_acc += tl.load(dk_parts + at)
-            dv_acc += tl.load(dv_parts + at)
-            at += TILE * D
+            dk_acc += tl.load(at)
+            dv_acc += tl.load(at + TILE * D)
+            at += 2 * TILE * D
     bad = tl.where(tl.load(c) > 0, 0.0, float("nan"))
     key = tile * TILE + within
     at = ((first_head // group + local_kv) * T + key) * D + d

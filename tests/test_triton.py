@@ -37,7 +37,7 @@ pytestmark = [  # NumPy's warnings, of what is masked
 def large_programs(monkeypatch):
     """Where programs are interpreted, some with many rows: one takes as long, whether of 64 rows or of a GPU's 4."""
     configurations = triton.configurations
-    large = dict(query_gradients=dict(ROWS=64, SOME=8), tile_gradients=dict(SOME=64))
+    large = dict(sum_parts=dict(ROWS=64, SOME=8, KEYS=64), tile_gradients=dict(SOME=64))
     if DEVICE == "cpu":
         chosen = lambda kernel, *of: [(large[kernel], 4, 1)] if kernel in large else configurations(kernel, *of)
         monkeypatch.setattr(triton, "configurations", chosen)
@@ -317,6 +317,27 @@ def test_rounds_and_repetition_change_no_bit(monkeypatch, poisoned):
     assert rounds.count("forward") == rounds.count("draw") == 8 and rounds.count("thin") == 2 and stats[0] > 0
 
 
+@pytest.mark.parametrize("heads, T", [(1, 1), (12, 8192), (12, 131_000), (3, 1 << 20), (1000, 1 << 20)])
+def test_rounds_of_the_forward(heads, T):
+    """They are all rows of all heads, fit into the room that there is, and there are few of them."""
+    rounds, room = triton.rounds_of(heads, T), max(triton.TABLE, cdiv(T, TILE) * triton.ROWS * triton.PROGRAMS)
+    assert sum(some * rows for _, some, _, rows in rounds) == heads * T
+    ends = {(head, row + rows) for head, _, row, rows in rounds}
+    assert all(row == 0 or (head, row) in ends and row % triton.ROWS == 0 for head, _, row, _ in rounds)
+    sizes = [some * rows * cdiv(row + rows, TILE) for _, some, row, rows in rounds]
+    assert max(sizes) <= room + heads * T and len(rounds) <= 1.5 * heads * T * cdiv(T, TILE) / 2 / room + 2
+
+
+@many_programs
+def test_a_round_of_the_forward_with_some_rows_of_several_heads(monkeypatch, poisoned):
+    tensors = shaped("flat", 1, 3, 1, 300, 32, torch.float32)
+    whole = propose(tensors)
+    monkeypatch.setattr(triton, "TABLE", 2 * triton.ROWS * 5), monkeypatch.setattr(triton, "PROGRAMS", 1)
+    rounds = [(some, rows) for _, some, _, rows in triton.rounds_of(3, 300)]
+    assert rounds == [(2, 128), (2, 128), (2, 44), (1, 256), (1, 44)]
+    assert same(propose(tensors), whole)
+
+
 def test_a_tile_that_many_rows_keep_is_several_jobs(monkeypatch, poisoned):
     tensors = shaped("sink", 1, 2, 1, 200, 32, torch.float32)
     whole = grads(tensors)
@@ -492,6 +513,16 @@ def test_what_is_fastest_is_measured_for_each_kind_of_call(monkeypatch):
         assert len(set(kinds)) == 1
 
 
+def test_what_was_chosen_is_launched_without_asking_again(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    tuner = triton._kernel("plan", 32, 4, False, ())
+    counts, ends, job_ends, job_regions = (torch.ones(5, dtype=torch.int32, device=DEVICE) for _ in range(4))
+    for _ in range(2):
+        triton._launch("plan", torch.empty(1, 1, 1, 32), 1, counts, ends, job_ends, job_regions, 5, JOB=1)
+        monkeypatch.setattr(tuner, "run", None)
+    assert ends.tolist() == job_ends.tolist() == [1, 2, 3, 4, 5] and job_regions.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_a_gpu_with_little_shared_memory(monkeypatch):
     """An RTX 4090, L40S or A10: smaller blocks, and no float32 at head dim 64."""
     of = lambda D, itemsize: [constants["BM"] for constants, *_ in triton.configurations("forward", D, itemsize)]
@@ -535,7 +566,7 @@ def test_every_configuration_compiles_and_spills_nothing(version, capability, sh
         constants = ", ".join(f"{k}={v}" for k, v in x["constants"].items())
         of_config = f"{x['kernel']:16}{x['dtype']:9}{x['D']:4}{x['warps']:3}{x['stages']:3}"
         print(f"{of_config}:{x['registers']:4}{x['stack']:4}{x['shared']:8}  {x['loops']}  {constants}")
-    of_forward, of_backward = {"forward", "draw"}, {"thin", "list_rows", "tile_gradients"}
-    assert {x["kernel"] for x in lines} == of_forward | of_backward | {"query_gradients", "key_gradients"}
+    of_forward, of_backward = {"forward", "draw"}, {"thin", "plan", "list_rows", "tile_gradients", "sum_parts"}
+    assert {x["kernel"] for x in lines} == of_forward | of_backward
     assert not [x for x in lines if x["stack"]], "spills"
     assert not [x for x in lines if x["shared"] > shared]
