@@ -6,7 +6,7 @@ tiles kept of these, in rounds of so many key/value heads, with their query head
 one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for `parts`, 0.4 times that for what goes
 to dK and dV, 8 * slots, and T / 512 of a bitmap.
 
-Each round costs the host some tenths of a millisecond, so a round is as large as a 40 GB card can bear: 1 GiB, of which a
+Each round costs the host some tenths of a millisecond, so it is as large as a 40 GB card can bear: 1 GiB, of which a
 call takes what it needs. With 12 heads, D = 64 and c = 4 the backward needs so much from some 45,000 tokens on, when a
 model's activations are many times that. It stays the same for more, until one head alone takes more: at T = 1M its
 parts and bitmap are 4 GB, and the table of as many rows as keep the device busy is 2.2 GB.
@@ -63,6 +63,11 @@ def parts_of(c_max: float, T: int) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def words_of(T: int) -> int:
+    """Words of 32 rows, of a tile's bits; so many that what lies behind them is aligned."""
+    return cdiv(T, 128) * 4
 
 
 def rounds_of(all_heads: int, T: int) -> list[tuple[int, int, int, int]]:
@@ -244,6 +249,12 @@ def forward(
     return out, lse, tiles, masses
 
 
+def heads_at_once(all_heads: int, group: int, T: int, D: int, c_max: float) -> int:
+    """Query heads of a round of the backward. group: query heads of a key/value head."""
+    of_head = parts_of(c_max, T) * D + tiles_of(T) * words_of(T)
+    return min(all_heads, max(1, ROUND // (group * of_head)) * group)
+
+
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
     scale: float, c: Tensor, c_max: float, seed: Tensor, with_stats: bool = False,
@@ -258,14 +269,14 @@ def backward(
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
     G, n = H // K, tiles_of(T)
-    words = cdiv(T, 128) * 4  # of 32 rows; so many that what lies behind is aligned
+    words = words_of(T)
     c, seed = c.to(q.device, torch.float32), seed.to(q.device)
     out, lse, tiles, masses = (x.contiguous() for x in (out, lse, tiles, masses))
     norms = grad_out.norm(dim=-1, dtype=torch.float32).contiguous()
     mean = norms.mean(-1)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # contiguous, whatever the inputs' strides
     of_head = parts_of(c_max, T)
-    heads = min(B * H, max(1, ROUND // (G * (of_head * D + n * words))) * G)  # of a round
+    heads = heads_at_once(B * H, G, T, D, c_max)
     jobs = cdiv(heads * (n + cdiv(of_head, JOB)), 4) * 4  # the next round's begin aligned
     SLOTS = max(16, 1 << (slots - 1).bit_length())
     thin_rows = max(1, 512 // SLOTS)
