@@ -35,12 +35,13 @@ Those of single keys, the paper's rule and what was tried on the way from there,
                  W_ij = 1 would add to (dV, dQ, dK).
     rows, values, rows+values     the same with other weights.
 
-Dims: B batch, Hq query heads, Hkv key/value heads, T positions, D head dim. (In sus_backends/ H is Hq, and K is Hkv.)
+Dims: B batch, Hq query heads, Hkv key/value heads, T query rows, N keys, D head dim. (In sus_backends/ H is Hq, and K
+is Hkv.)
 
 This file is the operator: argument checks, the custom op with its fake and its autograd formula, the choice
 of a backend. The arithmetic is in sus_backends/.
 
-Deliberately missing: attention dropout, arbitrary masks, queries and keys of different lengths, double backward.
+Deliberately missing: attention dropout, masks other than a range of keys for each row, double backward.
 Each is refused by name.
 """
 
@@ -50,6 +51,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from sus_backends import cpu, reference, triton
 from sus_backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
@@ -65,9 +68,13 @@ def sus_attention(
     v: Tensor,
     c: float | Tensor = 4.0,
     *,
+    key_ranges: Tensor | None = None,
     is_causal: bool = True,
     scale: float | None = None,
     seed: int | Tensor | None = None,
+    first_row: int = 0,
+    first_head: int = 0,
+    group: ProcessGroup | None = None,
     sampler: str = "tiles",
     backend: str = "auto",
     c_max: float | None = None,
@@ -76,20 +83,29 @@ def sus_attention(
 ) -> Tensor:
     """Attention with an exact forward and a sparse, unbiased, stochastic backward. Returns (B, Hq, T, D) in q's dtype.
 
-    q: (B, Hq, T, D); k, v: (B, Hkv, T, D), Hq a multiple of Hkv (grouped-query attention). All of one dtype
+    q: (B, Hq, T, D); k, v: (B, Hkv, N, D), Hq a multiple of Hkv (grouped-query attention). All of one dtype
     (float64, float32, bfloat16, float16; under autocast they are cast to its dtype) and on one device.
     c: the retention parameter, a float > 0; `math.inf` gives the exact gradient through the same code. Or a
         0-d float tensor with `c_max`, a float that bounds it: changing its value recompiles nothing. A tensor's value
         is checked where that needs no synchronisation (eagerly, on the CPU); elsewhere c_max clamps it, and a value
         that isn't > 0 gives NaN gradients.
-    is_causal: row i attends to keys 0..i; otherwise to all.
+    key_ranges: int32, (T, 2) or (B, T, 2): row i attends to the keys [lo, hi) of its pair; what is out of [0, N] is
+        clamped. It makes documents that share a window, packed batches, and sliding windows. A row that sees nothing
+        is 0, and so are its gradients. Any ranges are right; fast are those that neighbouring rows nearly share.
+    is_causal: without key_ranges, the rows are the last T of N positions, and each attends to all positions up to its
+        own (SDPA takes them for the first T instead, where T < N); otherwise to all keys. With key_ranges it is not
+        looked at.
     scale: multiplies the scores; 1/sqrt(D) if None.
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
+    first_row, first_head: where q is a part of longer rows, or of more heads, which of the whole is its first. A part
+        that is given the same keys then draws what the whole would.
+    group: a process group whose processes have rows of the same batches and heads each: the rows are weighed over all
+        of them. It is asked once in the backward, by all processes.
     sampler: "tiles", or one of the reference's, see above.
-    backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, causal, D <= 128);
-        "triton" (CUDA: bfloat16, float16 and float32, causal, D = 32, 64, and 128 but in float32; the same bits every
-        time, in one process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that
+    backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, D <= 128);
+        "triton" (CUDA: bfloat16, float16 and float32, D = 32, 64, and 128 but in float32; the same bits every time, in
+        one process); both have the sampler tiles only; or "auto", the fastest that can do it. A request that
         can't be met raises; where auto falls back to the slow reference, it warns once of the reason.
     stats: None or a float32 tensor (3,) on q's device, overwritten in the backward with three sums over the call: the
         kept entries (of a kept tile, the keys that the row sees), the dropped entries (0 by construction), and an
@@ -99,30 +115,35 @@ def sus_attention(
     Raises TypeError or ValueError that names the argument. Double backward is not supported and says so.
     The backward is a pure function of (inputs, seed): the same under activation checkpointing and torch.compile.
     """
-    arguments = _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u)
+    arguments = _arguments(
+        q, k, v, c, key_ranges, is_causal, scale, seed, first_row, first_head, group, sampler, backend, c_max, stats, u
+    )
     draws = torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:3])
     out, *_ = _attention(*arguments, draws)
     return out
 
 
 def sus_attention_and_backward(
-    q: Tensor, k: Tensor, v: Tensor, c: float | Tensor = 4.0, *, is_causal: bool = True, scale: float | None = None,
-    seed: int | Tensor | None = None, sampler: str = "tiles", backend: str = "auto", c_max: float | None = None,
-    stats: Tensor | None = None, u: float | Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, c: float | Tensor = 4.0, *, key_ranges: Tensor | None = None,
+    is_causal: bool = True, scale: float | None = None, seed: int | Tensor | None = None, first_row: int = 0,
+    first_head: int = 0, group: ProcessGroup | None = None, sampler: str = "tiles", backend: str = "auto",
+    c_max: float | None = None, stats: Tensor | None = None, u: float | Tensor | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:  # fmt: skip
     """`sus_attention` for who does without autograd: (out, backward), where backward(grad_out) gives (dq, dk, dv).
 
-    The arguments, and the bits, are sus_attention's. out, grad_out, dq (B, Hq, T, D); dk, dv (B, Hkv, T, D).
+    The arguments, and the bits, are sus_attention's. out, grad_out, dq (B, Hq, T, D); dk, dv (B, Hkv, N, D).
     """
-    arguments = _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u)
-    q, k, v, c_, seed_, u, stats, *static = arguments
+    arguments = _arguments(
+        q, k, v, c, key_ranges, is_causal, scale, seed, first_row, first_head, group, sampler, backend, c_max, stats, u
+    )
+    q, k, v, c_, seed_, u, key_ranges, stats, *static = arguments
     with torch.no_grad():
         outputs = _attention(*arguments, True)
     c_, seed_ = c_.clone(), seed_.clone()  # as in _setup_context
 
     @torch.no_grad()
     def backward(grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        saved = (q, k, v, *outputs, c_, seed_, u)
+        saved = (q, k, v, *outputs, c_, seed_, u, key_ranges)
         dq, dk, dv, found = _attention_backward(grad_out, *saved, *static, stats is not None)
         if stats is not None:
             stats.copy_(found)
@@ -132,9 +153,8 @@ def sus_attention_and_backward(
 
 
 def resolve_backend(
-    backend: str, device_type: str, dtype: torch.dtype, D: int, *,
-    is_causal: bool = True, sampler: str = "tiles", c_max: float = 4.0,
-) -> tuple[str, str]:  # fmt: skip
+    backend: str, device_type: str, dtype: torch.dtype, D: int, *, sampler: str = "tiles", c_max: float = 4.0
+) -> tuple[str, str]:
     """The backend that `backend` means for such a call, and the reason, for a line to print.
 
     Raises ValueError where what is asked for can't be had.
@@ -151,9 +171,9 @@ def resolve_backend(
             return "reference", f"the only SUS backend for {device_type}"
         backend = FASTEST[device_type]
     if backend == "cpu":
-        obstacle = cpu.missing() or cpu.unsupported(dtype, D, is_causal, sampler)
+        obstacle = cpu.missing() or cpu.unsupported(dtype, D, sampler)
     else:
-        obstacle = triton.missing(device_type) or triton.unsupported(dtype, D, is_causal, sampler)
+        obstacle = triton.missing(device_type) or triton.unsupported(dtype, D, sampler)
     if asked_for:
         if obstacle:
             raise ValueError(f"backend={backend!r} can't be had: {obstacle}")
@@ -162,10 +182,8 @@ def resolve_backend(
 
 
 @torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
-def _resolve_backend(
-    backend: str, device_type: str, dtype: torch.dtype, D: int, is_causal: bool, sampler: str, c_max: float
-) -> str:
-    name, reason = resolve_backend(backend, device_type, dtype, D, is_causal=is_causal, sampler=sampler, c_max=c_max)
+def _resolve_backend(backend: str, device_type: str, dtype: torch.dtype, D: int, sampler: str, c_max: float) -> str:
+    name, reason = resolve_backend(backend, device_type, dtype, D, sampler=sampler, c_max=c_max)
     if backend == "auto" and device_type in FASTEST and name == "reference":
         warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=4)
     return name
@@ -176,19 +194,28 @@ def _resolve_backend(
 # ---------------------------------------------------------------------------------------------
 
 
-def _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stats, u) -> tuple:
+def _arguments(
+    q, k, v, c, key_ranges, is_causal, scale, seed, first_row, first_head, group, sampler, backend, c_max, stats, u
+) -> tuple:
     """sus_attention's arguments, checked, as those of the custom op but for `draws`."""
-    check_inputs(q, k, v)
+    check_inputs(q, k, v, same_length=False)
     q, k, v = autocast_inputs(q, k, v)
     c, c_max = _check_c(c, c_max, q.device)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
+    if key_ranges is not None:
+        _check_ranges(key_ranges, q)
+    for name, first in (("first_row", first_row), ("first_head", first_head)):
+        if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < 2**31:
+            raise ValueError(f"{name} must be an int from 0 to 2^31 - 1, not {first!r}")
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(f"group must be a process group or None, not {_describe(group)}")
     D = q.shape[3]
     if q.device.type == "cpu" and D <= cpu.MAX_D and backend != "triton":
         D = cpu.MAX_D  # where compiled code has it as a symbol, only this is fixed
-    backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), is_causal, sampler, c_max)
+    backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), sampler, c_max)
     if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:
@@ -201,7 +228,9 @@ def _arguments(q, k, v, c, is_causal, scale, seed, sampler, backend, c_max, stat
             raise ValueError(f"stats must be a float32 tensor of shape (3,) on {q.device}, not {_describe(stats)}")
     # scaled_dot_product_attention's own default, also where it is exact: D ** -0.5
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return q, k, v, c, _seed_tensor(seed, q.device), u, stats, c_max, is_causal, scale, sampler, backend
+    part = first_row, first_head, "" if group is None else group.group_name
+    seed = _seed_tensor(seed, q.device)
+    return q, k, v, c, seed, u, key_ranges, stats, c_max, is_causal, scale, *part, sampler, backend
 
 
 def _describe(x) -> str:
@@ -226,9 +255,20 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise TypeError or ValueError, by the tensor's name, unless q is (B, Hq, T, D), k and v are (B, Hkv, T, D), Hq is
-    a multiple of Hkv, and all are of one device and one floating dtype, which autocast may make.
+def _check_ranges(key_ranges: Tensor, q: Tensor) -> None:
+    _check_tensor("key_ranges", key_ranges)
+    B, _, T, _ = q.shape
+    if key_ranges.shape not in ((T, 2), (B, T, 2)):
+        raise ValueError(
+            f"key_ranges must be (T, 2) = ({T}, 2) or (B, T, 2) = ({B}, {T}, 2), not {_describe(key_ranges)}"
+        )
+    if key_ranges.dtype != torch.int32 or key_ranges.device != q.device:
+        raise TypeError(f"key_ranges must be int32 on {q.device}, not {_describe(key_ranges)}")
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, same_length: bool = True) -> None:
+    """Raise TypeError or ValueError, by the tensor's name, unless q is (B, Hq, T, D), k and v are (B, Hkv, N, D), N = T
+    if same_length, Hq is a multiple of Hkv, and all are of one device and one floating dtype, which autocast may make.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
@@ -239,13 +279,15 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != q.device or (x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type)):
             raise TypeError(f"q, k and v must share dtype and device; q is {_describe(q)}, {name} is {_describe(x)}")
     B, H, T, D = q.shape
-    if min(q.shape) < 1:
-        raise ValueError(f"q is empty: {tuple(q.shape)}")
-    if k.shape != v.shape or k.shape[0] != B or k.shape[2:] != (T, D):
+    for name, x in (("q", q), ("k", k)):
+        if min(x.shape) < 1:
+            raise ValueError(f"{name} is empty: {tuple(x.shape)}")
+    N, letter = (T, "T") if same_length else (k.shape[2], "N")
+    if k.shape != v.shape or k.shape[0] != B or k.shape[2:] != (N, D):
         raise ValueError(
-            f"k and v must be (B, Hkv, T, D) = ({B}, Hkv, {T}, {D}), not {tuple(k.shape)}, {tuple(v.shape)}"
+            f"k and v must be (B, Hkv, {letter}, D) = ({B}, Hkv, {N}, {D}), not {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if k.shape[1] < 1 or H % k.shape[1]:
+    if H % k.shape[1]:
         raise ValueError(f"q has {H} heads, which is not a multiple of the {k.shape[1]} heads of k and v")
 
 
@@ -304,21 +346,26 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 @torch.library.custom_op("nanosus::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, seed: Tensor, u: Tensor | None, stats: Tensor | None,
-    c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, draws: bool,
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, seed: Tensor, u: Tensor | None, key_ranges: Tensor | None,
+    stats: Tensor | None, c_max: float, is_causal: bool, scale: float, first_row: int, first_head: int, group: str,
+    sampler: str, backend: str, draws: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, the log-sum-exp, and the proposals of a backend that draws in the forward (see `proposals_like`)."""
+    sees, part = (is_causal, key_ranges), (first_row, first_head)
     if backend == "cpu":
-        return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u)
+        return cpu.forward(q, k, v, scale, draws, _bounded(c, c_max), c_max, seed, u, *sees, *part)
     with torch.autocast(q.device.type, enabled=False):  # the backend chooses its accumulation dtype itself
         if backend == "triton":
-            return triton.forward(q, k, v, scale, draws, c, c_max, seed, u)
-        return *reference.forward(q, k, v, is_causal, scale), *reference.proposals_like(q, 0)
+            return triton.forward(q, k, v, scale, draws, c, c_max, seed, u, *sees, *part)
+        return *reference.forward(q, k, v, is_causal, scale, key_ranges), *reference.proposals_like(q, 0)
 
 
 @_attention.register_fake
-def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend, draws):
-    slots = reference.tile_slots(c_max, q.shape[2]) if draws and backend != "reference" else 0
+def _(
+    q, k, v, c, seed, u, key_ranges, stats, c_max, is_causal, scale, first_row, first_head, group, sampler, backend,
+    draws,
+):  # fmt: skip
+    slots = reference.tile_slots(c_max, k.shape[2]) if draws and backend != "reference" else 0
     lse = q.new_empty(q.shape[:3], dtype=reference.accumulate_dtype(q.dtype))
     return q.new_empty(q.shape), lse, *reference.proposals_like(q, slots)
 
@@ -326,21 +373,28 @@ def _(q, k, v, c, seed, u, stats, c_max, is_causal, scale, sampler, backend, dra
 @torch.library.custom_op("nanosus::attention_backward", mutates_args=())
 def _attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
-    c: Tensor, seed: Tensor, u: Tensor | None,
-    c_max: float, is_causal: bool, scale: float, sampler: str, backend: str, with_stats: bool,
+    c: Tensor, seed: Tensor, u: Tensor | None, key_ranges: Tensor | None,
+    c_max: float, is_causal: bool, scale: float, first_row: int, first_head: int, group: str, sampler: str,
+    backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
+        row_weight = reference.row_weights(grad_out, _resolve_process_group(group) if group else None)
+        forward = grad_out, q, k, v, out, lse
+        sees, part = (is_causal, key_ranges), (first_row, first_head)
         if backend == "cpu":
             if not c > 0:  # a bad c must not pass unseen
                 nans = lambda x: torch.full_like(x, math.nan)
                 return nans(q), nans(k), nans(v), torch.full((3,), math.nan)
-            return cpu.backward(grad_out, q, k, v, out, lse, tiles, masses, scale, _bounded(c, c_max), seed, with_stats)
+            c_ = _bounded(c, c_max)
+            return cpu.backward(*forward, tiles, masses, scale, c_, seed, row_weight, with_stats, *sees, *part)
         if backend == "triton":
-            return triton.backward(grad_out, q, k, v, out, lse, tiles, masses, scale, c, c_max, seed, with_stats)
+            drawn = tiles, masses, scale, c, c_max, seed, row_weight, with_stats
+            return triton.backward(*forward, *drawn, *sees, *part)
         c = c.to(q.device)
         grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
-        multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, q.shape[2])
-        return reference.backward(grad_out, q, k, v, out, lse, multiplier, is_causal, scale, with_stats)
+        multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, k.shape[2], *part)
+        rest = multiplier, is_causal, scale, with_stats, key_ranges, row_weight
+        return reference.backward(grad_out, *forward[1:], *rest)
 
 
 def _bounded(c: Tensor, c_max: float) -> float:
@@ -348,25 +402,27 @@ def _bounded(c: Tensor, c_max: float) -> float:
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, tiles, masses, c, seed, u, c_max, is_causal, scale, sampler, backend, with_stats):
+def _(
+    grad_out, q, k, v, out, lse, tiles, masses, c, seed, u, key_ranges, c_max, is_causal, scale, first_row, first_head,
+    group, sampler, backend, with_stats,
+):  # fmt: skip
     return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(3, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, c, seed, u, ctx.stats, ctx.c_max, ctx.is_causal, ctx.scale, ctx.sampler, ctx.backend, _ = inputs
+    q, k, v, c, seed, u, key_ranges, ctx.stats, *ctx.static, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     # c and seed are cloned: a training loop overwrites them in place, perhaps before this backward runs.
-    ctx.save_for_backward(q, k, v, *output, c.clone(), seed.clone(), u)
+    ctx.save_for_backward(q, k, v, *output, c.clone(), seed.clone(), u, key_ranges)
 
 
 def _backward(ctx, grad_out, *_):
     *grads, stats = torch.ops.nanosus.attention_backward(
-        grad_out, *ctx.saved_tensors,
-        ctx.c_max, ctx.is_causal, ctx.scale, ctx.sampler, ctx.backend, ctx.stats is not None,
-    )  # fmt: skip
+        grad_out, *ctx.saved_tensors, *ctx.static, ctx.stats is not None
+    )
     if ctx.stats is not None:
         ctx.stats.copy_(stats)
-    return *grads, *(None,) * 10
+    return *grads, *(None,) * 14
 
 
 def _double_backward(ctx, *grads):

@@ -10,8 +10,9 @@ The threads are PyTorch's own, not those of numba's parallel loops: its layers e
 survive a fork, and keep a thread count of their own. Kernels release the GIL and take tasks from a shared counter; what
 each task computes, and where it writes it, does not depend on the thread that runs it.
 
-Dims: B batch, H query heads, K key/value heads, T positions, D head dim, slots: the most tiles that a row proposes.
-Kernels take flat arrays; where they are views of tensors they come with strides (batch, head, position) in elements.
+Dims: B batch, H query heads, K key/value heads, T query rows, N keys, D head dim, slots: the most tiles that a row
+proposes. Kernels take flat arrays; where they are views of tensors they come with strides (batch, head, position) in
+elements.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from sus_backends import reference
-from sus_backends.reference import STREAM_THINNING, proposals_like, row_uniforms, row_weights, seed_state, tile_slots
+from sus_backends.reference import STREAM_THINNING, proposals_like, ranges_of, row_uniforms, seed_state, tile_slots
 
 MAX_D = 128
 
@@ -49,14 +50,12 @@ def missing() -> str | None:
     return None
 
 
-def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
+def unsupported(dtype: torch.dtype, D: int, sampler: str) -> str | None:
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}".replace("torch.", "")
     if D > MAX_D:
         return f"it takes head dims up to {MAX_D}, not {D}"
-    if not is_causal:
-        return "it is for causal attention"
     if sampler != "tiles":
         return f"it has the sampler tiles, not {sampler}"
     return None
@@ -222,61 +221,75 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: float, c_max: float, seed: Tensor, u: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact causal attention, and the proposals of the backward if `draws`.
+    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: float, c_max: float, seed: Tensor, u: Tensor | None,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Exact attention, and the proposals of the backward if `draws`.
 
-    q (B, H, T, D); k, v (B, K, T, D), float32 or bfloat16. c <= c_max, which sizes the buffers. seed: 0-d. u: None, or
-    the sampler's uniforms, int64 (B, H, T) in [0, 2^23). Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T);
-    and tiles and masses (B, H, T, slots), see `reference.proposals_like`: of no slots unless it draws.
+    q (B, H, T, D); k, v (B, K, N, D), float32 or bfloat16. c <= c_max, which sizes the buffers. seed: 0-d. u: None, or
+    the sampler's uniforms, int64 (B, H, T) in [0, 2^23). is_causal, key_ranges: see reference.ranges_of.
+
+    Returns out (B, H, T, D); the log-sum-exp, float32 (B, H, T); and tiles and masses (B, H, T, slots), see
+    `reference.proposals_like`: of no slots unless it draws.
     """
     ck = kernels()
     q, k, v = _rows(q, k, v)
     B, H, T, D = q.shape
+    K, N = k.shape[1:3]
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    slots = tile_slots(c_max, T) if draws else 0
+    slots = tile_slots(c_max, N) if draws else 0
     tiles, masses = proposals_like(q, slots)
     if not draws:
         u = q.new_empty(0, dtype=torch.int32)
     elif u is None:
-        u = row_uniforms(seed.cpu(), B, H, range(T), "cpu")
+        u = row_uniforms(seed.cpu(), B, H, range(first_row, first_row + T), "cpu", first_head=first_head)
+    ranges = ranges_of(key_ranges, is_causal, T, N, "cpu")
     _run(
         ck.forward, B * H * -(-T // ck.ROWS),
-        _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, k.shape[1], T, D), float(scale),
-        _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots, _flat(tiles),
-        _flat(masses),
-        work=[(ck.forward_work(D, T if draws else ck.KEYS), torch.float32)],
+        _flat(q), _flat(k), _flat(v), _strides(q), _strides(k), _strides(v), (B, H, K, T, N, D), *_per_batch(ranges),
+        float(scale), _flat(out), _flat(lse), np.float32(reference.KAPPA * c), _flat(u.int().contiguous()), slots,
+        _flat(tiles), _flat(masses),
+        work=[(ck.forward_work(D, N if draws else ck.KEYS), torch.float32)],
     )  # fmt: skip
     return out, lse, tiles, masses
 
 
-def round_records(T: int) -> int:
+def _per_batch(ranges: Tensor) -> tuple[np.ndarray, int]:
+    """ranges (1 or B, T, 2), flat, and how far the next batch's are."""
+    return _flat(ranges), ranges[0].numel() if len(ranges) > 1 else 0
+
+
+def round_records(N: int) -> int:
     """About the most kept pairs of one round of the backward: few enough for a cache, and worth a pass over dK, dV."""
-    return max(1 << 16, 8 * T)
+    return max(1 << 16, 8 * N)
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
-    scale: float, c: float, seed: Tensor, with_stats: bool = False,
+    scale: float, c: float, seed: Tensor, row_weight: Tensor, with_stats: bool = False,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, and stats (see `reference.backward`), from what `forward` proposed.
 
-    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
-    seed: 0-d. Returns dq (B, H, T, D), dk and dv (B, K, T, D), and stats, float32 (3,).
+    grad_out, q, out (B, H, T, D); k, v (B, K, N, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
+    seed: 0-d. row_weight (B, H, T): of reference.row_weights.
+
+    Returns dq (B, H, T, D), dk and dv (B, K, N, D), and stats, float32 (3,).
     """
     ck = kernels()
     grad_out, q, k, v = _rows(grad_out, q, k, v)
     out, lse, tiles, masses = (x.detach().contiguous() for x in (out, lse, tiles, masses))
     B, H, T, D = q.shape
-    K, slots = k.shape[1], tiles.shape[3]
+    K, N, slots = *k.shape[1:3], tiles.shape[3]
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
-    chunks, n_tiles = H // K * ck.chunks_of(T), reference.tiles_of(T)  # chunks of the rows of one key/value head
-    shape = (B, H, K, T, D)
+    chunks, n_tiles = H // K * ck.chunks_of(T), reference.tiles_of(N)  # chunks of the rows of one key/value head
+    shape = (B, H, K, T, N, D)
+    ranges = _per_batch(ranges_of(key_ranges, is_causal, T, N, "cpu"))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     kept, variance = np.zeros(1, np.int64), 0.0
     stats = q.new_zeros(3, dtype=torch.float32)
-    row_weight, thin_state = _flat(row_weights(grad_out)), seed_state(int(seed), STREAM_THINNING)
+    weights, thin_state = _flat(row_weight.float().contiguous()), seed_state(int(seed), STREAM_THINNING)
     squares = [np.empty(0, np.float32)] * 3
     if with_stats:
         squares = [_flat(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()) for x in (grad_out, q, k)]
@@ -285,7 +298,7 @@ def backward(
     delta = _flat(torch.empty_like(lse))
 
     # a row keeps about c tiles, on average over the rows
-    round_chunks = max(1, int(round_records(T) // (ck.CHUNK * min(slots, c + 1))))
+    round_chunks = max(1, int(round_records(N) // (ck.CHUNK * min(slots, c + 1))))
     round_heads = max(1, round_chunks // chunks)
     most = min(round_heads, B * K) * min(round_chunks, chunks)
     starts = q.new_empty(most * (n_tiles + 1), dtype=torch.int32)
@@ -301,13 +314,13 @@ def backward(
         tasks = heads * round_[3]
         _run(
             ck.thin, tasks,
-            *grad_, shape, _flat(out), np.float32(reference.KAPPA * c), np.float32(c), row_weight, thin_state,
-            *proposals, slots, round_, delta, *records, _flat(places), kept,
+            *grad_, shape, *ranges, first_row, first_head, _flat(out), np.float32(reference.KAPPA * c), np.float32(c),
+            weights, thin_state, *proposals, slots, round_, delta, *records, _flat(places), kept,
             work=[((2 + 2 * ck.CHUNK) * slots, torch.float32), (ck.CHUNK * slots, torch.int32)],
         )  # fmt: skip
         counts = starts.view(most, n_tiles + 1)[:tasks, -1].long()
         bases = _flat(counts.cumsum(0) - counts)
-        of_round = [x.view(B * K, T, D)[head : head + heads] for x in (dk, dv)]
+        of_round = [x.view(B * K, N, D)[head : head + heads] for x in (dk, dv)]
         if round_chunks >= chunks:
             sums = of_round
         elif chunk == 0:  # several rounds make one head's sums
@@ -315,8 +328,9 @@ def backward(
         task_variance = np.zeros(heads * n_tiles if with_stats else 0)
         _run(
             ck.tile_gradients, heads * n_tiles,
-            grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, float(scale), lse_, delta, slots,
-            round_, records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares, task_variance,
+            grad_[0], q_[0], k_[0], v_[0], grad_[1], q_[1], k_[1], v_[1], shape, *ranges, float(scale), lse_, delta,
+            slots, round_, records[0], bases, *records[1:], chunk > 0, parts, *map(_flat, sums), *squares,
+            task_variance,
             work=list(zip(ck.tile_work(D, round_[3]), (torch.float32, torch.int32))),
         )  # fmt: skip
         _run(

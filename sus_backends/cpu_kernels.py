@@ -12,11 +12,12 @@ dim: the rows that keep a tile come from anywhere, and are taken as they lie in 
 One file, because numba's cache of compiled code looks at changes of a function's own file only (and, see
 sus_backends/cpu.py, of reference.py).
 
-Dims: B batch, H query heads, K key/value heads, G = H / K, T positions, D head dim. Arrays are flat; where they are
-views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as uint16.
+Dims: B batch, H query heads, K key/value heads, G = H / K, T query rows, N keys, D head dim. Arrays are
+flat; where they are views of tensors they come with strides (batch, head, position) in elements. bfloat16 comes as
+uint16.
 
 Deliberately missing: threads (sus_backends/cpu.py runs these functions on several; they release the GIL, and share the
-work through a counter), and everything but causal attention with the sampler tiles.
+work through a counter), and all samplers but tiles.
 """
 
 import math
@@ -480,7 +481,7 @@ def _(builder, context, given, args):
 # The kernels.
 # ---------------------------------------------------------------------------------------------
 
-ROWS = TILE  # query rows of one forward task: the products reuse each key ROWS times, and one tile has their diagonal
+ROWS = 64  # query rows of one forward task: the products reuse each key ROWS times
 KEYS = 256  # keys of one step of the forward: those of K, of V and their scores stay in the second-level cache
 GROUPS = ROWS // LANES
 
@@ -584,16 +585,16 @@ def inclusion_units(weight, c_units):
 
 
 @jit
-def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots, tiles, masses):
+def draw(mass, step_top, top, norm, group, first_tile, n_tiles, n, used, scratch, row, u, c, slots, tiles, masses):
     """The systematic sample of 16 rows' tiles: keep one where the running sum of q, started at u, passes an integer.
 
     In fixed point, as specified in reference.inclusion_units and keep_systematic; q depends on the stored masses alone.
-    mass: (tiles, ROWS), relative to step_top: (steps, ROWS). row: the first of the rows, of B * H * T. n: how many of
-    the 16 there are. scratch: LANES floats.
+    mass: (tiles, ROWS) from first_tile on, relative to step_top: (steps, ROWS). row: the first of the rows, of B * H *
+    T. n: how many of the 16 there are; used: a bitmap of those that see anything. scratch: LANES floats.
     """
     unit, fraction, none = splat(np.int32(UNIT)), splat(np.int32(UNIT - 1)), splat(np.int32(0))
     c_units = splat(np.float32(c * np.float32(UNIT)))
-    at, used = group * LANES, (1 << n) - 1
+    at = group * LANES
     count = np.zeros(LANES, np.int64)
     running, final, norms = load_first(u, row, n), load(top, at), load(norm, at)
     for tile in range(n_tiles):
@@ -609,7 +610,7 @@ def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots
                 hits &= hits - 1
                 if count[lane] < slots:
                     slot = (row + lane) * slots + count[lane]
-                    tiles[slot], masses[slot] = tile, scratch[lane]
+                    tiles[slot], masses[slot] = first_tile + tile, scratch[lane]
                     count[lane] += 1
     for lane in range(n):
         for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
@@ -618,18 +619,20 @@ def draw(mass, step_top, top, norm, group, n_tiles, n, scratch, row, u, c, slots
 
 @jit
 def forward(
-    q, k, v, q_strides, k_strides, v_strides, shape, scale, out, lse, c, u, slots, tiles, masses, counter, work,
+    q, k, v, q_strides, k_strides, v_strides, shape, ranges, ranges_stride, scale, out, lse, c, u, slots, tiles, masses,
+    counter, work,
 ):  # fmt: skip
-    """Exact causal attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles.
+    """Exact attention, one pass over the scores; and, if there are slots, the proposals of each row's tiles.
 
     Flash attention's online softmax (Dao et al., arXiv 2205.14135) over steps of KEYS keys for blocks of ROWS rows, in
     base 2. Of its weights a block remembers the sums in each tile, relative to the maximum known at the time.
 
-    shape: (B, H, K, T, D). scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T).
+    shape: (B, H, K, T, N, D). ranges: int32 (B, T, 2), the keys [lo, hi) that a row sees, and its stride of batches.
+    scale: of the scores. out: contiguous (B, H, T, D); lse: float32 (B, H, T). Both are 0 for a row that sees nothing.
     c: of the proposals, float32; inf keeps all. u: int32 (B, H, T) in [0, 2^23), see reference.row_uniforms.
     tiles, masses: see reference.proposals_like.
     """
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     width = padded(D)
     capacity = KEYS + HEIGHT
     blocks = (T + ROWS - 1) // ROWS
@@ -644,8 +647,9 @@ def forward(
     scratch, end = work[end : end + ROWS], end + ROWS
     k_step, end = work[end : end + KEYS * width], end + KEYS * width
     v_step, end = work[end : end + KEYS * width], end + KEYS * width
-    steps = (T + KEYS - 1) // KEYS if slots else 1
+    steps = (N + KEYS - 1) // KEYS if slots else 1
     step_top, mass = work[end : end + ROWS * steps], work[end + ROWS * steps :]  # (steps, ROWS), (tiles, ROWS)
+    lo, hi = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)  # of the block's rows
 
     while True:
         task = fetch_add(counter, 1)
@@ -656,7 +660,15 @@ def forward(
         kv = h // (H // K)
         first = block * ROWS
         rows = min(ROWS, T - first)
-        stop = first + rows  # keys that the block sees
+        # some row sees the keys from start0, a tile's first, to stop; all that see any see those from from_ to `to`
+        start0, stop, from_, to = N, 0, 0, N
+        for r in range(rows):
+            at = b * ranges_stride + 2 * (first + r)
+            lo[r], hi[r] = ranges[at], ranges[at + 1]
+            if lo[r] < hi[r]:
+                start0, stop = min(start0, lo[r]), max(stop, hi[r])
+                from_, to = max(from_, lo[r]), min(to, hi[r])
+        start0 = start0 // TILE * TILE
 
         pack(q, b * q_strides[0] + h * q_strides[1] + first * q_strides[2], q_strides[2], rows, D, p, width)
         p[rows * width : ROWS * width] = 0
@@ -668,7 +680,7 @@ def forward(
         norm[:] = 0
         out_t[:] = 0
 
-        for start in range(0, stop, KEYS):
+        for start in range(start0, stop, KEYS):
             n = min(KEYS, stop - start)
             n_padded = (n + HEIGHT - 1) // HEIGHT * HEIGHT
             pack(k, b * k_strides[0] + kv * k_strides[1] + start * k_strides[2], k_strides[2], n, D, k_step, width)
@@ -677,13 +689,16 @@ def forward(
                 for group in range(GROUPS):
                     product(p, (group * capacity + j) * LANES, LANES, k_step, j * width, width, 1,
                             q_t, group * width * LANES, LANES, D, False)  # fmt: skip
-            at = start if slots else 0  # whose sums are remembered
+            at = start - start0 if slots else 0  # whose sums are remembered
             for group in range(GROUPS):
-                row = splat(np.int32(first + group * LANES)) + lanes()
-                for j in range(max(0, first - start), n):  # keys on and beyond the diagonal
-                    s = load(p, (group * capacity + j) * LANES)
-                    future = row < splat(np.int32(start + j))
-                    store(p, (group * capacity + j) * LANES, where(future, splat(-INF), s))
+                begin = min(max(from_ - start, 0), n)  # the keys before this, and those from `end` on, not all rows see
+                end = min(max(to - start, begin), n)
+                lo_, hi_ = load(lo, group * LANES), load(hi, group * LANES)
+                for e in range(n - end + begin):
+                    j = e if e < begin else end + e - begin
+                    key, s = splat(np.int32(start + j)), load(p, (group * capacity + j) * LANES)
+                    s = where(key < lo_, splat(-INF), where(key < hi_, s, splat(-INF)))
+                    store(p, (group * capacity + j) * LANES, s)
                 softmax_step(p, group * capacity * LANES, n, top, norm, step_top[at // KEYS * ROWS :],
                              mass[at // TILE * ROWS :], out_t, group, width)  # fmt: skip
             for d in range(0, width, HEIGHT):
@@ -695,14 +710,21 @@ def forward(
             transpose_all(out_t[group * width * LANES :], LANES, width, LANES, p[group * LANES * width :], width)
         for r in range(rows):
             row = head * T + first + r
+            if lo[r] >= hi[r]:
+                out[row * D : (row + 1) * D] = 0
+                lse[row] = 0
+                continue
             inverse = splat(np.float32(1) / norm[r])
             for d in range(0, D, LANES):
                 store_first(out, row * D + d, load(p, r * width + d) * inverse, min(LANES, D - d))
             lse[row] = (top[r] + np.log2(norm[r])) * LN_2
         if slots:
             for group in range((rows + LANES - 1) // LANES):
-                draw(mass, step_top, top, norm, group, block + 1, min(LANES, rows - group * LANES), scratch,
-                     head * T + first + group * LANES, u, c, slots, tiles, masses)  # fmt: skip
+                n, used = min(LANES, rows - group * LANES), 0
+                for lane in range(n):
+                    used |= int(lo[group * LANES + lane] < hi[group * LANES + lane]) << lane
+                draw(mass, step_top, top, norm, group, start0 // TILE, (stop - start0 + TILE - 1) // TILE, n, used,
+                     scratch, head * T + first + group * LANES, u, c, slots, tiles, masses)  # fmt: skip
 
 
 # The backward's work is its records: the kept pairs of a row and a tile. By row it is known what is kept, and dQ is
@@ -729,7 +751,7 @@ def chunks_of(T):
 @register_jitable
 def chunk_of(task, shape, round_):
     """(batch, key/value head, query head, first row, row after the last) of a round's task, a chunk of query rows."""
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     head, chunk = round_[0] + task // round_[3], round_[2] + task % round_[3]
     b, kv = head // K, head % K
     first = chunk % chunks_of(T) * CHUNK
@@ -738,12 +760,14 @@ def chunk_of(task, shape, round_):
 
 @jit
 def thin(
-    grad_out, grad_strides, shape, out, drawn_c, c, row_weights, thin_state, tiles, masses, slots, round_,
-    delta, starts, record_rows, record_weights, places, kept, counter, work, work_ints,
+    grad_out, grad_strides, shape, ranges, ranges_stride, first_row, first_head, out, drawn_c, c, row_weights,
+    thin_state, tiles, masses, slots, round_, delta, starts, record_rows, record_weights, places, kept,
+    counter, work, work_ints,
 ):  # fmt: skip
     """The second draw (reference.thinning_units), and the records that it leaves, sorted by tile in each chunk of rows.
 
-    out: contiguous. drawn_c: what the forward proposed with. row_weights: float32 (B, H, T). thin_state: the hash state
+    ranges, ranges_stride: as in `forward`. first_row, first_head: where the first ones stand in the whole. out:
+    contiguous. drawn_c: what the forward proposed with. row_weights: float32 (B, H, T). thin_state: the hash state
     of seed and stream. tiles, masses: from `forward`. Writes
 
     delta: float32 (B, H, T), G_i . O_i.
@@ -752,8 +776,8 @@ def thin(
     places: int32 (heads * chunks, CHUNK, slots), where a row's records are among the chunk's, then -1.
     kept: int64 (1,), grows by the number of entries kept.
     """
-    B, H, K, T, D = shape
-    n_tiles = number_of_tiles(T)
+    B, H, K, T, N, D = shape
+    n_tiles = number_of_tiles(N)
     capacity = CHUNK * slots
     units, left = work[:slots], work[slots : 2 * slots]  # r in fixed point, 1/(x r)
     kept_weights, kept_tiles = work[2 * slots :], work_ints
@@ -788,7 +812,8 @@ def thin(
                 r = to_floats(ceil_to_ints(where(r < unit, maximum(r, splat(np.float32(1))), unit)))
                 store_first(units, s, r, n)
                 store_first(left, s, share * (unit / r), n)
-            state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), h), i)
+            state = hash_absorb(hash_absorb(hash_absorb(thin_state, b), first_head + h), first_row + i)
+            lo, hi = ranges[b * ranges_stride + 2 * i], ranges[b * ranges_stride + 2 * i + 1]
             running = state >> (32 - UNIT_BITS)
             place = (i - first) * slots
             for s in range(count):
@@ -798,7 +823,7 @@ def thin(
                     kept_tiles[place] = tile
                     kept_weights[2 * place], kept_weights[2 * place + 1] = left[s], masses[slot + s]
                     at[tile + 1] += 1
-                    entries += min(TILE, i + 1 - tile * TILE)
+                    entries += min((tile + 1) * TILE, hi) - max(tile * TILE, lo)
                     place += 1
                 running &= UNIT - 1
             if place < (i - first + 1) * slots:
@@ -840,22 +865,22 @@ def multiply(c, c_row, a, a_row, a_column, b, b_row, rows, columns, n, accumulat
 
 @jit
 def tile_gradients(
-    grad_out, q, k, v, grad_strides, q_strides, k_strides, v_strides, shape, scale, lse, delta, slots, round_,
-    starts, bases, record_rows, record_weights, adds, parts, dk, dv, g_squares, q_squares, k_squares, variance,
-    counter, work, work_ints,
+    grad_out, q, k, v, grad_strides, q_strides, k_strides, v_strides, shape, ranges, ranges_stride, scale, lse, delta,
+    slots, round_, starts, bases, record_rows, record_weights, adds, parts, dk, dv, g_squares, q_squares, k_squares,
+    variance, counter, work, work_ints,
 ):  # fmt: skip
     """dK and dV of the round's tiles, and what each record adds to dQ.
 
     With P_ij = W_ij m_ij and M_ij = P_ij (G_i . V_j - delta_i): dV = P^T G, dK = scale M^T Q, dQ = scale M K.
 
-    delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads * chunks), how many records the chunks
-    before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous (heads of the round, T, D). adds: to what
-    is in them. g_squares, q_squares (B, H, T), k_squares (B, K, T): squared norms, float32, or empty with variance,
-    float64 (heads * tiles): the estimate of reference.backward, by task.
+    ranges, ranges_stride: as in `forward`. delta, starts, record_rows, record_weights: from `thin`. bases: int64 (heads
+    * chunks), how many records the chunks before have. parts: float32 (records, padded(D)), M K. dk, dv: contiguous
+    (heads of the round, N, D). adds: to what is in them. g_squares, q_squares (B, H, T), k_squares (B, K, N): squared
+    norms, float32, or empty with variance, float64 (heads * tiles): the estimate of reference.backward, by task.
     """
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     width = padded(D)
-    n_tiles, chunks = number_of_tiles(T), round_[3]
+    n_tiles, chunks = number_of_tiles(N), round_[3]
     end, size = 0, TILE * width
     k_tile, end = work[end : end + size], end + size  # (TILE, width)
     k_t, end = work[end : end + size], end + size  # (width, TILE)
@@ -881,7 +906,7 @@ def tile_gradients(
             return
         head, tile = task // n_tiles, task % n_tiles
         first = tile * TILE
-        n_keys = min(TILE, T - first)
+        n_keys = min(TILE, N - first)
         b, kv = (round_[0] + head) // K, (round_[0] + head) % K
         k_tile[n_keys * width :] = 0
         pack(v, b * v_strides[0] + kv * v_strides[1] + first * v_strides[2], v_strides[2], n_keys, D, k_tile, width)
@@ -890,7 +915,7 @@ def tile_gradients(
         transpose_all(k_tile, width, TILE, width, k_t, TILE)
         if estimates:
             k_square[n_keys:] = 0
-            k_square[:n_keys] = k_squares[(b * K + kv) * T + first : (b * K + kv) * T + first + n_keys]
+            k_square[:n_keys] = k_squares[(b * K + kv) * N + first : (b * K + kv) * N + first + n_keys]
         dk_tile[:], dv_tile[:] = 0, 0
         task_variance = 0.0
         count = 0
@@ -926,11 +951,13 @@ def tile_gradients(
                 i = positions[batch + e]
                 row = (b * H + heads[batch + e]) * T + i
                 log_norm, delta_e = splat(np.float32(lse[row] * LOG2_E)), splat(delta[row])
+                lo = splat(ranges[b * ranges_stride + 2 * i])
+                hi = splat(ranges[b * ranges_stride + 2 * i + 1])
                 zero = splat(np.float32(0))
                 sums, squares = zero, zero
                 for j in range(e * TILE, (e + 1) * TILE, LANES):
-                    future = splat(np.int32(i)) < splat(np.int32(first + j - e * TILE)) + lanes()
-                    w = where(future, zero, exp2(load(p, j) - log_norm))
+                    key = splat(np.int32(first + j - e * TILE)) + lanes()
+                    w = where(key < lo, zero, where(key < hi, exp2(load(p, j) - log_norm), zero))
                     store(p, j, w)
                     sums = sums + w
                 # their sum is known, and not by the log-sum-exp, whose last place is worth much where it is large
@@ -938,9 +965,9 @@ def tile_gradients(
                 share = splat(masses[batch + e] / all_keys if all_keys != 0 else all_keys)
                 multiplier = splat(multipliers[batch + e])
                 for j in range(e * TILE, (e + 1) * TILE, LANES):
-                    future = splat(np.int32(i)) < splat(np.int32(first + j - e * TILE)) + lanes()
+                    key = splat(np.int32(first + j - e * TILE)) + lanes()
                     w = load(p, j) * share
-                    slope = where(future, zero, load(m, j) - delta_e)
+                    slope = where(key < lo, zero, where(key < hi, load(m, j) - delta_e, zero))
                     store(p, j, w * multiplier)
                     store(m, j, w * multiplier * slope)
                     if estimates:
@@ -957,7 +984,7 @@ def tile_gradients(
                     store(parts, places[batch + e] * width + d, load(part, e * width + d))
 
         for j in range(n_keys):
-            row = (head * T + first + j) * D
+            row = (head * N + first + j) * D
             for d in range(0, D, LANES):
                 # LN_2 for the LOG2_E in q_rows
                 lanes_left, dv_j = min(LANES, D - d), load(dv_tile, j * width + d)
@@ -973,7 +1000,7 @@ def tile_gradients(
 @jit
 def query_gradients(shape, scale, lse, delta, slots, round_, bases, places, parts, dq, counter):
     """dQ of the round's rows, from `tile_gradients` and what `thin` wrote. dq: contiguous."""
-    B, H, K, T, D = shape
+    B, H, K, T, N, D = shape
     width = padded(D)
     while True:
         task = fetch_add(counter, 1)

@@ -4,9 +4,9 @@ It is the truth that faster kernels are tested against, and the fallback where t
 here, once, for every backend: the hash behind all random draws, the fixed-point inclusion probabilities, and the
 samplers.
 
-Dims: B batch, H query heads, K key/value heads, G = H / K query heads a key/value head, T positions, D head dim,
-R query rows of one block, N keys that the block sees (those up to its last row if causal, else T). All work goes in
-blocks of R rows, so nothing of size T x T is ever stored: O(R * T) scratch.
+Dims: B batch, H query heads, K key/value heads, G = H / K query heads a key/value head, T query rows, N keys, D head
+dim, R query rows of one block, n keys that some row of the block sees. All work goes in blocks of R rows, so nothing of
+size T x N is ever stored: O(R * N) scratch.
 
 Deliberately missing: speed. A block's masked products are dense; kernels visit kept tiles only.
 """
@@ -91,19 +91,21 @@ def inclusion_units(w: Tensor, c: Tensor) -> Tensor:
     return units.ceil_().clamp_(max=UNIT).to(torch.int32)
 
 
-def slot_bound(c_max: float, T: int) -> int:
+def slot_bound(c_max: float, N: int) -> int:
     """The most entries a row may keep under systematic sampling: ceil(c) + 1, as rounding up may lift sum(q) past c."""
-    return T if c_max >= T else min(int(-(-c_max // 1)) + 1, T)
+    return N if c_max >= N else min(int(-(-c_max // 1)) + 1, N)
 
 
-def row_uniforms(seed: Tensor, B: int, H: int, rows: range, device: Device, stream: int = STREAM_SYSTEMATIC) -> Tensor:
+def row_uniforms(
+    seed: Tensor, B: int, H: int, rows: range, device: Device, stream: int = STREAM_SYSTEMATIC, first_head: int = 0
+) -> Tensor:
     """One uniform a row for systematic sampling: int64 (B, H, R) in [0, 2^23). seed: 0-d int64."""
-    return _row_states(seed_state(seed, stream), B, H, rows, device) >> (32 - UNIT_BITS)
+    return _row_states(seed_state(seed, stream), B, H, rows, device, first_head) >> (32 - UNIT_BITS)
 
 
-def _row_states(state: Tensor, B: int, H: int, rows: range, device: Device) -> Tensor:
-    """The hash state of each row, int64 (B, H, R)."""
-    batch, head = torch.arange(B, device=device), torch.arange(H, device=device)
+def _row_states(state: Tensor, B: int, H: int, rows: range, device: Device, first_head: int = 0) -> Tensor:
+    """The hash state of each row, int64 (B, H, R), of heads from first_head on."""
+    batch, head = torch.arange(B, device=device), torch.arange(first_head, first_head + H, device=device)
     state = absorb(absorb(state, batch[:, None, None]), head[:, None])
     return absorb(state, torch.arange(rows.start, rows.stop, device=device))
 
@@ -122,15 +124,15 @@ def keep_systematic(q_units: Tensor, u: Tensor, slots: int) -> tuple[Tensor, Ten
     return ((total & (UNIT - 1)) < q_units) & within, dropped
 
 
-def keep_poisson(q_units: Tensor, seed: Tensor, rows: range) -> Tensor:
+def keep_poisson(q_units: Tensor, seed: Tensor, rows: range, keys: range, first_head: int = 0) -> Tensor:
     """Poisson sampling (the paper's): independent Bernoulli(q).
 
-    q_units: int32 (B, H, R, N). seed: 0-d int64. Returns keep, bool (B, H, R, N).
+    q_units: int32 (B, H, R, n), of these rows and keys. seed: 0-d int64. Returns keep, bool (B, H, R, n).
     """
-    B, H, _, N = q_units.shape
+    B, H = q_units.shape[:2]
     device = q_units.device
-    state = _row_states(seed_state(seed, STREAM_POISSON), B, H, rows, device)
-    u = absorb(state.unsqueeze(-1), torch.arange(N, device=device)) >> (32 - UNIT_BITS)  # (B, H, R, N)
+    state = _row_states(seed_state(seed, STREAM_POISSON), B, H, rows, device, first_head)
+    u = absorb(state.unsqueeze(-1), torch.arange(keys.start, keys.stop, device=device)) >> (32 - UNIT_BITS)
     return u < q_units
 
 
@@ -157,24 +159,31 @@ class Known(NamedTuple):
     """What a backward knows of a block of rows besides their weights; what costs something is computed if asked for."""
 
     row_weight: Tensor  # (B, H, R, 1) of `row_weights`
-    square: Callable[[], Tensor]  # () -> (B, H, R, N): the squared norm of what an entry adds to (dQ, dK, dV), over W^2
-    distance: Callable[[], Tensor]  # () -> (B, H, R, N): |V_j - O_i|^2
+    square: Callable[[], Tensor]  # () -> (B, H, R, n): the squared norm of what an entry adds to (dQ, dK, dV), over W^2
+    distance: Callable[[], Tensor]  # () -> (B, H, R, n): |V_j - O_i|^2
 
 
-def row_weights(grad_out: Tensor) -> Tensor:
+def row_weights(grad_out: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
     """The norm of each row of grad_out (B, H, T, D) over its mean in that batch and head, held to ROW_WEIGHTS.
 
     (B, H, T), float32 (float64 for float64 inputs). It is 1 where the mean is 0 or one of the two isn't finite.
+    group: of processes that have rows of the same batches and heads each; the mean is over the rows of all.
     """
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()  # strides must not change a bit
     norm = grad_out.norm(dim=-1, dtype=accumulate_dtype(grad_out.dtype))
-    mean = norm.mean(-1, keepdim=True)
+    if group is None:
+        mean = norm.mean(-1, keepdim=True)
+    else:
+        total = torch.cat([norm.sum(-1).flatten(), norm.new_tensor([norm.shape[-1]])])
+        torch.distributed.all_reduce(total, group=group)
+        mean = (total[:-1] / total[-1]).view(*norm.shape[:2], 1)
     return torch.where((mean > 0) & mean.isfinite() & norm.isfinite(), norm / mean, 1).clamp(*ROW_WEIGHTS)
 
 
 def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, sampler: str, known: Known) -> Tensor:
-    """r in fixed point: int32 (B, H, R, N), from 1 to 2^23 where an entry is proposed, 0 elsewhere.
+    """r in fixed point: int32 (B, H, R, n), from 1 to 2^23 where an entry is proposed, 0 elsewhere.
 
-    proposed, bool; w, the weights; q_units, int32, of `inclusion_units`: all (B, H, R, N). c: 0-d.
+    proposed, bool; w, the weights; q_units, int32, of `inclusion_units`: all (B, H, R, n). c: 0-d.
     """
     weighs_rows, importance = THINNED[sampler]
     proposal = torch.where(proposed, w * (UNIT / q_units.to(w.dtype)), 0)  # W / q
@@ -200,17 +209,17 @@ def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, samp
 TILE = 64
 
 
-def tiles_of(T: int) -> int:
-    return -(-T // TILE)
+def tiles_of(N: int) -> int:
+    return -(-N // TILE)
 
 
-def tile_slots(c_max: float, T: int) -> int:
+def tile_slots(c_max: float, N: int) -> int:
     """The most tiles that a row may propose."""
-    return slot_bound(KAPPA * c_max, tiles_of(T))
+    return slot_bound(KAPPA * c_max, tiles_of(N))
 
 
 def tile_masses(w: Tensor) -> Tensor:
-    """Sums of W (..., N) over the keys of each tile: (..., tiles)."""
+    """Sums of W (..., n) over the keys of each tile: (..., tiles). The first key is a tile's first."""
     return torch.nn.functional.pad(w, (0, -w.shape[-1] % TILE)).unflatten(-1, (-1, TILE)).sum(-1)
 
 
@@ -224,40 +233,47 @@ def proposals_like(q: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
 
-Multiplier = Callable[..., tuple[Tensor, Tensor]]  # (weights (B, H, R, N), rows[, known]) -> (m (B, H, R, N), dropped)
+Multiplier = Callable[..., tuple[Tensor, Tensor]]  # see sus_multiplier
 
 
-def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, T: int) -> Multiplier:
-    """A function (weights (B, H, R, N), rows, known) -> m of the weights' shape: 1/q where an entry is kept, else 0.
+def sus_multiplier(
+    c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tensor | None, N: int, first_row: int = 0,
+    first_head: int = 0,
+) -> Multiplier:  # fmt: skip
+    """A function (weights (B, H, R, n), rows[, known, first_key]) -> m of their shape: 1/q where they are kept, else 0.
 
     c: 0-d float tensor, seed: 0-d int64 tensor, both on the weights' device. known: needed by samplers that thin.
-    It also returns how many entries were dropped (0-d int64 tensor; 0 by construction, and always for Poisson).
-    u: None, or the systematic sampler's uniforms, int64 (B, H, T) in [0, 2^23).
+    first_key: of the n, a multiple of TILE. It also returns how many entries were dropped (0-d int64 tensor; 0 by
+    construction, and always for Poisson). u: None, or the systematic sampler's uniforms, int64 (B, H, T) in [0, 2^23).
+    N: keys. first_row, first_head: of the whole, if these are a part of it.
     """
     c = torch.clamp(c, max=c_max)
     thins = sampler in THINNED
     first = KAPPA if thins else 1  # times c: what the first draw is made with; it also sizes the buffers
-    slots = tile_slots(c_max, T) if sampler == "tiles" else slot_bound(first * c_max, T)
+    slots = tile_slots(c_max, N) if sampler == "tiles" else slot_bound(first * c_max, N)
 
-    def multiplier(w: Tensor, rows: range, known: Known | None = None) -> tuple[Tensor, Tensor]:
+    def multiplier(w: Tensor, rows: range, known: Known | None = None, first_key: int = 0) -> tuple[Tensor, Tensor]:
         if sampler == "tiles":
-            m, dropped = mask_of(tile_masses(w), rows, known)
-            return m.repeat_interleave(TILE, -1)[..., : w.shape[-1]] * (w != 0), dropped  # nothing above the diagonal
-        return mask_of(w, rows, known)
+            m, dropped = mask_of(tile_masses(w), rows, known, 0)
+            return m.repeat_interleave(TILE, -1)[..., : w.shape[-1]] * (w != 0), dropped  # nothing that isn't seen
+        return mask_of(w, rows, known, first_key)
 
-    def mask_of(w: Tensor, rows: range, known: Known | None) -> tuple[Tensor, Tensor]:
+    def mask_of(w: Tensor, rows: range, known: Known | None, first_key: int) -> tuple[Tensor, Tensor]:
         B, H = w.shape[:2]
         q_units = inclusion_units(w, first * c)
+        there = range(first_row + rows.start, first_row + rows.stop)
+        uniforms = lambda stream: row_uniforms(seed, B, H, there, w.device, stream, first_head)
         if sampler == "poisson":
-            keep, dropped = keep_poisson(q_units, seed, rows), torch.zeros((), dtype=torch.int64)
+            keys = range(first_key, first_key + w.shape[-1])
+            keep, dropped = keep_poisson(q_units, seed, there, keys, first_head), torch.zeros((), dtype=torch.int64)
         else:
-            u_rows = row_uniforms(seed, B, H, rows, w.device) if u is None else u[:, :, rows.start : rows.stop]
+            u_rows = uniforms(STREAM_SYSTEMATIC) if u is None else u[:, :, rows.start : rows.stop]
             keep, dropped = keep_systematic(q_units, u_rows, slots)
         m = torch.where(keep, UNIT / q_units.to(w.dtype), 0)
         if thins:
             assert known is not None, "a sampler that thins has to know of more than the weights"
             r_units = thinning_units(keep, w, q_units, c, sampler, known)
-            keep, _ = keep_systematic(r_units, row_uniforms(seed, B, H, rows, w.device, STREAM_THINNING), slots)
+            keep, _ = keep_systematic(r_units, uniforms(STREAM_THINNING), slots)
             m = torch.where(keep, m * (UNIT / r_units.to(w.dtype)), 0)
         return m, dropped
 
@@ -273,23 +289,47 @@ def sus_multiplier(c: Tensor, c_max: float, sampler: str, seed: Tensor, u: Tenso
 CPU_BLOCK_ENTRIES, BLOCK_ENTRIES = 1 << 19, 1 << 24
 
 
-def _blocks(q: Tensor, is_causal: bool) -> Iterator[tuple[range, int]]:
-    """(rows, N) for q (B, H, T, D): ranges of query rows, and how many keys they see."""
+def ranges_of(key_ranges: Tensor | None, is_causal: bool, T: int, N: int, device: Device) -> Tensor:
+    """The keys [lo, hi) that each row sees: int32 (1 or B, T, 2), 0 <= lo <= hi <= N.
+
+    key_ranges: (T, 2) or (B, T, 2), or None: the rows are the last T of N positions, and see what is up to them if
+    is_causal, else all keys.
+    """
+    if key_ranges is None:
+        hi = torch.arange(N - T + 1, N + 1, device=device) if is_causal else torch.full((T,), N, device=device)
+        key_ranges = torch.stack([torch.zeros_like(hi), hi], -1)
+    ranges = key_ranges.view(-1, T, 2).clamp(0, N)
+    return torch.stack([ranges[..., 0], torch.maximum(ranges[..., 0], ranges[..., 1])], -1).int()
+
+
+def _blocks(q: Tensor, N: int, is_causal: bool, key_ranges: Tensor | None) -> Iterator[tuple[range, range]]:
+    """(rows, keys) for q (B, H, T, D): ranges of query rows, and of the keys that some of them see, from a tile's first
+    on; of all keys where key_ranges lies on a device that it would have to wait for.
+    """
     B, H, T, _ = q.shape
-    R = max(1, min(T, (CPU_BLOCK_ENTRIES if q.device.type == "cpu" else BLOCK_ENTRIES) // (B * H * T)))
+    known = key_ranges is None or q.device.type == "cpu"
+    ranges = ranges_of(key_ranges, is_causal, T, N, "cpu") if known else None
+    R = max(1, min(T, (CPU_BLOCK_ENTRIES if q.device.type == "cpu" else BLOCK_ENTRIES) // (B * H * N)))
     for start in range(0, T, R):
-        stop = min(start + R, T)
-        yield range(start, stop), stop if is_causal else T
+        rows, keys = range(start, min(start + R, T)), range(N)
+        if ranges is not None:
+            of_rows = ranges[:, rows.start : rows.stop]
+            of_rows = of_rows[of_rows[..., 0] < of_rows[..., 1]]
+            if not len(of_rows):
+                continue
+            keys = range(int(of_rows[:, 0].min()) // TILE * TILE, int(of_rows[:, 1].max()))
+        yield rows, keys
 
 
-def _scores(q: Tensor, k: Tensor, rows: range, is_causal: bool, scale: float) -> Tensor:
-    """Scaled scores of a block. q (B, K, G, R, D), k (B, K, N, D) -> (B, K, G, R, N), -inf above the diagonal."""
+def _scores(q: Tensor, k: Tensor, keys: range, ranges: Tensor, scale: float) -> Tensor:
+    """Scaled scores of a block. q (B, K, G, R, D), k (B, K, n, D) -> (B, K, G, R, n), -inf where a row doesn't see.
+
+    ranges: (1 or B, R, 2), of the block's rows.
+    """
     s = torch.einsum("bkgrd,bknd->bkgrn", q * scale, k)
-    if is_causal:
-        row = torch.arange(rows.start, rows.stop, device=q.device)
-        column = torch.arange(rows.start, k.shape[2], device=q.device)  # only these can lie above the diagonal
-        s[..., rows.start :].masked_fill_(column > row[:, None], float("-inf"))
-    return s
+    key = torch.arange(keys.start, keys.stop, device=q.device)
+    lo, hi = ranges[:, None, None, :, :1], ranges[:, None, None, :, 1:]
+    return s.masked_fill_((key < lo) | (key >= hi), float("-inf"))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -297,51 +337,56 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Exact attention. q (B, H, T, D); k, v (B, K, T, D).
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, key_ranges: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention. q (B, H, T, D); k, v (B, K, N, D). key_ranges: see `ranges_of`.
 
     Returns out (B, H, T, D) in q's dtype, and the log-sum-exp of each row's scaled scores, (B, H, T) in float32
-    (float64 for float64 inputs).
+    (float64 for float64 inputs). Both are 0 for a row that sees nothing: its weights are then 0, too.
     """
     B, H, T, D = q.shape
-    K = k.shape[1]
+    K, N = k.shape[1:3]
     acc = accumulate_dtype(q.dtype)
     q_, k_, v_ = q.to(acc).reshape(B, K, H // K, T, D), k.to(acc), v.to(acc)
-    out = q.new_empty(B, H, T, D)
-    lse = q.new_empty(B, H, T, dtype=acc)
-    for rows, N in _blocks(q, is_causal):
-        r = slice(rows.start, rows.stop)
-        s = _scores(q_[:, :, :, r], k_[:, :, :N], rows, is_causal, scale)
-        lse_r = torch.logsumexp(s, -1, keepdim=True)
+    ranges = ranges_of(key_ranges, is_causal, T, N, q.device)
+    out = q.new_zeros(B, H, T, D)
+    lse = q.new_zeros(B, H, T, dtype=acc)
+    for rows, keys in _blocks(q, N, is_causal, key_ranges):
+        r, n, seen = slice(rows.start, rows.stop), slice(keys.start, keys.stop), ranges[:, rows.start : rows.stop]
+        s = _scores(q_[:, :, :, r], k_[:, :, n], keys, seen, scale)
+        nothing = (seen[..., :1] == seen[..., 1:])[:, None, None]
+        lse_r = torch.logsumexp(s, -1, keepdim=True).masked_fill_(nothing, 0)
         lse[:, :, r] = lse_r.reshape(B, H, -1)
         w = s.sub_(lse_r).exp_()
-        out[:, :, r] = torch.einsum("bkgrn,bknd->bkgrd", w, v_[:, :, :N]).reshape(B, H, -1, D)
+        out[:, :, r] = torch.einsum("bkgrn,bknd->bkgrd", w, v_[:, :, n]).reshape(B, H, -1, D)
     return out, lse
 
 
 def _distance(v: Tensor, out: Tensor) -> Tensor:
-    """|V_j - O_i|^2 from differences: of squares and a product, next to nothing may be left. (B, K, G, R, N)"""
+    """|V_j - O_i|^2 from differences: of squares and a product, next to nothing may be left. (B, K, G, R, n)"""
     return torch.stack([(v[:, :, None] - o[:, :, :, None]).square().sum(-1) for o in out.unbind(3)], 3)
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     multiplier: Multiplier, is_causal: bool, scale: float, with_stats: bool = False,
+    key_ranges: Tensor | None = None, row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `forward`, with the weights W replaced by W * m wherever they stand (arXiv 2505.15080).
 
         dV = W^T G      M = W (G V^T - delta)      dQ = scale M K      dK = scale M^T Q      delta_i = G_i . O_i
 
-    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) of `forward`. multiplier: (weights (B, H, R, N),
-    rows, known) -> (m, dropped), see `sus_multiplier`; a test may pass any explicit mask in this form. delta always
-    stays exact.
+    grad_out, q, out (B, H, T, D); k, v (B, K, N, D); lse (B, H, T) of `forward`. multiplier: see `sus_multiplier`; a
+    test may pass any explicit mask in this form. delta always stays exact. row_weight: of `row_weights`, which is
+    called if it is None.
 
-    Returns dq (B, H, T, D), dk and dv (B, K, T, D) and, if with_stats (else zeros), float32 (3,): the kept entries, the
+    Returns dq (B, H, T, D), dk and dv (B, K, N, D) and, if with_stats (else zeros), float32 (3,): the kept entries, the
     dropped entries, and an estimate of the variance that the cut adds to (dQ, dK, dV): sum over kept of
     (1/q - 1)/q * |contribution|^2.
     """
     B, H, T, D = q.shape
-    K = k.shape[1]
+    K, N = k.shape[1:3]
     G = H // K
     acc = accumulate_dtype(q.dtype)
     grouped = lambda x: x.to(acc).reshape(B, K, G, T, D)
@@ -349,35 +394,36 @@ def backward(
     lse_ = lse.reshape(B, K, G, T, 1)
     out_ = grouped(out)
     delta = (g_ * out_).sum(-1, keepdim=True)
-    row_weight = row_weights(grad_out).unsqueeze(-1)
+    row_weight = (row_weights(grad_out) if row_weight is None else row_weight).unsqueeze(-1)
+    ranges = ranges_of(key_ranges, is_causal, T, N, q.device)
     # contiguous, whatever the inputs' strides: torch.compile is promised that
-    dq = torch.empty(q_.shape, dtype=acc, device=q.device)
-    dk, dv = (torch.zeros(k.shape, dtype=acc, device=q.device) for _ in range(2))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=q.device) for x in (q_, k, v))
     stats = torch.zeros(3, device=q.device)
 
-    for rows, N in _blocks(q, is_causal):
-        r = slice(rows.start, rows.stop)
-        q_r, g_r, k_n, v_n = q_[:, :, :, r], g_[:, :, :, r], k_[:, :, :N], v_[:, :, :N]
-        w = torch.exp(_scores(q_r, k_n, rows, is_causal, scale) - lse_[:, :, :, r])  # (B, K, G, R, N)
+    for rows, keys in _blocks(q, N, is_causal, key_ranges):
+        r, n = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
+        q_r, g_r, k_n, v_n = q_[:, :, :, r], g_[:, :, :, r], k_[:, :, n], v_[:, :, n]
+        w = torch.exp(_scores(q_r, k_n, keys, ranges[:, r], scale) - lse_[:, :, :, r])  # (B, K, G, R, n)
         score_grad = torch.einsum("bkgrd,bknd->bkgrn", g_r, v_n) - delta[:, :, :, r]
 
-        def square() -> Tensor:  # (B, H, R, N), as is distance: see Known
+        def square() -> Tensor:  # (B, H, R, n), as is distance: see Known
             norms = k_n.square().sum(-1)[:, :, None, None] + q_r.square().sum(-1, keepdim=True)
             square = g_r.square().sum(-1, keepdim=True) + (scale * score_grad) ** 2 * norms
-            return square.reshape(B, H, -1, N)
+            return square.reshape(B, H, -1, len(keys))
 
         def distance() -> Tensor:
-            return _distance(v_n, out_[:, :, :, r]).reshape(B, H, -1, N)
+            return _distance(v_n, out_[:, :, :, r]).reshape(B, H, -1, len(keys))
 
-        m, dropped = multiplier(w.reshape(B, H, -1, N), rows, Known(row_weight[:, :, r], square, distance))
+        known = Known(row_weight[:, :, r], square, distance)
+        m, dropped = multiplier(w.reshape(B, H, -1, len(keys)), rows, known, keys.start)
         m = m.reshape(w.shape)
         if with_stats:
             stats[0] += (m > 0).sum()
             stats[1] += dropped
             stats[2] += ((m - 1) * m * w**2 * square().reshape(w.shape)).sum()
         w = w * m  # a product, not a selection: NaN weights stay NaN, as in the exact gradient
-        dv[:, :, :N] += torch.einsum("bkgrn,bkgrd->bknd", w, g_r)
+        dv[:, :, n] += torch.einsum("bkgrn,bkgrd->bknd", w, g_r)
         w = w * score_grad
         dq[:, :, :, r] = torch.einsum("bkgrn,bknd->bkgrd", w, k_n) * scale
-        dk[:, :, :N] += torch.einsum("bkgrn,bkgrd->bknd", w, q_r) * scale
+        dk[:, :, n] += torch.einsum("bkgrn,bkgrd->bknd", w, q_r) * scale
     return dq.reshape(B, H, T, D).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), stats

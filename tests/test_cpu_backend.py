@@ -46,7 +46,8 @@ def forward(q, k, v, c=5.0, seed=1, *, draws=True, c_max=None, u=None):
 def backward(tensors, drawn, c=5.0, seed=1):
     """dq, dk, dv, stats."""
     q, k, v, grad_out = tensors
-    return cpu.backward(grad_out, q, k, v, *drawn, q.shape[3] ** -0.5, c, torch.tensor(seed), True)
+    row_weight = reference.row_weights(grad_out)
+    return cpu.backward(grad_out, q, k, v, *drawn, q.shape[3] ** -0.5, c, torch.tensor(seed), row_weight, True)
 
 
 def both(tensors, c=5.0, seed=1):
@@ -62,7 +63,7 @@ def masked(monkeypatch, tensors, c=5.0, seed=1, **kwargs):
 
     def seen(kernel, tasks, *args, **options):
         if kernel is ck.tile_gradients:
-            shape, slots, round_, starts, rows, weights = (args[i] for i in (8, 12, 13, 14, 16, 17))
+            shape, slots, round_, starts, rows, weights = (args[i] for i in (8, 14, 15, 16, 18, 19))
             for task in range(round_[1] * round_[3]):
                 b, _, h, first, stop = ck.chunk_of(task, shape, round_)
                 at = starts[task * width : (task + 1) * width]
@@ -357,7 +358,8 @@ def test_stats_equal_the_reference_under_the_same_mask(B, H, K, T, D, c, dtype, 
     want = reference.backward(grad_out, q, k, v, *drawn[:2], multiplier_of(m), True, D**-0.5, with_stats=True)[3]
     assert stats[0] == (m > 0).sum() == want[0] and stats[1] == 0
     torch.testing.assert_close(stats[2], want[2], rtol=1e-3, atol=0)
-    without = cpu.backward(grad_out, q, k, v, *drawn, D**-0.5, c, torch.tensor(1), False)
+    row_weight = reference.row_weights(grad_out)
+    without = cpu.backward(grad_out, q, k, v, *drawn, D**-0.5, c, torch.tensor(1), row_weight, False)
     assert same(without[:3], got) and without[3][2] == 0
 
 
@@ -517,12 +519,13 @@ def test_forked_workers_of_a_data_loader(threads):
 
 INTERPRETED = """
 import pickle, sys, torch
-from sus_backends import cpu, cpu_kernels
+from sus_backends import cpu, cpu_kernels, reference
 assert cpu_kernels.INTERPRETED
 results, seed = [], torch.tensor(2**40 + 3)
 for q, k, v, grad_out in pickle.load(open(sys.argv[1], "rb")):
     drawn = cpu.forward(q, k, v, 0.3, True, 0.8, 0.8, seed, None)
-    results.append((*drawn, *cpu.backward(grad_out, q, k, v, *drawn, 0.3, 0.8, seed, True)))
+    row_weight = reference.row_weights(grad_out)
+    results.append((*drawn, *cpu.backward(grad_out, q, k, v, *drawn, 0.3, 0.8, seed, row_weight, True)))
 pickle.dump(results, open(sys.argv[1], "wb"))
 """
 
@@ -537,7 +540,8 @@ def test_interpreted_kernels_do_the_same(tmp_path):
     for (q, k, v, grad_out), theirs in zip(jobs, pickle.loads(path.read_bytes()), strict=True):
         drawn = cpu.forward(q, k, v, 0.3, True, 0.8, 0.8, seed, None)
         assert torch.equal(proposed_of(drawn)[0], proposed_of(theirs[:4])[0])
-        gradients = cpu.backward(grad_out, q, k, v, *drawn, 0.3, 0.8, seed, True)
+        row_weight = reference.row_weights(grad_out)
+        gradients = cpu.backward(grad_out, q, k, v, *drawn, 0.3, 0.8, seed, row_weight, True)
         tolerance = 1e-5 if q.dtype == torch.float32 else 1e-2
         for a, b in zip((*drawn[:2], *gradients), theirs[:2] + theirs[4:], strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -574,7 +578,6 @@ REFUSED = [
     (dict(dtype=torch.float64), "float64"),
     (dict(dtype=torch.float16), "float16"),
     (dict(D=129), "129"),
-    (dict(is_causal=False), "causal"),
     (dict(sampler="poisson"), "poisson"),
     (dict(sampler="systematic"), "systematic"),
 ]
@@ -613,7 +616,7 @@ def test_resolve_backend():
 @refused
 def test_the_operator_warns_once_and_takes_the_reference(changes, reason):
     D, dtype = changes.get("D", 16), changes.get("dtype", torch.float32)
-    kwargs = {k: v for k, v in changes.items() if k in ("is_causal", "sampler")}
+    kwargs = {k: v for k, v in changes.items() if k == "sampler"}
     tensors = case(1, 2, 1, 20, D, dtype)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -811,18 +814,18 @@ def test_the_notice_of_compiling_comes_once(capsys):
 def test_opcheck(dtype, strided):
     q, k, v, grad_out = (x[:, :, :9] if strided else x for x in case(2, 4, 2, 12 if strided else 9, 8, dtype))
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    c, seed, rest = torch.tensor(0.4), torch.tensor(1), (0.4, True, 0.3, "tiles", "cpu")
+    c, seed, rest = torch.tensor(0.4), torch.tensor(1), (0.4, True, 0.3, 0, 0, "", "tiles", "cpu")
     op = torch.ops.nanosus.attention.default
-    torch.library.opcheck(op, (q, k, v, c, seed, None, None, *rest, True))
+    torch.library.opcheck(op, (q, k, v, c, seed, None, None, None, *rest, True))
     tensors = [x.detach() for x in (q, k, v)]
-    torch.library.opcheck(op, (*tensors, c, seed, None, None, *rest, False))
+    torch.library.opcheck(op, (*tensors, c, seed, None, None, None, *rest, False))
     with pytest.raises(RuntimeError, match="no gradient would be wanted"):
-        torch.autograd.grad(op(q, k, v, c, seed, None, None, *rest, False)[0].sum(), q)
-    drawn = op(*tensors, c, seed, None, None, *rest, True)
+        torch.autograd.grad(op(q, k, v, c, seed, None, None, None, *rest, False)[0].sum(), q)
+    drawn = op(*tensors, c, seed, None, None, None, *rest, True)
     # no autograd test: double backward is refused on purpose
     torch.library.opcheck(
         torch.ops.nanosus.attention_backward.default,
-        (grad_out, *tensors, *drawn, c, seed, None, *rest, True),
+        (grad_out, *tensors, *drawn, c, seed, None, None, *rest, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -922,7 +925,9 @@ def test_memory_saved_for_the_backward(c, c_max, slots):
     assert sum(x.nbytes for x in proposals) == B * H * T * slots * 8
     op = torch.ops.nanosus.attention
     with torch.no_grad():
-        out = op(*qkv, torch.tensor(c), torch.tensor(1), None, None, c_max, True, 0.3, "tiles", "cpu", False)
+        out = op(
+            *qkv, torch.tensor(c), torch.tensor(1), None, None, None, c_max, True, 0.3, 0, 0, "", "tiles", "cpu", False
+        )
     assert not any(x.numel() for x in out[2:])
 
 

@@ -326,17 +326,14 @@ def test_opcheck(dtype, sampler, strided):
         q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
     c, seed = torch.tensor(2.0), torch.tensor(1)
     op = torch.ops.nanosus.attention.default
-    args = q, k, v, c, seed, None, None, 2.0, True, 0.3, sampler, "reference", True
+    rest = 2.0, True, 0.3, 0, 0, "", sampler, "reference", True
+    args = q, k, v, c, seed, None, None, None, *rest
     torch.library.opcheck(op, args)
     forward = op(*args)
     op = torch.ops.nanosus.attention_backward.default
     tensors = [x.detach() for x in (grad_out, q, k, v, *forward)]
     # no autograd test: double backward is refused on purpose
-    torch.library.opcheck(
-        op,
-        (*tensors, c, seed, None, 2.0, True, 0.3, sampler, "reference", True),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    torch.library.opcheck(op, (*tensors, c, seed, None, None, *rest), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_a_break_and_a_changing_c_recompiles_nothing():
@@ -414,6 +411,7 @@ T = torch.tensor
 BAD_ARGUMENTS = [
     (dict(q=torch.randn(4, 8, 6)), ValueError, "q must have 4 dims"),
     (dict(k=torch.randn(2, 4, 9, 6)), ValueError, "k and v must be"),
+    (dict(zip("kv", torch.randn(2, 2, 4, 0, 6))), ValueError, "k is empty"),
     (dict(zip("kv", torch.randn(2, 2, 3, 8, 6))), ValueError, "4 heads, which is not a multiple of the 3"),
     (dict(v=torch.randn(2, 4, 8, 5)), ValueError, "k and v must be"),
     (dict(v=torch.randn(2, 4, 8, 6).double()), TypeError, "share dtype and device"),
@@ -445,6 +443,12 @@ BAD_ARGUMENTS = [
     (dict(scale="x"), ValueError, "scale must be"),
     (dict(scale=math.nan), ValueError, "scale must be"),
     (dict(is_causal="no"), TypeError, "is_causal must be"),
+    (dict(key_ranges=[[0, 8]] * 8), TypeError, "key_ranges must be a tensor"),
+    (dict(key_ranges=torch.zeros(8, 2)), TypeError, "key_ranges must be int32"),
+    (dict(key_ranges=torch.zeros(4, 8, 2).int()), ValueError, "key_ranges must be .T, 2. = .8, 2. or"),
+    (dict(first_row=-1), ValueError, "first_row must be an int"),
+    (dict(first_head=1.0), ValueError, "first_head must be an int"),
+    (dict(group="all"), TypeError, "group must be a process group"),
     (dict(dropout_p=0.1), TypeError, "dropout_p"),
     (dict(attn_mask=torch.ones(8, 8)), TypeError, "attn_mask"),
 ]
