@@ -62,7 +62,7 @@ def host(kernels: dict[str, int], rounds: int, operations: int, operations_once:
 def draw(T: int, H: int) -> float:
     """Seconds of the rounds' programs, one after the other on an SM as there is room, each step by step."""
     seconds = 0.0
-    for _, heads, row, rows in triton.rounds_of(H, T):
+    for _, heads, row, rows in triton.rounds_of(H, T, T, 0):
         waves = -(-heads * -(-rows // triton.ROWS) // (RESIDENT * SMS))
         seconds += waves * (row + rows / 2) / TILE / SOME * (WAIT + SOME * DRAW * ISSUE)
     return seconds
@@ -79,8 +79,8 @@ def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
     bits = 32 * kept / all_tiles  # of a word
     fullest = bits + 3 * bits**0.5 + 1
     jobs = kept / triton.JOB + H * T / TILE
-    heads = triton.heads_at_once(H, 1, T, D, c)
-    forwards, backwards = len(triton.rounds_of(H, T)), -(-H // heads)
+    heads = triton.heads_at_once(H, 1, T, T, D, slots)
+    forwards, backwards = len(triton.rounds_of(H, T, T, 0)), -(-H // heads)
     seconds = dict(
         exact_forward=4 * D * pairs / EXACT[D]["forward"],
         exact_backward=10 * D * pairs / EXACT[D]["backward"],

@@ -3,13 +3,13 @@
 The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, where slots is
 ceil(2c) + 1, or the number of tiles if that is less. It goes in rounds of rows, see TABLE. The backward works on the
 tiles kept of these, in rounds of so many key/value heads, with their query heads, as ROUND has room for, but at least
-one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for `parts`, 0.4 times that for what goes
-to dK and dV, 8 * slots, and T / 512 of a bitmap.
+one. While a round runs, each of its rows has (4 * D + 8) * slots bytes for `parts` and the like, a third of that for
+what goes to dK and dV, and N / 512 of a bitmap.
 
 Each round costs the host some tenths of a millisecond, so it is as large as a 40 GB card can bear: 1 GiB, of which a
-call takes what it needs. With 12 heads, D = 64 and c = 4 the backward needs so much from some 45,000 tokens on, when a
+call takes what it needs. With 12 heads, D = 64 and c = 4 the backward needs so much from some 35,000 tokens on, when a
 model's activations are many times that. It stays the same for more, until one head alone takes more: at T = 1M its
-parts and bitmap are 4 GB, and the table of as many rows as keep the device busy is 2.2 GB.
+parts and bitmap are 4.6 GB, and the table of as many rows as keep the device busy is 2.2 GB.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
 seed are tensors on the device, after a first call that is like them in dtype, head dim, T, number of slots, strides and
@@ -22,8 +22,8 @@ torch.use_deterministic_algorithms(True) it is always the first.
 TRITON_INTERPRET=1, set before Python starts, is for tests: the kernels run on CPU tensors, one program after the other
 in NumPy.
 
-Dims: B batch, H query heads, K key/value heads, T positions, D head dim, n the number of tiles, slots: the most tiles
-that a row proposes.
+Dims: B batch, H query heads, K key/value heads, T query rows, N keys, D head dim, n the number of tiles, slots: the
+most tiles that a row proposes.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
@@ -51,16 +51,6 @@ JOB = 1024  # rows of one program of tile_gradients, at most
 OPTIONS = dict(enable_fp_fusion=True)
 
 
-def parts_of(c_max: float, T: int) -> int:
-    """The most pairs (row, tile) that one head keeps.
-
-    `thin` sees to it that no row keeps more than 1.125 of its c, and one, and one for the rounding. A row's c is c
-    times its row_weights, whose mean is at most 1 + 1/8.
-    """
-    slots = tile_slots(c_max, T)
-    return T * slots if c_max >= slots else min(T * slots, math.ceil(T * (1.125**2 * c_max + 2.01)))
-
-
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -70,25 +60,36 @@ def words_of(T: int) -> int:
     return cdiv(T, 128) * 4
 
 
-def rounds_of(all_heads: int, T: int) -> list[tuple[int, int, int, int]]:
-    """The rounds of a forward that draws: (first head, heads, first row, rows).
+def rounds_of(all_heads: int, T: int, N: int, past: int) -> list[tuple[int, int, int, int]]:
+    """The rounds of a forward that draws: (first head, heads, first row, rows). Row i sees what is up to i + past.
 
     A round has as many rows of all heads as the table has room for, so that its blocks have nearly equal lengths; of
     fewer heads where ROWS rows of all are too many.
     """
-    room = max(TABLE, tiles_of(T) * ROWS * PROGRAMS)
-    heads = min(all_heads, room // (tiles_of(T) * ROWS))
+    n = tiles_of(N)
+    room = max(TABLE, n * ROWS * PROGRAMS)
+    heads = min(all_heads, room // (n * ROWS))
     rounds = []
     for head in range(0, all_heads, heads):
         some, row = min(heads, all_heads - head), 0
         while row < T:
-            # r * (row + r) / TILE floats a head, at most
-            most = room // some * TILE
-            r = (math.isqrt(row * row + 4 * most) - row) // 2
+            # they need r * (row + past + r) / TILE floats a head, and r * n at most
+            of_head, before = room // some, row + past
+            r = max(of_head // n, (math.isqrt(before * before + 4 * of_head * TILE) - before) // 2)
             r = min(T - row, max(ROWS, r // ROWS * ROWS))
             rounds.append((head, some, row, r))
             row += r
     return rounds
+
+
+def sight_of(key_ranges: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, int, int]:
+    """ranges, ranges_b and past of triton_kernels.sight. Where there are no ranges, every row sees something."""
+    T, N = q.shape[2], k.shape[2]
+    if key_ranges is None and is_causal and T > N:
+        key_ranges = reference.ranges_of(None, True, T, N, q.device)[0]
+    if key_ranges is None:
+        return None, 0, N - T if is_causal else N
+    return key_ranges.contiguous(), 2 * T if key_ranges.dim() == 3 else 0, N
 
 
 def interpreted() -> bool:
@@ -123,7 +124,7 @@ def shared_memory() -> int:
     return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
-def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
+def unsupported(dtype: torch.dtype, D: int, sampler: str) -> str | None:
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
@@ -138,8 +139,6 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
         )
     if dtype == torch.float32 and D == 64 and shared_memory() < SHARED_FLOAT32:
         return f"it takes float32 with head dims up to 32 on GPUs with {shared_memory() // 1024} kB of shared memory"
-    if not is_causal:
-        return "it is for causal attention"
     if sampler != "tiles":
         return f"it has the sampler tiles, not {sampler}"
     return None
@@ -212,71 +211,78 @@ def _precision(q: Tensor) -> str:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: Tensor, c_max: float, seed: Tensor, u: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact causal attention, and the proposals of the backward if `draws`.
+    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: Tensor, c_max: float, seed: Tensor, u: Tensor | None,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Exact attention, and the proposals of the backward if `draws`.
 
-    q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T).
+    q (B, H, T, D); k, v (B, K, N, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T). is_causal, key_ranges:
+    see reference.ranges_of. first_row, first_head: where the first ones stand in the whole that the seed is for.
 
     Returns out (B, H, T, D), the log-sum-exp, float32 (B, H, T), and reference.proposals_like's (B, H, T, slots).
     """
     B, H, T, D = q.shape
+    K, N = k.shape[1:3]
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    slots = tile_slots(c_max, T) if draws else 0
+    slots = tile_slots(c_max, N) if draws else 0
     tiles, masses = proposals_like(q, slots)
+    ranges, ranges_b, past = sight_of(key_ranges, is_causal, q, k)
+    seen = lambda row: tiles_of(min(N, row + past))
+    rounds, floats = [(0, B * H, 0, T)], 0
     if draws:
         c, seed = c.to(q.device, torch.float32), seed.to(q.device)
         u = None if u is None else u.int().contiguous()
-    all_rounds = rounds_of(B * H, T) if draws else [(0, B * H, 0, T)]
-    table = q.new_empty(
-        max(h * r * tiles_of(row + r) for _, h, row, r in all_rounds) if draws else 0, dtype=torch.float32
-    )
+        rounds = rounds_of(B * H, T, N, past)
+        floats = max(heads * rows * seen(row + rows) for _, heads, row, rows in rounds)
+    table = q.new_empty(floats, dtype=torch.float32)
     strides = *q.stride(), *k.stride(), *v.stride()
     with torch.cuda.device_of(q):
-        for head, heads, row, rows in all_rounds:
-            of_round = head, heads, row, rows, tiles_of(row + rows)
+        for head, heads, row, rows in rounds:
+            of_round = ranges_b, past, head, heads, row, rows, seen(row + rows)
             _launch(
                 "forward", q, lambda BM: heads * cdiv(rows, BM),
-                q, k, v, out, lse, table, *strides, scale, *of_round, H, k.shape[1], T,
-                DRAWS=draws, D=D, PRECISION=_precision(q),
+                q, k, v, ranges, out, lse, table, *strides, scale, *of_round, H, K, T, N,
+                RANGES=ranges is not None, DRAWS=draws, D=D, PRECISION=_precision(q),
             )  # fmt: skip
             if draws:
                 _launch(
                     "draw", q, heads * cdiv(rows, ROWS),
-                    table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, *of_round, H, T, slots,
-                    HAS_U=u is not None, ROWS=ROWS,
+                    table, ranges, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, *of_round, H, T, N, slots,
+                    first_row, first_head, RANGES=ranges is not None, HAS_U=u is not None, ROWS=ROWS,
                 )  # fmt: skip
     return out, lse, tiles, masses
 
 
-def heads_at_once(all_heads: int, group: int, T: int, D: int, c_max: float) -> int:
+def heads_at_once(all_heads: int, group: int, T: int, N: int, D: int, slots: int) -> int:
     """Query heads of a round of the backward. group: query heads of a key/value head."""
-    of_head = parts_of(c_max, T) * D + tiles_of(T) * words_of(T)
+    of_head = T * slots * D + tiles_of(N) * words_of(T)
     return min(all_heads, max(1, ROUND // (group * of_head)) * group)
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
-    scale: float, c: Tensor, c_max: float, seed: Tensor, with_stats: bool = False,
+    scale: float, c: Tensor, c_max: float, seed: Tensor, row_weight: Tensor, with_stats: bool = False,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, and stats: see `reference.backward`. A c that isn't > 0 gives NaN.
 
-    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
-    c, seed: 0-d. Returns dq (B, H, T, D), dk and dv (B, K, T, D), and stats, float32 (3,).
+    grad_out, q, out (B, H, T, D); k, v (B, K, N, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
+    c, seed: 0-d. row_weight (B, H, T): of reference.row_weights.
+
+    Returns dq (B, H, T, D), dk and dv (B, K, N, D), and stats, float32 (3,).
     """
     B, H, T, D = q.shape
-    K, slots = k.shape[1], tiles.shape[3]
+    K, N, slots = *k.shape[1:3], tiles.shape[3]
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
-    G, n = H // K, tiles_of(T)
-    words = words_of(T)
+    G, n, words = H // K, tiles_of(N), words_of(T)
     c, seed = c.to(q.device, torch.float32), seed.to(q.device)
     out, lse, tiles, masses = (x.contiguous() for x in (out, lse, tiles, masses))
-    norms = grad_out.norm(dim=-1, dtype=torch.float32).contiguous()
-    mean = norms.mean(-1)
+    row_weight = row_weight.float().contiguous()
+    ranges, ranges_b, past = sight_of(key_ranges, is_causal, q, k)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # contiguous, whatever the inputs' strides
-    of_head = parts_of(c_max, T)
-    heads = heads_at_once(B * H, G, T, D, c_max)
+    of_head = T * slots  # pairs (row, tile) that it may keep: where rows are a part of a whole, all may weigh much
+    heads = heads_at_once(B * H, G, T, N, D, slots)
     jobs = cdiv(heads * (n + cdiv(of_head, JOB)), 4) * 4  # the next round's begin aligned
     SLOTS = max(16, 1 << (slots - 1).bit_length())
     thin_rows = max(1, 512 // SLOTS)
@@ -295,22 +301,24 @@ def backward(
             regions = some * n
             zeros.zero_()
             _launch(
-                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, norms, w, bits,
-                counts, delta, kept, mean, *g_strides, c_max, reference.KAPPA, first, H, T, slots, words,
-                D=D, SLOTS=SLOTS, ROWS=thin_rows,
+                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight,
+                w, bits, counts, delta, kept, ranges, *g_strides, c_max, reference.KAPPA, ranges_b, past,
+                first, H, T, N, slots, words, first_row, first_head,
+                RANGES=ranges is not None, D=D, SLOTS=SLOTS, ROWS=thin_rows,
             )  # fmt: skip
             _launch("plan", q, 1, counts, ends, job_ends, job_regions, regions, JOB=JOB)
-            _launch("list_rows", q, regions, bits, counts, ends, listed, T, words)
+            _launch("list_rows", q, regions, bits, counts, ends, listed, past, N, words)
             _launch(
                 "tile_gradients", q, jobs, grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions,
-                listed, places, parts, dkv_parts, variance[round_] if with_stats else None,
-                *g_strides, *q_strides, *k_strides, *v_strides, scale, first, H, K, T, slots, regions,
-                ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
+                listed, places, parts, ranges, dkv_parts, variance[round_] if with_stats else None,
+                *g_strides, *q_strides, *k_strides, *v_strides, scale, ranges_b, past,
+                first, H, K, T, N, slots, regions,
+                RANGES=ranges is not None, ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
             )  # fmt: skip
             _launch(
                 "sum_parts", q, some * cdiv(T, of_sums["ROWS"]) + regions // G * (TILE // of_sums["KEYS"]),
-                parts, w, places, delta, lse, c, dkv_parts, counts, job_ends, dq, dk, dv, first, some, H, K, T, slots,
-                D=D, JOB=JOB,
+                parts, w, places, delta, lse, c, dkv_parts, counts, job_ends, dq, dk, dv,
+                first, some, H, K, T, N, slots, D=D, JOB=JOB,
             )  # fmt: skip
     stats = q.new_zeros(3, dtype=torch.float32)
     if with_stats:
