@@ -42,7 +42,7 @@ TRITON_FORWARD = {64: 363e12, 128: 356e12}
 # Instructions of a thread, counted in the compiled loops (tests/compile_triton.py): for each score, without and with
 # what the draw needs of the forward; for each row and tile; for each word of bits, and more for each bit of the fullest
 # of 256; and for each score of a kept row and tile.
-FORWARD, FORWARD_NOTING, DRAW, WORD, BIT, GRADIENTS = 11.0, 11.8, 26.4, 46.5, 24.5, {64: 44, 128: 66}
+FORWARD, FORWARD_NOTING, DRAW, WORD, BIT, GRADIENTS = 11.0, 11.9, 26.3, 58, 13.5, {64: 45, 128: 67}
 TILE = reference.TILE
 # Seconds. Of a warp with others too few to hide it: an instruction, two clocks, and a wait for memory. A step of plan.
 ISSUE, WAIT, STEP = 2 / CLOCK, 0.6e-6, 2e-6
@@ -50,7 +50,7 @@ SOME, RESIDENT, PLANNED = 8, 8, 2048  # draw's tiles at once, its programs on an
 # Of the device, a launch; of the host, Triton's Python for one of 7 arguments, and for each more, an operation of
 # PyTorch, a new tensor, and the operator with its autograd
 LAUNCH, PYTHON, ARGUMENT, OPERATION, TENSOR, OPERATOR = 4e-6, 27e-6, 2.4e-6, 8e-6, 2e-6, 50e-6
-ARGUMENTS = dict(forward=31, draw=20), dict(thin=28, plan=7, list_rows=7, tile_gradients=44, sum_parts=23)
+ARGUMENTS = dict(forward=36, draw=27), dict(thin=34, plan=7, list_rows=8, tile_gradients=50, sum_parts=24)
 
 
 def host(kernels: dict[str, int], rounds: int, operations: int, operations_once: int, tensors: int) -> float:
@@ -96,7 +96,7 @@ def predict(T: int, D: int, H: int, c: float) -> dict[str, float]:
         launches_forward=2 * forwards * LAUNCH,
         launches=(6 * backwards + 2) * LAUNCH,
         host_forward=host(ARGUMENTS[0], forwards, 0, 2, 5),
-        host_backward=host(ARGUMENTS[1], backwards, 1, 3, 17),
+        host_backward=host(ARGUMENTS[1], backwards, 1, 8, 17),
     )
     return {name: 1e3 * x for name, x in seconds.items()}
 

@@ -138,8 +138,11 @@ def forward(
     else:
         unmasked, left, end = 0, 0, tl.minimum(first + BM + past, N)
         masked = tl.minimum(first + past + 1, N) // TILE * TILE
+    # with loads ahead, float32 has too few registers for ranges
+    STAGES: tl.constexpr = 1 if RANGES and PRECISION == "tf32x3" else None
     for MASKED in tl.static_range(2):
-        for place in range(masked - left if MASKED else unmasked, end if MASKED else masked, TILE):
+        begin_at, end_at = masked - left if MASKED else unmasked, end if MASKED else masked
+        for place in tl.range(begin_at, end_at, TILE, num_stages=STAGES if MASKED else None):
             start = place
             if RANGES and MASKED:
                 start = tl.where(place < masked, place - masked + left + begin, place)
