@@ -183,7 +183,8 @@ def row_weights(grad_out: Tensor, group: torch.distributed.ProcessGroup | None =
         total = torch.cat([norm.sum(-1).flatten(), norm.new_tensor([norm.shape[-1]])])
         torch.distributed.all_reduce(total, group=group)
         mean = (total[:-1] / total[-1]).view(*norm.shape[:2], 1)
-    return torch.where((mean > 0) & mean.isfinite() & norm.isfinite(), norm / mean, 1).clamp(*ROW_WEIGHTS)
+    # in few operations, each of which is a launch: NaN where the mean is 0, or one of the two isn't finite
+    return (norm / mean).add_(mean * 0).nan_to_num_(1).clamp_(*ROW_WEIGHTS)
 
 
 def thinning_units(proposed: Tensor, w: Tensor, q_units: Tensor, c: Tensor, sampler: str, known: Known) -> Tensor:

@@ -1,10 +1,15 @@
 """The Triton backend: the kernels of triton_kernels.py on a CUDA device, or interpreted on CPU tensors.
 
 The forward proposes tiles, and stores them for the backward: 8 * slots bytes a query row and head, where slots is
-ceil(2c) + 1, or the number of tiles if that is less. It goes in rounds of heads and rows, see TABLE. The backward works
-on the tiles kept of these, in rounds of so many key/value heads, with their query heads, as have ROUND floats of
-`parts`, but at least one. While a round runs, each of its rows has some 4 * D * (1.3 c + 2) bytes for parts, 8 * slots,
-and T / 512 of a bitmap.
+ceil(2c) + 1, or the number of tiles if that is less. It goes in rounds of rows, see TABLE. The backward works on the
+tiles kept of these, in rounds of so many key/value heads, with their query heads, as ROUND has room for, but at least
+one. While a round runs, each of its rows has (4 * D + 8) * slots bytes for `parts` and the like, a third of that for
+what goes to dK and dV, and N / 512 of a bitmap.
+
+Each round costs the host some tenths of a millisecond, so it is as large as a 40 GB card can bear: 1 GiB, of which a
+call takes what it needs. With 12 heads, D = 64 and c = 4 the backward needs so much from some 35,000 tokens on, when a
+model's activations are many times that. It stays the same for more, until one head alone takes more: at T = 1M its
+parts and bitmap are 4.6 GB, and the table of as many rows as keep the device busy is 2.2 GB.
 
 Nothing waits for the device, and all shapes are those of the arguments: calls can be captured in a CUDA graph, if c and
 seed are tensors on the device, after a first call that is like them in dtype, head dim, T, number of slots, strides and
@@ -17,14 +22,13 @@ torch.use_deterministic_algorithms(True) it is always the first.
 TRITON_INTERPRET=1, set before Python starts, is for tests: the kernels run on CPU tensors, one program after the other
 in NumPy.
 
-Dims: B batch, H query heads, K key/value heads, T positions, D head dim, n the number of tiles, slots: the most tiles
-that a row proposes.
+Dims: B batch, H query heads, K key/value heads, T query rows, N keys, D head dim, n the number of tiles, slots: the
+most tiles that a row proposes.
 
 Deliberately missing: what `unsupported` names. The reference does that.
 """
 
 import functools
-import itertools
 import math
 import os
 
@@ -32,11 +36,11 @@ import torch
 from torch import Tensor
 
 from sus_backends import reference
-from sus_backends.reference import TILE, proposals_like, row_weights, tile_slots, tiles_of
+from sus_backends.reference import TILE, proposals_like, tile_slots, tiles_of
 
 HEAD_DIMS = 32, 64, 128
-ROUND = 1 << 26
-TABLE = 1 << 26  # floats, of a round of the forward,
+ROUND = 1 << 28  # floats, of parts and bitmap, of a round of the backward
+TABLE = 1 << 28  # floats, of a round of the forward,
 PROGRAMS = 264  # or what so many blocks of ROWS rows need: two for each of an H200's multiprocessors
 ROWS = 128  # of one program of draw
 # Bytes of shared memory: what the forward takes with blocks of 128 rows and head dim 128, and tile_gradients with
@@ -47,18 +51,45 @@ JOB = 1024  # rows of one program of tile_gradients, at most
 OPTIONS = dict(enable_fp_fusion=True)
 
 
-def parts_of(c_max: float, T: int) -> int:
-    """The most pairs (row, tile) that one head keeps.
-
-    `thin` sees to it that no row keeps more than 1.125 of its c, and one, and one for the rounding. A row's c is c
-    times its row_weights, whose mean is at most 1 + 1/8.
-    """
-    slots = tile_slots(c_max, T)
-    return T * slots if c_max >= slots else min(T * slots, math.ceil(T * (1.125**2 * c_max + 2.01)))
-
-
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def words_of(T: int) -> int:
+    """Words of 32 rows, of a tile's bits; so many that what lies behind them is aligned."""
+    return cdiv(T, 128) * 4
+
+
+def rounds_of(all_heads: int, T: int, N: int, past: int) -> list[tuple[int, int, int, int]]:
+    """The rounds of a forward that draws: (first head, heads, first row, rows). Row i sees what is up to i + past.
+
+    A round has as many rows of all heads as the table has room for, so that its blocks have nearly equal lengths; of
+    fewer heads where ROWS rows of all are too many.
+    """
+    n = tiles_of(N)
+    room = max(TABLE, n * ROWS * PROGRAMS)
+    heads = min(all_heads, room // (n * ROWS))
+    rounds = []
+    for head in range(0, all_heads, heads):
+        some, row = min(heads, all_heads - head), 0
+        while row < T:
+            # they need r * (row + past + r) / TILE floats a head, and r * n at most
+            of_head, before = room // some, row + past
+            r = max(of_head // n, (math.isqrt(before * before + 4 * of_head * TILE) - before) // 2)
+            r = min(T - row, max(ROWS, r // ROWS * ROWS))
+            rounds.append((head, some, row, r))
+            row += r
+    return rounds
+
+
+def sight_of(key_ranges: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, int, int]:
+    """ranges, ranges_b and past of triton_kernels.sight. Where there are no ranges, every row sees something."""
+    T, N = q.shape[2], k.shape[2]
+    if key_ranges is None and is_causal and T > N:
+        key_ranges = reference.ranges_of(None, True, T, N, q.device)[0]
+    if key_ranges is None:
+        return None, 0, N - T if is_causal else N
+    return key_ranges.contiguous(), 2 * T if key_ranges.dim() == 3 else 0, N
 
 
 def interpreted() -> bool:
@@ -93,7 +124,7 @@ def shared_memory() -> int:
     return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
-def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> str | None:
+def unsupported(dtype: torch.dtype, D: int, sampler: str) -> str | None:
     """What of these the kernels don't do, or None."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
@@ -108,8 +139,6 @@ def unsupported(dtype: torch.dtype, D: int, is_causal: bool, sampler: str) -> st
         )
     if dtype == torch.float32 and D == 64 and shared_memory() < SHARED_FLOAT32:
         return f"it takes float32 with head dims up to 32 on GPUs with {shared_memory() // 1024} kB of shared memory"
-    if not is_causal:
-        return "it is for causal attention"
     if sampler != "tiles":
         return f"it has the sampler tiles, not {sampler}"
     return None
@@ -131,7 +160,7 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
         large = [(dict(BM=128), 8, 2 if D == 32 else 3)] if D < 128 or shared_memory() >= SHARED_LARGE else []
         return [*large, (dict(BM=64), 4, 2 if D == 128 else 3)]
     if kernel == "draw":
-        return [(dict(SOME=8), 1, 1)]
+        return [(dict(SOME=8), 4, 1), (dict(SOME=16), 4, 1)]
     if kernel == "tile_gradients":
         if itemsize == 4:
             return [(dict(SOME=16), 8, 1)]
@@ -141,8 +170,10 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
         return [(some, 4, 1), (some, 8, 1)]
     if kernel == "list_rows":
         return [(dict(SOME=256), 4, 1)]
-    if kernel == "query_gradients":
-        return [(dict(ROWS=4, SOME=8), 4, 1)]
+    if kernel == "sum_parts":
+        return [(dict(ROWS=4, SOME=8, KEYS=16), 4, 1)]
+    if kernel == "plan":
+        return [(dict(SOME=2048), 8, 1)]
     return [({}, 4, 1)]
 
 
@@ -161,9 +192,12 @@ def _kernel(name: str, D: int, itemsize: int, measure: bool, kind: tuple = ()):
 def _launch(name: str, q: Tensor, programs, *args, **constants) -> None:
     """Run a kernel on inputs such as q. programs: how many, or a function of BM that tells."""
     measure = not (interpreted() or torch.are_deterministic_algorithms_enabled())
+    kind = (q.dtype, q.shape[2].bit_length(), *sorted(constants.items())) if measure else ()
+    kernel = _kernel(name, q.shape[3], q.element_size(), measure, kind)
+    if chosen := getattr(kernel, "best_config", None):  # what chose it needs time, too, and is not asked again
+        kernel, constants = kernel.fn, constants | chosen.all_kwargs()
     grid = (lambda meta: (programs(meta["BM"]),)) if callable(programs) else (programs,)
-    kind = (q.shape[2].bit_length(), *sorted(constants.items())) if measure else ()
-    _kernel(name, q.shape[3], q.element_size(), measure, kind)[grid](*args, **constants, **OPTIONS)
+    kernel[grid](*args, **constants, **OPTIONS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,107 +211,117 @@ def _precision(q: Tensor) -> str:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: Tensor, c_max: float, seed: Tensor, u: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact causal attention, and the proposals of the backward if `draws`.
+    q: Tensor, k: Tensor, v: Tensor, scale: float, draws: bool, c: Tensor, c_max: float, seed: Tensor, u: Tensor | None,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Exact attention, and the proposals of the backward if `draws`.
 
-    q (B, H, T, D); k, v (B, K, T, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T).
+    q (B, H, T, D); k, v (B, K, N, D), of any strides. c, seed: 0-d; u: None, or int64 (B, H, T). is_causal, key_ranges:
+    see reference.ranges_of. first_row, first_head: where the first ones stand in the whole that the seed is for.
 
     Returns out (B, H, T, D), the log-sum-exp, float32 (B, H, T), and reference.proposals_like's (B, H, T, slots).
     """
     B, H, T, D = q.shape
+    K, N = k.shape[1:3]
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    n = tiles_of(T)
-    slots = tile_slots(c_max, T) if draws else 0
+    slots = tile_slots(c_max, N) if draws else 0
     tiles, masses = proposals_like(q, slots)
-    heads, rows = B * H, T  # of a round
+    ranges, ranges_b, past = sight_of(key_ranges, is_causal, q, k)
+    seen = lambda row: tiles_of(min(N, row + past))
+    rounds, floats = [(0, B * H, 0, T)], 0
     if draws:
-        room = max(TABLE, n * ROWS * PROGRAMS)
-        heads = min(heads, max(1, room // (n * T)))
-        rows = min(T, room // (n * ROWS) * ROWS)
         c, seed = c.to(q.device, torch.float32), seed.to(q.device)
         u = None if u is None else u.int().contiguous()
-    table = q.new_empty(heads * n * rows if draws else 0, dtype=torch.float32)
+        rounds = rounds_of(B * H, T, N, past)
+        floats = max(heads * rows * seen(row + rows) for _, heads, row, rows in rounds)
+    table = q.new_empty(floats, dtype=torch.float32)
     strides = *q.stride(), *k.stride(), *v.stride()
     with torch.cuda.device_of(q):
-        for head, row in itertools.product(range(0, B * H, heads), range(0, T, rows)):
-            some, r = min(heads, B * H - head), min(rows, T - row)
+        for head, heads, row, rows in rounds:
+            of_round = ranges_b, past, head, heads, row, rows, seen(row + rows)
             _launch(
-                "forward", q, lambda BM: some * cdiv(r, BM),
-                q, k, v, out, lse, table, *strides, scale, head, row, r, H, k.shape[1], T,
-                DRAWS=draws, D=D, PRECISION=_precision(q),
+                "forward", q, lambda BM: heads * cdiv(rows, BM),
+                q, k, v, ranges, out, lse, table, *strides, scale, *of_round, H, K, T, N,
+                RANGES=ranges is not None, DRAWS=draws, D=D, PRECISION=_precision(q),
             )  # fmt: skip
             if draws:
                 _launch(
-                    "draw", q, some * cdiv(r, ROWS),
-                    table, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, head, row, r, H, T, slots,
-                    HAS_U=u is not None, ROWS=ROWS,
+                    "draw", q, heads * cdiv(rows, ROWS),
+                    table, ranges, lse, tiles, masses, c, seed, u, c_max, reference.KAPPA, *of_round, H, T, N, slots,
+                    first_row, first_head, RANGES=ranges is not None, HAS_U=u is not None, ROWS=ROWS,
                 )  # fmt: skip
     return out, lse, tiles, masses
 
 
+def heads_at_once(all_heads: int, group: int, T: int, N: int, D: int, slots: int) -> int:
+    """Query heads of a round of the backward. group: query heads of a key/value head."""
+    of_head = T * slots * D + tiles_of(N) * words_of(T)
+    return min(all_heads, max(1, ROUND // (group * of_head)) * group)
+
+
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, masses: Tensor,
-    scale: float, c: Tensor, c_max: float, seed: Tensor, with_stats: bool = False,
+    scale: float, c: Tensor, c_max: float, seed: Tensor, row_weight: Tensor, with_stats: bool = False,
+    is_causal: bool = True, key_ranges: Tensor | None = None, first_row: int = 0, first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, and stats: see `reference.backward`. A c that isn't > 0 gives NaN.
 
-    grad_out, q, out (B, H, T, D); k, v (B, K, T, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
-    c, seed: 0-d. Returns dq (B, H, T, D), dk and dv (B, K, T, D), and stats, float32 (3,).
+    grad_out, q, out (B, H, T, D); k, v (B, K, N, D); lse (B, H, T) and tiles, masses (B, H, T, slots) of `forward`.
+    c, seed: 0-d. row_weight (B, H, T): of reference.row_weights.
+
+    Returns dq (B, H, T, D), dk and dv (B, K, N, D), and stats, float32 (3,).
     """
     B, H, T, D = q.shape
-    K, slots = k.shape[1], tiles.shape[3]
+    K, N, slots = *k.shape[1:3], tiles.shape[3]
     if not slots:
         raise RuntimeError("this forward was told that no gradient would be wanted (draws=False)")
-    G, n, words = H // K, tiles_of(T), cdiv(T, 32)
+    G, n, words = H // K, tiles_of(N), words_of(T)
     c, seed = c.to(q.device, torch.float32), seed.to(q.device)
     out, lse, tiles, masses = (x.contiguous() for x in (out, lse, tiles, masses))
-    row_weight = row_weights(grad_out)
+    row_weight = row_weight.float().contiguous()
+    ranges, ranges_b, past = sight_of(key_ranges, is_causal, q, k)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # contiguous, whatever the inputs' strides
-    of_head = parts_of(c_max, T)
-    heads = min(B * H, max(1, ROUND // (G * of_head * D)) * G)  # of a round
-    jobs = heads * (n + cdiv(of_head, JOB))
+    of_head = T * slots  # pairs (row, tile) that it may keep: where rows are a part of a whole, all may weigh much
+    heads = heads_at_once(B * H, G, T, N, D, slots)
+    jobs = cdiv(heads * (n + cdiv(of_head, JOB)), 4) * 4  # the next round's begin aligned
     SLOTS = max(16, 1 << (slots - 1).bit_length())
     thin_rows = max(1, 512 // SLOTS)
-    query_rows = configurations("query_gradients", D, q.element_size())[0][0]["ROWS"]
-    new = functools.partial(torch.empty, device=q.device)
-    w, places = (new(heads, T, slots, dtype=dtype) for dtype in (torch.float32, torch.int32))
-    delta, kept = new(heads, T, dtype=torch.float32), new(heads, cdiv(T, thin_rows), dtype=torch.int32)
-    listed, parts = new(heads * of_head, dtype=torch.int32), new(heads * of_head, D, dtype=torch.float32)
-    dk_parts, dv_parts = (new(jobs, TILE, D, dtype=torch.float32) for _ in range(2))
-    variance = new(jobs, dtype=torch.float32)
-    all_jobs = torch.arange(jobs, dtype=torch.int32, device=q.device)
+    of_sums = configurations("sum_parts", D, q.element_size())[0][0]
+    floats, ints = (functools.partial(torch.empty, dtype=x, device=q.device) for x in (torch.float32, torch.int32))
+    w, places, delta = floats(heads, T, slots), ints(heads, T, slots), floats(heads, T)
+    kept = ints(B * H, cdiv(T, thin_rows))
+    zeros, ends, job_ends, job_regions = ints(heads * n * (words + 1)), ints(heads * n), ints(heads * n), ints(jobs)
+    listed, parts, dkv_parts = ints(heads * of_head), floats(heads * of_head, D), floats(jobs, 2, TILE, D)
+    bits, counts = zeros[: heads * n * words], zeros[heads * n * words :]
+    variance = floats(cdiv(B * H, heads) if with_stats else 0, jobs)
     g_strides, q_strides, k_strides, v_strides = (x.stride() for x in (grad_out, q, k, v))
-    stats = q.new_zeros(3, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        for first in range(0, B * H, heads):
+        for round_, first in enumerate(range(0, B * H, heads)):
             some = min(heads, B * H - first)
             regions = some * n
-            bits = torch.zeros(some, n, words, dtype=torch.int32, device=q.device)
-            counts = torch.zeros(regions, dtype=torch.int32, device=q.device)
+            zeros.zero_()
             _launch(
-                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits,
-                counts, delta, kept, *g_strides, c_max, reference.KAPPA, first, H, T, slots, words,
-                D=D, SLOTS=SLOTS, ROWS=thin_rows,
+                "thin", q, some * cdiv(T, thin_rows), grad_out, out, lse, tiles, masses, c, seed, row_weight,
+                w, bits, counts, delta, kept, ranges, *g_strides, c_max, reference.KAPPA, ranges_b, past,
+                first, H, T, N, slots, words, first_row, first_head,
+                RANGES=ranges is not None, D=D, SLOTS=SLOTS, ROWS=thin_rows,
             )  # fmt: skip
-            ends = counts.cumsum(0, dtype=torch.int32)
-            job_ends = ((counts + JOB - 1) // JOB).cumsum(0, dtype=torch.int32)
-            job_regions = torch.searchsorted(job_ends, all_jobs, right=True, out_int32=True)
-            _launch("list_rows", q, regions, bits, counts, ends, listed, T, words)
+            _launch("plan", q, 1, counts, ends, job_ends, job_regions, regions, JOB=JOB)
+            _launch("list_rows", q, regions, bits, counts, ends, listed, past, N, words)
             _launch(
                 "tile_gradients", q, jobs, grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions,
-                listed, places, parts, dk_parts, dv_parts, variance, *g_strides, *q_strides, *k_strides, *v_strides,
-                scale, first, H, K, T, slots, regions, ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
+                listed, places, parts, ranges, dkv_parts, variance[round_] if with_stats else None,
+                *g_strides, *q_strides, *k_strides, *v_strides, scale, ranges_b, past,
+                first, H, K, T, N, slots, regions,
+                RANGES=ranges is not None, ESTIMATES=with_stats, JOB=JOB, D=D, PRECISION=_precision(q),
             )  # fmt: skip
             _launch(
-                "query_gradients", q, some * cdiv(T, query_rows), parts, w, places, delta, lse, c, dq,
-                first, H, T, slots, D=D,
+                "sum_parts", q, some * cdiv(T, of_sums["ROWS"]) + regions // G * (TILE // of_sums["KEYS"]),
+                parts, w, places, delta, lse, c, dkv_parts, counts, job_ends, dq, dk, dv,
+                first, some, H, K, T, N, slots, D=D, JOB=JOB,
             )  # fmt: skip
-            _launch(
-                "key_gradients", q, regions // G, dk_parts, dv_parts, counts, job_ends, c, dk, dv,
-                first, H, K, T, D=D, JOB=JOB,
-            )  # fmt: skip
-            if with_stats:
-                stats[0] += kept[:some].sum(dtype=torch.float32)
-                stats[2] += variance.sum()
+    stats = q.new_zeros(3, dtype=torch.float32)
+    if with_stats:
+        torch.sum(kept.view(1, -1), 1, dtype=torch.float32, out=stats[:1])
+        torch.sum(variance.view(1, -1), 1, out=stats[2:])
     return dq, dk, dv, stats

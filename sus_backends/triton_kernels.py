@@ -4,17 +4,17 @@
                       the log-sum-exp of those in each tile
     draw              the tiles that each row proposes
     thin              which of these it keeps, and what each weighs; delta_i = G_i . O_i
+    plan              where in the lists each tile's rows begin
     list_rows         the rows that keep a tile, tile by tile
     tile_gradients    of one tile and the rows that keep it: P = W times the weight, M = scale * P * (G V^T - delta),
                       and from these sums over rows, P^T G and M^T Q, and each row's M K
-    query_gradients   dQ_i: the sum of a row's M K
-    key_gradients     dK, dV: sums of tile_gradients' sums
+    sum_parts         dQ_i: the sum of a row's M K; dK, dV: sums of tile_gradients' sums
 
-What they have in common. B batch, H query heads, K key/value heads, T positions, D head dim. TILE keys make a tile, of
-which there are `all_tiles`. A row proposes up to `slots` tiles. "local" are the heads of one round, see triton.py;
-first_head is the first of them among all B * H. A region is a tile of a local head. What a kept (row, tile) gives to dQ
-waits in `parts`, ordered by region and row, until all tiles are done: no sum depends on which program comes first. The
-only atomic operations are on integers, whose sums have no order.
+What they have in common. B batch, H query heads, K key/value heads, T query rows, N keys, D head dim. TILE keys make a
+tile, of which there are `all_tiles`. A row proposes up to `slots` tiles. "local" are the heads of one round, see
+triton.py; first_head is the first of them among all B * H. A region is a tile of a local head. What a kept (row, tile)
+gives to dQ waits in `parts`, ordered by region and row, until all tiles are done: no sum depends on which program comes
+first. The only atomic operations are on integers, whose sums have no order.
 """
 
 import triton
@@ -63,6 +63,21 @@ def inclusion_units(mass, c_units):
 
 
 @triton.jit
+def sight(ranges, ranges_b, past, b, row, within, N, RANGES: tl.constexpr):
+    """lo, hi: the keys [lo, hi) that each row sees; none if it is not within.
+
+    RANGES: of ranges, int32 (B or 1, T, 2), whose batches are ranges_b apart. Else it is those up to row + past.
+    """
+    if RANGES:
+        at = ranges + b * ranges_b + 2 * row
+        lo = tl.minimum(tl.maximum(tl.load(at, mask=within, other=0), 0), N)
+        hi = tl.minimum(tl.maximum(tl.load(at + 1, mask=within, other=0), lo), N)
+    else:
+        lo, hi = tl.zeros_like(row), tl.where(within, tl.minimum(row + past + 1, N), 0)
+    return lo, hi
+
+
+@triton.jit
 def heads_of(program, per_head, first_head, H):
     """(local head, batch, head) of a program, of which each head has so many."""
     local = (program // per_head).to(tl.int64)
@@ -81,24 +96,25 @@ def rough_log2(x):
     return ((bits >> 23) - 127).to(tl.float32) + mantissa * (1.3465 - 0.3465 * mantissa)
 
 
-@triton.jit(do_not_specialize=["first_head", "first_row", "rows"])
+@triton.jit(do_not_specialize=["past", "first_head", "heads", "first_row", "rows", "tabled"])
 def forward(
-    q, k, v, out, lse, table, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
-    first_head, first_row, rows, H, K, T,
-    DRAWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    q, k, v, ranges, out, lse, table, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
+    ranges_b, past, first_head, heads, first_row, rows, tabled, H, K, T, N,
+    RANGES: tl.constexpr, DRAWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, T, D) and lse (B, H, T), contiguous, for `rows` rows from first_row on of the local heads.
 
-    One program a block of BM rows, those with the most keys first. q (B, H, T, D); k, v (B, K, T, D): their strides are
-    q_b, q_h, q_t, q_d and so on.
+    One program a block of BM rows: those with the most keys first, of all heads, so that the last to finish are short;
+    heads that share their keys are neighbours. q (B, H, T, D); k, v (B, K, N, D): their strides are q_b, q_h, q_t, q_d
+    and so on. ranges, ranges_b, past: see `sight`. A row that sees nothing is 0, as is its lse.
 
-    table, float32 (local, tiles, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
+    table, float32 (local, tabled, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
+    Of the tiles that these rows may see; it is written where some row of a block sees some of a tile.
     A row whose first TILE scores are all -inf is NaN, though it is defined; only infinite inputs have such rows.
     """
-    blocks, all_tiles = tl.cdiv(rows, BM), tl.cdiv(T, TILE)
-    local, b, h = heads_of(tl.program_id(0), blocks, first_head, H)
+    local, b, h = heads_of(tl.program_id(0) % heads, 1, first_head, H)
     kv = h // (H // K)
-    first = first_row + (blocks - 1 - tl.program_id(0) % blocks) * BM
+    first = first_row + (tl.cdiv(rows, BM) - 1 - tl.program_id(0) // heads) * BM
     row, cols, d = first + tl.arange(0, BM), tl.arange(0, TILE), tl.arange(0, D)
     row_ = row.to(tl.int64)
     within = row < T
@@ -107,76 +123,121 @@ def forward(
     # element, they take all registers where Triton 3.6 compiles them.
     k_head, k_offset = k + b * k_b + kv * k_h, cols[None, :] * k_t + d[:, None] * k_d  # (D, TILE)
     v_head, v_offset = v + b * v_b + kv * v_h, cols[:, None] * v_t + d[None, :] * v_d
-    table_head, in_tile = table + local * all_tiles * rows, row - first_row
+    table_head, in_tile = table + local * tabled * rows, row - first_row
     top = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    first_masked = first // TILE * TILE
+    # tiles that all rows see wholly, from unmasked on; then those before, and those from masked on
+    if RANGES:
+        lo, hi = sight(ranges, ranges_b, past, b, row, within, N, RANGES)
+        sees = lo < hi
+        begin, end = tl.min(tl.where(sees, lo, N)) // TILE * TILE, tl.max(tl.where(sees, hi, 0))
+        unmasked = tl.cdiv(tl.max(tl.where(sees, lo, 0)), TILE) * TILE
+        masked = tl.maximum(tl.minimum(tl.min(tl.where(sees, hi, N)), end) // TILE * TILE, unmasked)
+        left = tl.maximum(unmasked - begin, 0)
+    else:
+        unmasked, left, end = 0, 0, tl.minimum(first + BM + past, N)
+        masked = tl.minimum(first + past + 1, N) // TILE * TILE
+    # with loads ahead, float32 has too few registers for ranges
+    STAGES: tl.constexpr = 1 if RANGES and PRECISION == "tf32x3" else None
     for MASKED in tl.static_range(2):
-        for start in range(first_masked if MASKED else 0, tl.minimum(first + BM, T) if MASKED else first_masked, TILE):
+        begin_at, end_at = masked - left if MASKED else unmasked, end if MASKED else masked
+        for place in tl.range(begin_at, end_at, TILE, num_stages=STAGES if MASKED else None):
+            start = place
+            if RANGES and MASKED:
+                start = tl.where(place < masked, place - masked + left + begin, place)
             at = start + tl.zeros([], tl.int64)
             k_at, v_at = k_head + at * k_t + k_offset, v_head + at * v_t + v_offset
             if MASKED:
-                inside = start + cols < T
+                inside = start + cols < N
                 k_tile = tl.load(k_at, mask=inside[None, :], other=0)
                 v_tile = tl.load(v_at, mask=inside[:, None], other=0)
             else:
                 k_tile, v_tile = tl.load(k_at), tl.load(v_at)
             s = tl.dot(q_tile, k_tile, input_precision=PRECISION) * (scale * LOG2_E)
             if MASKED:
-                s = tl.where((start + cols[None, :] <= row[:, None]) & inside[None, :], s, float("-inf"))
+                seen = start + cols[None, :] < hi[:, None] if RANGES else start + cols[None, :] <= (row + past)[:, None]
+                seen = seen & (start + cols[None, :] >= lo[:, None] if RANGES else inside[None, :])
+                s = tl.where(seen, s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
+            if RANGES and MASKED:  # a row that sees nothing of the tile stays as it is, though it has seen nothing yet
+                some = (start < hi) & (start + TILE > lo)
+                p = tl.exp2(s - tl.where(some, new_top, 0)[:, None])
+                shrink = tl.where(some, tl.exp2(top - new_top), 1.0)
+            else:
+                p = tl.exp2(s - new_top[:, None])
+                shrink = tl.exp2(top - new_top)
             mass = tl.sum(p, 1)
             norm = norm * shrink + mass
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
             if DRAWS:
                 tl.store(table_head + at // TILE * rows + in_tile, top + rough_log2(mass), mask=within)
+    acc, total = acc / norm[:, None], (top + tl.log2(norm)) * LN_2
+    if RANGES:
+        acc, total = tl.where(sees[:, None], acc, 0), tl.where(sees, total, 0)
     at = (b * H + h) * T + row
-    tl.store(out + at[:, None] * D + d[None, :], (acc / norm[:, None]).to(out.dtype.element_ty), mask=within[:, None])
-    tl.store(lse + at, (top + tl.log2(norm)) * LN_2, mask=within)
+    tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=within[:, None])
+    tl.store(lse + at, total, mask=within)
 
 
-@triton.jit(do_not_specialize=["first_head", "first_row", "rows"])
+@triton.jit(
+    do_not_specialize=["past", "first_head", "heads", "first_row", "rows", "tabled", "row_of_whole", "head_of_whole"]
+)
 def draw(
-    table, lse, tiles, masses, c, seed, u, c_max, kappa, first_head, first_row, rows, H, T, slots,
-    HAS_U: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
+    table, ranges, lse, tiles, masses, c, seed, u, c_max, kappa,
+    ranges_b, past, first_head, heads, first_row, rows, tabled, H, T, N, slots, row_of_whole, head_of_whole,
+    RANGES: tl.constexpr, HAS_U: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Each row's systematic draw of tiles with kappa * c. One program ROWS rows, SOME tiles at once.
 
-    table: of `forward`. tiles, masses (B, H, T, slots): of reference.proposals_like. u: int32 (B, H, T) in [0, UNIT) if
-    HAS_U; else the uniforms come from the seed.
+    table: of `forward`. ranges, ranges_b, past: see `sight`. tiles, masses (B, H, T, slots): of
+    reference.proposals_like. u: int32 (B, H, T) in [0, UNIT) if HAS_U; else the uniforms come from the seed.
+    row_of_whole, head_of_whole: where the first ones stand in what the seed is for.
     """
-    groups, all_tiles = tl.cdiv(rows, ROWS), tl.cdiv(T, TILE)
-    local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
-    place = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS)
+    local, b, h = heads_of(tl.program_id(0) % heads, 1, first_head, H)
+    first_place = (tl.cdiv(rows, ROWS) - 1 - tl.program_id(0) // heads) * ROWS
+    place = first_place + tl.arange(0, ROWS)
     row = first_row + place
     within = (place < rows) & (row < T)
     at = (b * H + h) * T + row
-    log_norm = tl.load(lse + at, mask=within, other=0) * LOG2_E
+    # less than it may be by rough_log2: there are slots for masses of a row that add up to 1, not to more
+    log_norm = tl.load(lse + at, mask=within, other=0) * LOG2_E + 0.01
     drawn_units = retention(c, c_max) * kappa * UNIT
     if HAS_U:
         running = tl.load(u + at, mask=within, other=0)
     else:
-        running = row_uniforms(seed, PROPOSING, b, h, row)
+        running = row_uniforms(seed, PROPOSING, b, h + head_of_whole, row + row_of_whole)
+    tiles_at, masses_at = tiles + at * slots, masses + at * slots
+    table_head, some = table + local * tabled * rows, tl.arange(0, SOME)[:, None]
+    in_some = some * rows + place[None, :]
     count = tl.zeros([ROWS], tl.int32)
-    for first in range(0, tl.cdiv(tl.minimum(first_row + (tl.program_id(0) % groups + 1) * ROWS, T), TILE), SOME):
-        tile = (first + tl.arange(0, SOME))[:, None]
-        seen = within[None, :] & (tile * TILE <= row[None, :])
-        mass = tl.load(table + (local * all_tiles + tile) * rows + place[None, :], mask=seen, other=0)
-        # less than it may be by rough_log2: there are slots for masses of a row that add up to 1, not to more
-        mass = tl.exp2(mass - log_norm[None, :] - 0.01)
-        units = tl.where(seen & (mass > 0), inclusion_units(mass, drawn_units), 0).to(tl.int32)
-        total = running[None, :] + tl.cumsum(units, 0)
-        slot = count[None, :] + (total >> UNIT_BITS) - 1
-        kept = ((total & (UNIT - 1)) < units) & (slot < slots)
-        tl.store(tiles + at[None, :] * slots + slot, tile + 0 * slot, mask=kept)
-        tl.store(masses + at[None, :] * slots + slot, mass, mask=kept)
-        running += tl.sum(units, 0)
-        count += running >> UNIT_BITS
-        running &= UNIT - 1
+    lo, hi = sight(ranges, ranges_b, past, b, row, within, N, RANGES)
+    end = tl.max(hi)
+    if RANGES:
+        begin = tl.min(tl.where(lo < hi, lo, N)) // TILE
+        masked = begin
+    else:  # where some rows don't see some of SOME tiles
+        begin, masked = 0, tl.minimum(first_row + first_place + past, N) // TILE // SOME * SOME
+    for MASKED in tl.static_range(2):
+        for first in range(masked if MASKED else begin, tl.cdiv(end, TILE) if MASKED else masked, SOME):
+            tile = first + some
+            mass_at = table_head + (first + tl.zeros([], tl.int64)) * rows + in_some
+            if MASKED:
+                seen = (tile * TILE < hi[None, :]) & (tile * TILE + TILE > lo[None, :])
+                mass = tl.load(mass_at, mask=seen, other=float("-inf"))
+            else:
+                mass = tl.load(mass_at, mask=within[None, :], other=float("-inf"))
+            mass = tl.exp2(mass - log_norm[None, :])
+            units = tl.where(mass > 0, inclusion_units(mass, drawn_units), 0).to(tl.int32)
+            total = running[None, :] + tl.cumsum(units, 0)
+            slot = count[None, :] + (total >> UNIT_BITS) - 1
+            kept = ((total & (UNIT - 1)) < units) & (slot < slots)
+            tl.store(tiles_at[None, :] + slot, tile + 0 * slot, mask=kept)
+            tl.store(masses_at[None, :] + slot, mass, mask=kept)
+            running += tl.sum(units, 0)
+            count += running >> UNIT_BITS
+            running &= UNIT - 1
     for first in range(0, slots, SOME):
         slot = (first + tl.arange(0, SOME))[:, None]
         behind = within[None, :] & (slot >= count[None, :]) & (slot < slots)
@@ -187,25 +248,24 @@ def draw(
 # -- the backward -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(do_not_specialize=["past", "first_head", "row_of_whole", "head_of_whole"])
 def thin(
-    grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept,
-    g_b, g_h, g_t, g_d, c_max, kappa, first_head, H, T, slots, words,
-    D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    grad_out, out, lse, tiles, masses, c, seed, row_weight, w, bits, counts, delta, kept, ranges,
+    g_b, g_h, g_t, g_d, c_max, kappa, ranges_b, past, first_head, H, T, N, slots, words, row_of_whole, head_of_whole,
+    RANGES: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What each row keeps. One program ROWS rows. SLOTS: a power of 2, at least slots.
 
-    grad_out, out (B, H, T, D), lse and row_weight (B, H, T), tiles and masses (B, H, T, slots) are whole. It writes
+    grad_out, out (B, H, T, D), lse and row_weight (B, H, T), tiles and masses (B, H, T, slots) are whole. ranges,
+    ranges_b, past: see `sight`. row_of_whole, head_of_whole: as in `draw`. It writes
 
     w, float32 (local, T, slots): what the entries of a kept tile weigh, 1 / q; 0 where a proposal is cut.
     bits, int32 (local, tiles, words): bit i % 32 of word i / 32 is set where row i keeps the tile. It begins as zeros.
     counts, int32 (local, tiles): how many rows keep it. It begins as zeros.
     delta, float32 (local, T).
-    kept, int32 (local, groups of ROWS rows): entries.
-
-    So that `parts` can be bounded, a row's second draw expects at most 1.125 of its c, and one more.
+    kept, int32 (B, H, groups of ROWS rows): entries.
     """
-    groups, all_tiles = tl.cdiv(T, ROWS), tl.cdiv(T, TILE)
+    groups, all_tiles = tl.cdiv(T, ROWS), tl.cdiv(N, TILE)
     group = tl.program_id(0) % groups
     local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
     rows, slot, d = group * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS), tl.arange(0, D)
@@ -226,20 +286,19 @@ def thin(
     w_drawn = UNIT / inclusion_units(mass, all_c * kappa * UNIT)
     aim = mass * w_drawn * (row_c * UNIT)[:, None]
     aim = tl.where(aim < UNIT, tl.maximum(tl.ceil(aim), 1), UNIT)  # UNIT where it is NaN too
-    aim = tl.where(used, aim, 0)
-    bound = (1.125 * row_c + 1) * UNIT
-    aim = tl.ceil(aim * tl.minimum(bound / tl.sum(aim, 1), 1.0)[:, None])
     r = tl.where(used, aim, 0).to(tl.int32)
     wide: tl.constexpr = tl.int32 if SLOTS < 255 else tl.int64  # which holds a sum of 2^23 over all slots
-    total = row_uniforms(seed, THINNING, b, h, rows)[:, None].to(wide) + tl.cumsum(r.to(wide), 1)
+    u = row_uniforms(seed, THINNING, b, h + head_of_whole, rows + row_of_whole)
+    total = u[:, None].to(wide) + tl.cumsum(r.to(wide), 1)
     keep = used & ((total & (UNIT - 1)) < r)
     w_at = w + (local * T + rows)[:, None] * slots + slot[None, :]
     tl.store(w_at, tl.where(keep, w_drawn * (UNIT / aim), 0), mask=some)
     region = local * all_tiles + tile
     tl.atomic_add(counts + region, 1, mask=keep, sem="relaxed")
     tl.atomic_or(bits + region * words + rows[:, None] // 32, 1 << (rows[:, None] % 32), mask=keep, sem="relaxed")
-    entries = tl.minimum(rows[:, None] + 1 - tile * TILE, TILE)
-    tl.store(kept + local * groups + group, tl.sum(tl.sum(tl.where(keep, entries, 0), 1), 0))
+    lo, hi = sight(ranges, ranges_b, past, b, rows, within, N, RANGES)
+    entries = tl.minimum(hi[:, None], tile * TILE + TILE) - tl.maximum(lo[:, None], tile * TILE)
+    tl.store(kept + (b * H + h) * groups + group, tl.sum(tl.sum(tl.where(keep, entries, 0), 1), 0))
 
 
 @triton.jit
@@ -250,17 +309,38 @@ def ones_of(x):
     return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
-def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
+@triton.jit(do_not_specialize=["regions"])
+def plan(counts, ends, job_ends, job_regions, regions, JOB: tl.constexpr, SOME: tl.constexpr):
+    """Where each region's rows and jobs go, of its counts. One program in all, SOME regions at once.
+
+    ends, job_ends, int32 (regions): the sums of counts, and of jobs, up to and including a region's. A region has a job
+    for each JOB of its rows. job_regions, int32 (jobs): a job's region.
+    """
+    end, job_end = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for first in range(0, regions, SOME):
+        region = first + tl.arange(0, SOME)
+        count = tl.load(counts + region, mask=region < regions, other=0)
+        jobs = tl.cdiv(count, JOB)
+        last_job = job_end + tl.cumsum(jobs, 0)
+        tl.store(ends + region, end + tl.cumsum(count, 0), mask=region < regions)
+        tl.store(job_ends + region, last_job, mask=region < regions)
+        for i in range(0, tl.max(jobs, 0)):
+            tl.store(job_regions + last_job - 1 - i, region, mask=i < jobs)
+        end += tl.sum(count, 0)
+        job_end += tl.sum(jobs, 0)
+
+
+@triton.jit(do_not_specialize=["past"])
+def list_rows(bits, counts, ends, listed, past, N, words, SOME: tl.constexpr):
     """listed, int32: the rows that keep a tile, ascending, region after region.
 
     One program a region, SOME words at once. bits (regions, words): of `thin`. counts, ends, int32 (regions): how many
-    rows each has, and the sums of these up to and including it.
+    rows each has, and the sums of these up to and including it. No row before a tile's first key - past sees the tile.
     """
     region = tl.program_id(0)
-    tile = region % tl.cdiv(T, TILE)
+    tile = region % tl.cdiv(N, TILE)
     at = tl.load(ends + region) - tl.load(counts + region)
-    for first in range(tile * TILE // 32, words, SOME):
+    for first in range(tl.maximum(tile * TILE - past, 0) // 32, words, SOME):
         word = first + tl.arange(0, SOME)
         found = tl.load(bits + region.to(tl.int64) * words + word, mask=word < words, other=0)
         found = found.to(tl.uint32, bitcast=True)
@@ -274,27 +354,26 @@ def list_rows(bits, counts, ends, listed, T, words, SOME: tl.constexpr):
         at += tl.sum(ones, 0)
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(do_not_specialize=["past", "first_head"])
 def tile_gradients(
-    grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed, places, parts,
-    dk_parts, dv_parts, variance, g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
-    first_head, H, K, T, slots, regions,
-    ESTIMATES: tl.constexpr, JOB: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, SOME: tl.constexpr,
+    grad_out, q, k, v, lse, tiles, w, delta, counts, ends, job_ends, job_regions, listed, places, parts, ranges,
+    dkv_parts, variance, g_b, g_h, g_t, g_d, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, scale,
+    ranges_b, past, first_head, H, K, T, N, slots, regions,
+    RANGES: tl.constexpr, ESTIMATES: tl.constexpr, JOB: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SOME: tl.constexpr,
 ):  # fmt: skip
-    """One job: up to JOB of the rows that keep a tile, SOME at once. job_regions, int32 (jobs): a job's region, or
-    `regions` if it is none. job_ends, int32 (regions): the number of jobs up to and including a region's.
+    """One job of `plan`: up to JOB of the rows that keep a tile, SOME at once. Programs beyond the last job do nothing.
 
     places, int32 (local, T, slots): where in `parts` a kept (row, tile) is. parts, float32 (listed, D): its M K.
-    dk_parts, dv_parts, float32 (jobs, TILE, D).
+    dkv_parts, float32 (jobs, 2, TILE, D): what a job gives to dK and dV.
     variance, float32 (jobs): the estimate of reference.backward, if ESTIMATES.
     """
     job = tl.program_id(0)
-    region = tl.load(job_regions + job)
-    if region >= regions:
+    if job >= tl.load(job_ends + regions - 1):
         if ESTIMATES:
             tl.store(variance + job, 0.0)
         return
-    all_tiles = tl.cdiv(T, TILE)
+    region, all_tiles = tl.load(job_regions + job), tl.cdiv(N, TILE)
     tile = region % all_tiles
     local, b, h = heads_of(region, all_tiles, first_head, H)
     kv = h // (H // K)
@@ -303,7 +382,7 @@ def tile_gradients(
     begin = end - count + job_of_region * JOB
     end = tl.minimum(end, begin + JOB)
     cols, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
-    cols_, inside = cols[:, None].to(tl.int64), cols[:, None] < T
+    cols_, inside = cols[:, None].to(tl.int64), cols[:, None] < N
     k_tile = tl.load(k + b * k_b + kv * k_h + cols_ * k_t + d[None, :] * k_d, mask=inside, other=0)
     v_tile = tl.load(v + b * v_b + kv * v_h + cols_ * v_t + d[None, :] * v_d, mask=inside, other=0)
     g_head, q_head = grad_out + b * g_b + h * g_h + d[None, :] * g_d, q + b * q_b + h * q_h + d[None, :] * q_d
@@ -330,12 +409,16 @@ def tile_gradients(
         q_rows = tl.load(q_head + row_ * q_t, mask=some[:, None], other=0)
         log_norm = tl.load(lse_head + row, mask=some, other=0)
         delta_rows = tl.load(delta + local * T + row, mask=some, other=0)
+        lo, hi = sight(ranges, ranges_b, past, b, row, some, N, RANGES)
+        seen = cols[None, :] < hi[:, None]
+        if RANGES:
+            seen = seen & (cols[None, :] >= lo[:, None])
         s = tl.dot(q_rows, tl.trans(k_tile), input_precision=PRECISION)
         # the difference first: of large scores, each further product would round away more of it
         p = tl.exp2((s * scale - log_norm[:, None]) * LOG2_E)
-        p = tl.where(cols[None, :] <= row[:, None], p, 0)
+        p = tl.where(seen, p, 0)
         slope = (tl.dot(g, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None]) * scale
-        slope = tl.where(cols[None, :] <= row[:, None], slope, 0)  # it may be NaN
+        slope = tl.where(seen, slope, 0)  # it may be NaN
         if ESTIMATES:
             norms = tl.sum(q_rows.to(tl.float32) * q_rows.to(tl.float32), 1)[:, None] + k_square[None, :]
             square = tl.sum(g.to(tl.float32) * g.to(tl.float32), 1)[:, None] + slope * slope * norms
@@ -346,22 +429,39 @@ def tile_gradients(
         dk = tl.dot(tl.trans(m), q_rows, dk, input_precision=PRECISION)
         part = tl.dot(m, k_tile, input_precision=PRECISION)
         tl.store(parts + place[:, None].to(tl.int64) * D + d[None, :], part, mask=some[:, None])
-    of_job = job.to(tl.int64) * TILE * D + tl.arange(0, TILE)[:, None] * D + d[None, :]
-    tl.store(dk_parts + of_job, dk)
-    tl.store(dv_parts + of_job, dv)
+    of_job = dkv_parts + job.to(tl.int64) * 2 * TILE * D + tl.arange(0, TILE)[:, None] * D + d[None, :]
+    tl.store(of_job, dk)
+    tl.store(of_job + TILE * D, dv)
     if ESTIMATES:
         tl.store(variance + job, tl.sum(added, 0))
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit(do_not_specialize=["first_head", "heads"])
+def sum_parts(
+    parts, w, places, delta, lse, c, dkv_parts, counts, job_ends, dq, dk, dv, first_head, heads, H, K, T, N, slots,
+    D: tl.constexpr, JOB: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq (B, H, T, D), dk and dv (B, K, N, D), contiguous, of what tile_gradients left; `heads` local heads.
+
+    One program ROWS rows of dq, SOME slots at once; the programs after these KEYS keys of dk and dv.
+    """
+    for_queries = heads * tl.cdiv(T, ROWS)
+    if tl.program_id(0) < for_queries:
+        query_gradients(tl.program_id(0), parts, w, places, delta, lse, c, dq, first_head, H, T, slots, D, ROWS, SOME)
+    else:
+        program = tl.program_id(0) - for_queries
+        key_gradients(program, dkv_parts, counts, job_ends, c, dk, dv, first_head, H, K, N, D, JOB, KEYS)
+
+
+@triton.jit
 def query_gradients(
-    parts, w, places, delta, lse, c, dq, first_head, H, T, slots,
+    program, parts, w, places, delta, lse, c, dq, first_head, H, T, slots,
     D: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, T, D), contiguous; NaN where the row is not defined. One program ROWS rows, SOME slots at once."""
+    """dq; NaN where the row is not defined."""
     groups = tl.cdiv(T, ROWS)
-    local, b, h = heads_of(tl.program_id(0), groups, first_head, H)
-    rows, d = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
+    local, b, h = heads_of(program, groups, first_head, H)
+    rows, d = program % groups * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     within = rows < T
     row = (b * H + h) * T + rows
     acc = tl.zeros([ROWS, D], tl.float32)
@@ -376,27 +476,28 @@ def query_gradients(
     tl.store(dq + row[:, None] * D + d[None, :], acc.to(dq.dtype.element_ty), mask=within[:, None])
 
 
-@triton.jit(do_not_specialize=["first_head"])
+@triton.jit
 def key_gradients(
-    dk_parts, dv_parts, counts, job_ends, c, dk, dv, first_head, H, K, T, D: tl.constexpr, JOB: tl.constexpr,
+    program, dkv_parts, counts, job_ends, c, dk, dv, first_head, H, K, N,
+    D: tl.constexpr, JOB: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (B, K, T, D), contiguous: sums over the jobs of a tile. One program a tile of a key/value head."""
-    all_tiles, group = tl.cdiv(T, TILE), H // K
-    tile = tl.program_id(0) % all_tiles
-    local_kv = (tl.program_id(0) // all_tiles).to(tl.int64)
-    within, d = tl.arange(0, TILE)[:, None], tl.arange(0, D)[None, :]
-    dk_acc, dv_acc = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
+    """dk and dv: sums over the jobs of a tile, of all query heads of a key/value head."""
+    all_tiles, group = tl.cdiv(N, TILE), H // K
+    tile, first_key = program // (TILE // KEYS) % all_tiles, program % (TILE // KEYS) * KEYS
+    local_kv = (program // (all_tiles * (TILE // KEYS))).to(tl.int64)
+    within, d = first_key + tl.arange(0, KEYS)[:, None], tl.arange(0, D)[None, :]
+    dk_acc, dv_acc = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, D], tl.float32)
     for member in range(0, group):
         region = (local_kv * group + member) * all_tiles + tile
         end = tl.load(job_ends + region)
         begin = end - tl.cdiv(tl.load(counts + region), JOB)
-        at = begin.to(tl.int64) * TILE * D + within * D + d
+        at = dkv_parts + begin.to(tl.int64) * 2 * TILE * D + within * D + d
         for _ in range(begin, end):
-            dk_acc += tl.load(dk_parts + at)
-            dv_acc += tl.load(dv_parts + at)
-            at += TILE * D
+            dk_acc += tl.load(at)
+            dv_acc += tl.load(at + TILE * D)
+            at += 2 * TILE * D
     bad = tl.where(tl.load(c) > 0, 0.0, float("nan"))
     key = tile * TILE + within
-    at = ((first_head // group + local_kv) * T + key) * D + d
-    tl.store(dk + at, (dk_acc + bad).to(dk.dtype.element_ty), mask=key < T)
-    tl.store(dv + at, (dv_acc + bad).to(dv.dtype.element_ty), mask=key < T)
+    at = ((first_head // group + local_kv) * N + key) * D + d
+    tl.store(dk + at, (dk_acc + bad).to(dk.dtype.element_ty), mask=key < N)
+    tl.store(dv + at, (dv_acc + bad).to(dv.dtype.element_ty), mask=key < N)

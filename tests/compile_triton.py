@@ -89,15 +89,18 @@ def main():
     triton._launch = compile
     for dtype in DTYPES:
         for D in triton.HEAD_DIMS:
-            if triton.unsupported(dtype, D, True, "tiles"):
+            if triton.unsupported(dtype, D, "tiles"):
                 continue
             q, k = torch.zeros(1, 12, 8192, D, dtype=dtype), torch.zeros(1, 4, 8192, D, dtype=dtype)
-            c, seed = torch.tensor(1.0), torch.tensor(1)
-            triton.forward(q, k, k, 0.1, False, c, 8.0, seed, None)
-            for c_max in CS if (dtype, D) == (DTYPES[0], triton.HEAD_DIMS[0]) else [8.0]:
-                saved = triton.forward(q, k, k, 0.1, True, c, c_max, seed, None)
-                for with_stats in (False, True):
-                    triton.backward(q, q, k, k, *saved, 0.1, c, c_max, seed, with_stats)
+            c, seed, row_weight = torch.tensor(1.0), torch.tensor(1), torch.ones(1, 12, 8192)
+            for ranges in (None, torch.zeros(8192, 2, dtype=torch.int32)):
+                sees = dict(is_causal=True, key_ranges=ranges)
+                triton.forward(q, k, k, 0.1, False, c, 8.0, seed, None, **sees)
+                for c_max in CS if (dtype, D) == (DTYPES[0], triton.HEAD_DIMS[0]) else [8.0]:
+                    saved = triton.forward(q, k, k, 0.1, True, c, c_max, seed, None, **sees)
+                    rest = 0.1, c, c_max, seed, row_weight
+                    for with_stats in (False, True):
+                        triton.backward(q, q, k, k, *saved, *rest, with_stats, **sees)
 
 
 main()
