@@ -55,7 +55,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from sus_backends import cpu, reference, triton
 from sus_backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
@@ -381,23 +381,26 @@ def _attention_backward(
     backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        row_weight = reference.row_weights(grad_out, _resolve_process_group(group) if group else None)
-        forward = grad_out, q, k, v, out, lse
+        row_weight = reference.row_weights(grad_out, _resolve_process_group(GroupName(group)) if group else None)
         sees, part = (is_causal, key_ranges), (first_row, first_head)
         if backend == "cpu":
             if not c > 0:  # a bad c must not pass unseen
                 nans = lambda x: torch.full_like(x, math.nan)
                 return nans(q), nans(k), nans(v), torch.full((3,), math.nan)
-            c_ = _bounded(c, c_max)
-            return cpu.backward(*forward, tiles, masses, scale, c_, seed, row_weight, with_stats, *sees, *part, sampler)
+            return cpu.backward(
+                grad_out, q, k, v, out, lse, tiles, masses, scale, _bounded(c, c_max), seed, row_weight, with_stats,
+                *sees, *part, sampler,
+            )  # fmt: skip
         if backend == "triton":
-            drawn = tiles, masses, scale, c, c_max, seed, row_weight, with_stats
-            return triton.backward(*forward, *drawn, *sees, *part)
+            return triton.backward(
+                grad_out, q, k, v, out, lse, tiles, masses, scale, c, c_max, seed, row_weight, with_stats, *sees, *part
+            )
         c = c.to(q.device)
         grad_out = grad_out * torch.where(c > 0, 1, math.nan).to(grad_out.dtype)  # the same, without a synchronisation
         multiplier = reference.sus_multiplier(c, c_max, sampler, seed.to(q.device), u, k.shape[2], *part)
-        rest = multiplier, is_causal, scale, with_stats, key_ranges, row_weight
-        return reference.backward(grad_out, *forward[1:], *rest)
+        return reference.backward(
+            grad_out, q, k, v, out, lse, multiplier, is_causal, scale, with_stats, key_ranges, row_weight
+        )
 
 
 def _bounded(c: Tensor, c_max: float) -> float:
