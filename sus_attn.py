@@ -55,7 +55,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from sus_backends import cpu, reference, triton
 from sus_backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part of this module's interface)
@@ -381,7 +381,8 @@ def _attention_backward(
     backend: str, with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        row_weight = reference.row_weights(grad_out, _resolve_process_group(GroupName(group)) if group else None)
+        processes = _resolve_process_group(group) if group else None  # type: ignore[arg-type]  # newer torch: a NewType
+        row_weight = reference.row_weights(grad_out, processes)
         sees, part = (is_causal, key_ranges), (first_row, first_head)
         if backend == "cpu":
             if not c > 0:  # a bad c must not pass unseen
