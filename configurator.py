@@ -349,7 +349,7 @@ class TrainConfig:
         "exact", "gradient of attention", choices=("exact", "sus", "lowrank"), section="Attention's backward"
     )
     sus_c: float = key(
-        4.0,
+        8.0,
         "tiles of 64 keys kept a query row; inf: all (exact gradient); auto: sets itself, see sus_rho",
         above=0,
         words=("auto",),

@@ -47,7 +47,7 @@ class GPTConfig:
     dropout: float = 0.0
     activation_checkpointing: bool = False
     attn_backward: str = "exact"  # or "sus", "lowrank"
-    sus_c: float | Tensor = 4.0  # a 0-d tensor needs sus_c_max, see sus_attention
+    sus_c: float | Tensor = 8.0  # a 0-d tensor needs sus_c_max, see sus_attention
     sus_c_max: float | None = None
     sus_sampler: str = "tiles"
     sus_backend: str = "auto"

@@ -69,7 +69,7 @@ def sus_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    c: float | Tensor = 4.0,
+    c: float | Tensor = 8.0,
     *,
     key_ranges: Tensor | None = None,
     is_causal: bool = True,
@@ -88,10 +88,11 @@ def sus_attention(
 
     q: (B, Hq, T, D); k, v: (B, Hkv, N, D), Hq a multiple of Hkv (grouped-query attention). All of one dtype
     (float64, float32, bfloat16, float16; under autocast they are cast to its dtype) and on one device.
-    c: the retention parameter, a float > 0; `math.inf` gives the exact gradient through the same code. Or a
-        0-d float tensor with `c_max`, a float that bounds it: changing its value recompiles nothing. A tensor's value
-        is checked where that needs no synchronisation (eagerly, on the CPU); elsewhere c_max clamps it, and a value
-        that isn't > 0 gives NaN gradients.
+    c: the retention parameter, a float > 0: about how many tiles a row keeps. 8 is what pays for a model whose attention
+        is sharp (measured, see docs/variance.md); 4 does for small ones. `math.inf` gives the exact gradient through
+        the same code. Or a 0-d float tensor with `c_max`, a float that bounds it: changing its value recompiles
+        nothing. A tensor's value is checked where that needs no synchronisation (eagerly, on the CPU); elsewhere c_max
+        clamps it, and a value that isn't > 0 gives NaN gradients.
     key_ranges: int32, (T, 2) or (B, T, 2): row i attends to the keys [lo, hi) of its pair; what is out of [0, N] is
         clamped. It makes documents that share a window, packed batches, and sliding windows. A row that sees nothing
         is 0, and so are its gradients. Any ranges are right; fast are those that neighbouring rows nearly share.
@@ -127,7 +128,7 @@ def sus_attention(
 
 
 def sus_attention_and_backward(
-    q: Tensor, k: Tensor, v: Tensor, c: float | Tensor = 4.0, *, key_ranges: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, c: float | Tensor = 8.0, *, key_ranges: Tensor | None = None,
     is_causal: bool = True, scale: float | None = None, seed: int | Tensor | None = None, first_row: int = 0,
     first_head: int = 0, group: ProcessGroup | None = None, sampler: str = "tiles", backend: str = "auto",
     c_max: float | None = None, stats: Tensor | None = None, u: float | Tensor | None = None,
@@ -156,7 +157,7 @@ def sus_attention_and_backward(
 
 
 def resolve_backend(
-    backend: str, device_type: str, dtype: torch.dtype, D: int, *, sampler: str = "tiles", c_max: float = 4.0
+    backend: str, device_type: str, dtype: torch.dtype, D: int, *, sampler: str = "tiles", c_max: float = 8.0
 ) -> tuple[str, str]:
     """The backend that `backend` means for such a call, and the reason, for a line to print.
 
