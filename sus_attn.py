@@ -88,8 +88,8 @@ def sus_attention(
 
     q: (B, Hq, T, D); k, v: (B, Hkv, N, D), Hq a multiple of Hkv (grouped-query attention). All of one dtype
     (float64, float32, bfloat16, float16; under autocast they are cast to its dtype) and on one device.
-    c: the retention parameter, a float > 0: about how many tiles a row keeps. 8 is what pays for a model whose attention
-        is sharp (measured, see docs/variance.md); 4 does for small ones. `math.inf` gives the exact gradient through
+    c: the retention parameter, a float > 0: about how many tiles a row keeps. 8 is what pays for a model with sharp
+        attention (measured, see docs/variance.md); 4 does for small ones. `math.inf` gives the exact gradient through
         the same code. Or a 0-d float tensor with `c_max`, a float that bounds it: changing its value recompiles
         nothing. A tensor's value is checked where that needs no synchronisation (eagerly, on the CPU); elsewhere c_max
         clamps it, and a value that isn't > 0 gives NaN gradients.
