@@ -191,7 +191,8 @@ def choose(
         except Exception as error:  # whatever it lacks here, its reason is printed
             reasons[member] = reason(error)
             continue
-        seconds[member] = sum(runs[1][2:]) / 1e3 * (T / probe_T) ** 2
+        pairs, probed = (key_ranges(n, member.sight, device.device).diff().sum().item() for n in (T, probe_T))
+        seconds[member] = sum(runs[1][2:]) / 1e3 * pairs / probed
     exact = [member for member in seconds if member.kind == "exact"]
     if not exact:
         reasons = "; ".join(f"{m.name}: {why}" for m, why in reasons.items())
