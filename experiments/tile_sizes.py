@@ -53,6 +53,7 @@ from output import (
 )
 from sus_backends import cpu, reference
 from training.device import memory_errors, resolve_device
+from training.record import plain
 
 if TYPE_CHECKING:  # these are imported where they are used
     from matplotlib.figure import Figure
@@ -86,7 +87,7 @@ def main() -> None:
         if len(models) != 1 or not cfg.text or not cfg.inputs:
             raise UserError("give a model's folder, a --text and --inputs; or --from_json=FILE.json")
         if cfg.from_json:
-            draws = [(row["tile"], row["c"]) for row in data["rho"]]
+            draws = [(row["tile"], float(row["c"])) for row in data["rho"]]
         else:
             draws = [draw_of(text) for text in cfg.draws.split(",")]
         files = {path: read_inputs(path) for path in cfg.inputs.split(",")}
@@ -103,6 +104,7 @@ def main() -> None:
                 row for path, layers in files.items() for row in measure_times(path, layers, cfg, draws, attention)
             ]
         data["environment"] = environment(resolve_device("cpu", "float32"))
+        data = plain(data, nonfinite=str)
     deliver(data, report, cfg.json, draw_picture, cfg.out)
 
 
@@ -132,6 +134,8 @@ def with_tile(tile: str, scratch: str) -> ModuleType:
     for file in Path(cpu.__file__).parent.glob("*.py"):
         source = file.read_text(encoding="utf-8").replace("sus_backends", name)
         source = re.sub(r"^TILE = \d+$", f"TILE = {tile}", source, flags=re.MULTILINE)
+        if tile == "16":  # no narrower than the matrix product's register tile
+            source = source.replace("HEIGHT, WIDE = (8, 2) if", "HEIGHT, WIDE = (8, 1) if")
         (Path(scratch) / name / file.name).write_text(source, encoding="utf-8")
     sys.path.insert(0, scratch)
     try:
@@ -314,7 +318,7 @@ def report(data: dict) -> None:
             table.append(
                 [
                     row["tile"],
-                    f"{row['c']:g}",
+                    f"{float(row['c']):g}",
                     f"{row['kept']:.1f}",
                     *(f"{100 * row[name]:.3g}" for name in ("rho", "rho_qk")),
                     *(f"{at[name]:.1f}" for name in ("forward", "backward")),
@@ -349,7 +353,9 @@ def draw_picture(data: dict) -> "Figure":
                 xy = [times[tile, row["c"]] for row in rows], [100 * row["rho"] for row in rows]
                 axis.plot(*xy, "o-", color=color, label=name)
                 for x, y, row in zip(*xy, rows):
-                    axis.annotate(f"{row['c']:g}", (x, y), (4, 4), textcoords="offset points", fontsize=8, color=color)
+                    axis.annotate(
+                        f"{float(row['c']):g}", (x, y), (4, 4), textcoords="offset points", fontsize=8, color=color
+                    )
             axis.set(xlabel="backward, ms a layer", yscale="log", title=f"times at T = {T:,}")
             axis.set_xlim(left=0)
         axes[0][0].set_ylabel(f"rho, %, at T = {data['origin']['T']:,}")

@@ -31,6 +31,7 @@ import cost_model
 import measure
 import output
 import picture_of_sus
+import tile_sizes
 from configurator import UserError
 from contenders import Check, Contender
 from model import GPT, GPTConfig
@@ -595,6 +596,40 @@ def test_what_is_captured_of_a_model_of_ours_is_its_own(trained, book, monkeypat
     assert saved["origin"]["loss"] == pytest.approx(loss().item()) and list(saved["layers"]) == [0, 1]
     for i, layer in saved["layers"].items():
         check_captured(layer, *own_attention(loss, model.transformer.h[i].attn.c_proj))
+
+
+def test_rho_and_times_of_a_model_of_others(llama, book, monkeypatch, tmp_path, capsys):
+    """At c = inf there is no noise; a step's parts are those of exact attention and the rest."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    capture(monkeypatch, llama, book, "--layers=0,1", "--out=in.pt")
+    options = f"--text={book}", "--T=64", "--pages=2", "--inputs=in.pt", "--repeats=2"
+    draws = "--draws=64:inf,64:0.3,poisson:inf,poisson:3"
+    command(tile_sizes, monkeypatch, str(llama), *options, draws, "--json=a.json", "--out=a.png")
+    out = capsys.readouterr().out
+    rows = {(row["tile"], row["c"]): row for row in json.loads((tmp_path / "a.json").read_text())["rho"]}
+    for tile in ("64", "poisson"):
+        assert rows[tile, "inf"]["rho"] < 1e-9 and rows[tile, "inf"]["kept"] == 32.5
+    for draw in (("64", 0.3), ("poisson", 3.0)):
+        assert 1e-4 < rows[draw]["rho"] and 1e-4 < rows[draw]["rho_qk"] and 0 < rows[draw]["kept"] < 32.5
+    table = [cells(line) for line in out.splitlines() if line.startswith(("exact", "64 ", "poisson"))]
+    assert [row[:2] for row in table[1:]] == [["64", "inf"], ["64", "0.3"], ["poisson", "inf"], ["poisson", "3"]]
+    assert table[1][-1] == table[1][-2]  # without noise a step costs what it takes
+    command(tile_sizes, monkeypatch, "--from_json=a.json")
+    again = capsys.readouterr().out
+    assert len(again.splitlines()) == 2 + len(table) and again in out
+
+
+@pytest.mark.slow
+def test_tiles_of_another_size(tmp_path):
+    """A copy of the backend is exact at c = inf, too, and keeps tiles of its own size."""
+    q, k, v, grad_out = contenders.random_inputs(2, 200, 16, 1, CPU)
+    backends = {tile: tile_sizes.with_tile(tile, str(tmp_path)) for tile in ("16", "64")}
+    run = lambda tile, c: tile_sizes.run((tile, c), backends, 1, True, q, k, v, grad_out, 0.25)
+    for ours, theirs in zip(run("16", math.inf)[:3], run("64", math.inf)[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    tiles = backends["16"].forward(q, k, v, 0.25, True, 2.0, 2.0, torch.tensor(1), None)[2]
+    assert 3 < tiles.max() <= 12 and 0 < run("16", 2.0)[3][0] < run("64", 2.0)[3][0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "trained"])
