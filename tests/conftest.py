@@ -1,6 +1,7 @@
 """What all tests share: their environment, and fixtures of several files."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():  # then Triton's kernels run interpreted; it asks at its first import, by whomever
     os.environ["TRITON_INTERPRET"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a script's background job: then so it would be in the runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
