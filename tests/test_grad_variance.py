@@ -448,7 +448,7 @@ def test_a_whole_run(run, monkeypatch, capsys, tmp_path):
         ("--samplers=", "'' is none of"),
         ("--kappa=2", "--kappa is for the samplers that thin"),
         ("--sequences=100000", "give fewer --sequences"),
-        ("--backend=cpu", "backend='cpu' can't be had"),
+        ("--backend=triton", "backend='triton' can't be had"),
         ("--dataset=nosuch", "has no train.bin"),
         ("--out_dir=nosuch", "no checkpoint at nosuch"),
         ("--init_from=gpt2", "needs --dataset=NAME"),
