@@ -180,7 +180,7 @@ def row_weights(grad_out: Tensor, group: torch.distributed.ProcessGroup | None =
     if group is None:
         mean = norm.mean(-1, keepdim=True)
     else:
-        total = torch.cat([norm.sum(-1).flatten(), norm.new_tensor([norm.shape[-1]])])
+        total = torch.cat([norm.sum(-1).flatten(), norm.new_full((1,), norm.shape[-1])])
         torch.distributed.all_reduce(total, group=group)
         mean = (total[:-1] / total[-1]).view(*norm.shape[:2], 1)
     # in few operations, each of which is a launch: NaN where the mean is 0, or one of the two isn't finite
