@@ -213,8 +213,6 @@ def draw(
     in_some = some * rows + place[None, :]
     count = tl.zeros([ROWS], tl.int32)
     lo, hi = sight(ranges, ranges_b, past, b, row, within, N, RANGES)
-    if RANGES:  # what sees nothing proposes nothing, wherever its range would be
-        hi = tl.where(lo < hi, hi, 0)
     end = tl.max(hi)
     if RANGES:
         begin = tl.min(tl.where(lo < hi, lo, N)) // TILE

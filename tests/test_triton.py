@@ -409,9 +409,6 @@ SEES = {  # name: (T, N, what they see)
     "one key each": (100, 333, dict(key_ranges=torch.stack([THIRD, THIRD + 1], -1).int())),
     "nothing": (70, 70, dict(key_ranges=torch.zeros(70, 2, dtype=torch.int32))),
     "most see nothing": (150, 333, dict(key_ranges=any_ranges(150) * (torch.arange(150)[:, None] % 73 == 3))),
-    "some see nothing": (
-        100, 100, dict(key_ranges=torch.where(torch.arange(100)[:, None] % 3 > 0, documents([100]), 10).int())
-    ),
     "the last positions": (70, 333, dict(is_causal=True)),
     "more rows than keys": (333, 100, dict(is_causal=True)),
     "all keys": (70, 333, dict(is_causal=False)),
