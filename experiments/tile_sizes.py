@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,15 +38,16 @@ import torch
 from torch import Tensor
 
 from capture_attention import load
+from contenders import captured_inputs
 from data.reading import read_text
 from measure import environment, exact_attention, gradients
 from output import (
     COLORS,
-    STYLE,
     check_picture,
     check_writable,
     deliver,
     each,
+    import_pyplot,
     pick,
     print_table,
     progress_bar,
@@ -53,6 +55,7 @@ from output import (
 )
 from sus_backends import cpu, reference
 from training.device import memory_errors, resolve_device
+from training.probe import time_attention
 from training.record import plain
 
 if TYPE_CHECKING:  # these are imported where they are used
@@ -90,7 +93,7 @@ def main() -> None:
             draws = [(row["tile"], float(row["c"])) for row in data["rho"]]
         else:
             draws = [draw_of(text) for text in cfg.draws.split(",")]
-        files = {path: read_inputs(path) for path in cfg.inputs.split(",")}
+        files = {path: captured_inputs(Path(path))[1] for path in cfg.inputs.split(",")}
         attention = Attention()
         model, pages = pages_of(Path(models[0]), cfg, attention)
         with tempfile.TemporaryDirectory() as scratch, memory_errors("Give a smaller --T"):
@@ -118,13 +121,6 @@ def draw_of(text: str) -> Draw:
         raise UserError(f"--draws: {text!r} is not 16:c, 32:c, 64:c, 128:c or poisson:c, with a c above 0") from None
 
 
-def read_inputs(path: str) -> dict:
-    try:
-        return torch.load(path, weights_only=True)["layers"]
-    except Exception as error:  # a file of another kind can fail at any point
-        raise UserError(f"can't read {path}: give a file of capture_attention.py") from error
-
-
 def with_tile(tile: str, scratch: str) -> ModuleType:
     """The CPU backend with tiles of that size."""
     if tile in ("poisson", str(reference.TILE)):
@@ -144,16 +140,30 @@ def with_tile(tile: str, scratch: str) -> ModuleType:
         sys.path.remove(scratch)
 
 
-def run(draw: Draw, backends: dict[str, ModuleType], seed: int, with_stats: bool, q, k, v, grad_out, scale: float):
-    """(dq, dk, dv, stats, seconds of the forward, seconds of the backward)"""
-    (tile, c), seed_ = draw, torch.tensor(seed)
-    options = dict(sampler="poisson" if tile == "poisson" else "tiles")
-    start = time.perf_counter()
-    drawn = backends[tile].forward(q, k, v, scale, True, c, c, seed_, None, **options)
-    middle = time.perf_counter()
-    weights = reference.row_weights(grad_out)
-    found = backends[tile].backward(grad_out, q, k, v, *drawn, scale, c, seed_, weights, with_stats, **options)
-    return *found, middle - start, time.perf_counter() - middle
+class _Drawn(torch.autograd.Function):
+    """The attention of a CPU backend. stats: of sus_attention."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, backend: ModuleType, sampler: str, c: float, seed: Tensor, stats: Tensor | None):
+        ctx.backend, ctx.sampler, ctx.c, ctx.seed, ctx.stats = backend, sampler, c, seed, stats
+        out, *rest = backend.forward(q, k, v, q.shape[3] ** -0.5, True, c, c, seed, None, sampler=sampler)
+        ctx.save_for_backward(q, k, v, out, *rest)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        rest = grad_out.shape[3] ** -0.5, ctx.c, ctx.seed, reference.row_weights(grad_out), ctx.stats is not None
+        *grads, found = ctx.backend.backward(grad_out, *ctx.saved_tensors, *rest, sampler=ctx.sampler)
+        if ctx.stats is not None:
+            ctx.stats.copy_(found)
+        return *grads, *(None,) * 5
+
+
+def drawn(draw: Draw, backends: dict[str, ModuleType], seed: int, stats: Tensor | None = None) -> Callable:
+    """A function of q (B, H, T, D) and k, v (B, K, T, D): exact, with the gradient that the draw makes."""
+    tile, c = draw
+    sampler = "poisson" if tile == "poisson" else "tiles"
+    return lambda q, k, v: _Drawn.apply(q, k, v, backends[tile], sampler, c, torch.tensor(seed), stats)
 
 
 # -- rho ----------------------------------------------------------------------------------------------
@@ -169,29 +179,26 @@ class Attention:
 
     def __call__(self, module, q, k, v, mask, scaling: float | None = None, **_: Any) -> tuple[Tensor, None]:
         """q (B, H, T, D), k and v (B, K, T, D) to (B, T, H, D)."""
-        scale = q.shape[3] ** -0.5 if scaling is None else scaling
-        return _Attention.apply(q, k, v, self, module.layer_idx, scale).transpose(1, 2), None
+        if scaling is not None:  # for functions that multiply scores by 1 / sqrt(D)
+            q = q * (scaling * q.shape[3] ** 0.5)
+        return _Attention.apply(q, k, v, self, module.layer_idx).transpose(1, 2), None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, of: Attention, layer: int, scale: float):
+    def forward(ctx, q, k, v, of: Attention, layer: int):
         ctx.save_for_backward(q, k, v)
-        ctx.of, ctx.layer, ctx.scale = of, layer, scale
-        return exact_attention(q * (scale * q.shape[3] ** 0.5), k, v)
+        ctx.of, ctx.layer = of, layer
+        return exact_attention(q, k, v)
 
     @staticmethod
+    @torch.enable_grad()
     def backward(ctx, grad_out):
-        q, k, v = ctx.saved_tensors
-        of = ctx.of
-        if of.draw is None:
-            with torch.enable_grad():
-                factor = ctx.scale * q.shape[3] ** 0.5
-                _, dq, dk, dv = gradients(exact_attention, q * factor, k, v, grad_out)
-            return dq * factor, dk, dv, None, None, None
-        dq, dk, dv, stats, *_ = run(of.draw, of.backends, of.seed + ctx.layer, True, q, k, v, grad_out, ctx.scale)
-        of.kept += stats[0].item() / (q.shape[0] * q.shape[1] * q.shape[2])
-        return dq, dk, dv, None, None, None
+        (q, k, v), of, stats = ctx.saved_tensors, ctx.of, torch.zeros(3)
+        function = drawn(of.draw, of.backends, of.seed + ctx.layer, stats) if of.draw else exact_attention
+        _, *grads = gradients(function, q, k, v, grad_out)
+        of.kept += stats[0].item() / q[..., 0].numel()
+        return *grads, None, None
 
 
 def pages_of(folder: Path, cfg: TilesConfig, attention: Attention) -> tuple["PreTrainedModel", list[Tensor]]:
@@ -256,39 +263,21 @@ def measure_step(model: "PreTrainedModel", page: Tensor, attention: Attention, r
     return statistics.median(seconds)
 
 
-def measure_times(path: str, layers: dict, cfg: TilesConfig, draws: list[Draw], attention: Attention) -> list[dict]:
+def measure_times(name: str, layers: dict, cfg: TilesConfig, draws: list[Draw], attention: Attention) -> list[dict]:
     """Rows by draw, and of exact attention: the median times, in ms, on average over the layers."""
-    rows: dict[Draw | None, list] = {draw: [] for draw in (None, *draws)}
-    with progress_bar(len(layers) * cfg.repeats * len(rows)) as bar:
-        bar.set_description_str(f"times on {path}")
+    functions = {"exact": exact_attention}
+    functions |= {f"{tile}:{c}": drawn((tile, c), attention.backends, 1) for tile, c in draws}
+    times, cpu_ = [], resolve_device("cpu", "float32")
+    with progress_bar(len(layers)) as bar:
+        bar.set_description_str(f"times on {name}")
         for layer in layers.values():
-            q, k, v, grad_out = (layer[name] for name in ("q", "k", "v", "grad_out"))
-            scale = layer.get("scale", q.shape[3] ** -0.5)
-            times: dict[Draw | None, list] = {draw: [] for draw in rows}
-            for n in range(cfg.repeats):
-                for draw in rows:
-                    if draw is None:
-                        times[draw].append(exact_times(q, k, v, grad_out))
-                    else:
-                        times[draw].append(run(draw, attention.backends, n, False, q, k, v, grad_out, scale)[-2:])
-                    bar.update()
-            for draw, seconds in times.items():
-                rows[draw].append([1e3 * statistics.median(column) for column in zip(*seconds[1:])])
-    T = next(iter(layers.values()))["q"].shape[2]
-    return [
-        {"T": T, "tile": draw[0] if draw else "exact", "c": draw[1] if draw else None,
-         "forward": statistics.mean(f for f, _ in of), "backward": statistics.mean(b for _, b in of)}
-        for draw, of in rows.items()
-    ]  # fmt: skip
-
-
-def exact_times(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[float, float]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    start = time.perf_counter()
-    out = exact_attention(q, k, v)
-    middle = time.perf_counter()
-    torch.autograd.grad(out, (q, k, v), grad_out)
-    return middle - start, time.perf_counter() - middle
+            times.append(time_attention(functions, *layer, cpu_, cfg.repeats - 1))
+            bar.update()
+    T, rows = next(iter(layers.values()))[0].shape[2], []
+    for (tile, c), of in zip([("exact", None), *draws], zip(*(by.values() for by in times))):
+        forward, backward = map(statistics.mean, zip(*of))
+        rows.append({"T": T, "tile": tile, "c": c, "forward": forward, "backward": backward})
+    return rows
 
 
 # -- the table and the picture ----------------------------------------------------------------------------
@@ -340,27 +329,24 @@ def attention_of(data: dict, T: int) -> float:
 
 
 def draw_picture(data: dict) -> "Figure":
-    import matplotlib.pyplot as plt
-
-    Ts = each(data["times"], "T")
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(Ts), figsize=(5.2 * len(Ts), 4.2), sharey=True, squeeze=False)
-        for axis, T in zip(axes[0], Ts):
-            times = {(row["tile"], row["c"]): row["backward"] for row in pick(data["times"], T=T)}
-            for color, tile in zip(COLORS, each(data["rho"], "tile")):
-                rows = pick(data["rho"], tile=tile)
-                name = "single keys, the paper's rule" if tile == "poisson" else f"tiles of {tile}"
-                xy = [times[tile, row["c"]] for row in rows], [100 * row["rho"] for row in rows]
-                axis.plot(*xy, "o-", color=color, label=name)
-                for x, y, row in zip(*xy, rows):
-                    axis.annotate(
-                        f"{float(row['c']):g}", (x, y), (4, 4), textcoords="offset points", fontsize=8, color=color
-                    )
-            axis.set(xlabel="backward, ms a layer", yscale="log", title=f"times at T = {T:,}")
-            axis.set_xlim(left=0)
-        axes[0][0].set_ylabel(f"rho, %, at T = {data['origin']['T']:,}")
-        axes[0][0].legend()
-        figure.tight_layout()
+    plt, Ts = import_pyplot(), each(data["times"], "T")
+    figure, axes = plt.subplots(1, len(Ts), figsize=(5.2 * len(Ts), 4.2), sharey=True, squeeze=False)
+    for axis, T in zip(axes[0], Ts):
+        times = {(row["tile"], row["c"]): row["backward"] for row in pick(data["times"], T=T)}
+        for color, tile in zip(COLORS, each(data["rho"], "tile")):
+            rows = pick(data["rho"], tile=tile)
+            name = "single keys, the paper's rule" if tile == "poisson" else f"tiles of {tile}"
+            xy = [times[tile, row["c"]] for row in rows], [100 * row["rho"] for row in rows]
+            axis.plot(*xy, "o-", color=color, label=name)
+            for x, y, row in zip(*xy, rows):
+                axis.annotate(
+                    f"{float(row['c']):g}", (x, y), (4, 4), textcoords="offset points", fontsize=8, color=color
+                )
+        axis.set(xlabel="backward, ms a layer", yscale="log", title=f"times at T = {T:,}")
+        axis.set_xlim(left=0)
+    axes[0][0].set_ylabel(f"rho, %, at T = {data['origin']['T']:,}")
+    axes[0][0].legend()
+    figure.tight_layout()
     return figure
 
 

@@ -625,7 +625,12 @@ def test_tiles_of_another_size(tmp_path):
     """A copy of the backend is exact at c = inf, too, and keeps tiles of its own size."""
     q, k, v, grad_out = contenders.random_inputs(2, 200, 16, 1, CPU)
     backends = {tile: tile_sizes.with_tile(tile, str(tmp_path)) for tile in ("16", "64")}
-    run = lambda tile, c: tile_sizes.run((tile, c), backends, 1, True, q, k, v, grad_out, 0.25)
+
+    def run(tile, c):
+        """dq, dk, dv, stats"""
+        stats = torch.zeros(3)
+        return *measure.gradients(tile_sizes.drawn((tile, c), backends, 1, stats), q, k, v, grad_out)[1:], stats
+
     for ours, theirs in zip(run("16", math.inf)[:3], run("64", math.inf)[:3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     tiles = backends["16"].forward(q, k, v, 0.25, True, 2.0, 2.0, torch.tensor(1), None)[2]
