@@ -53,14 +53,19 @@ def run_main(main: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or else Python complains at its exit
+        drop_output(sys.stdout)
         sys.exit(141)
     except OSError as error:  # a file's error has its name
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)
         print(f"error: can't write the output: {error.strerror}", file=sys.stderr)
         sys.exit(1)
+
+
+def drop_output(stream: typing.TextIO) -> None:
+    """What is still to be written to it goes nowhere: or else Python complains of it at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

@@ -24,7 +24,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backprop import loss_and_gradients
-from data.corpus import SPLITS
 from data.loader import Corpus
 from sus_attn import fold_in
 from training import checkpoint, report
@@ -98,7 +97,7 @@ class Run(State):
                 group=f"{self.corpus.folder.name}-{cfg.n_layer}x{cfg.n_embd}-T{cfg.block_size}",
                 wandb_log=cfg.wandb_log,
                 wandb_project=cfg.wandb_project,
-                checksums={f"{split}_sha256": self.corpus.checksums.get(f"{split}.bin") for split in SPLITS},
+                checksums=self.corpus.text_checksums,
                 resume_iter=self.it if self.saved else None,
                 evaluation_owed=self.evaluated_at is None,
             )

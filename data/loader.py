@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from data.corpus import changed_files
+from data.corpus import SPLITS, changed_files
 from data.tokenizer import GPT2_VOCAB_SIZE
 
 Window = list[tuple[int, int]]  # stretches (start, length) of a file's tokens, mostly one; their lengths add up to T
@@ -143,6 +143,11 @@ class Corpus:
         file.seek(0)
         ends = np.frombuffer(file.read(), np.uint64).astype(np.int64)
         return np.concatenate([[0], ends[:-1], [last]])
+
+    @property
+    def text_checksums(self) -> dict[str, str | None]:
+        """Those of the tokens, as checkpoints and records keep them; None: of nanoGPT's make."""
+        return {f"{split}_sha256": self.checksums.get(f"{split}.bin") for split in SPLITS}
 
     @property
     def longest_val_document(self) -> int:

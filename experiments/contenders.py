@@ -68,7 +68,7 @@ class Contender(NamedTuple):
         if self.kind == "exact":
             with sdpa_kernel(getattr(SDPBackend, self.how)):
                 if window:
-                    mask = seen(T, self.sight, q.device)
+                    mask = sdpa_mask(T, self.sight, q.device)
                     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
                 parts = zip(*(x.split(documents or T, 2) for x in (q, k, v)))  # a call for each document
                 return (
@@ -95,11 +95,16 @@ def key_ranges(T: int, sight: Sight, device: torch.device) -> Tensor:
     return torch.stack([lo, row + 1], -1).int()
 
 
-@functools.cache
-def seen(T: int, sight: Sight, device: torch.device) -> Tensor:
-    """(T, T) bool: the mask of SDPA."""
-    ranges, key = key_ranges(T, sight, device), torch.arange(T, device=device)
+def seen(ranges: Tensor, T: int) -> Tensor:
+    """Whether rows of these ranges (R, 2) see each of T keys, bool (R, T)."""
+    key = torch.arange(T, device=ranges.device)
     return (key >= ranges[:, :1]) & (key < ranges[:, 1:])
+
+
+@functools.cache
+def sdpa_mask(T: int, sight: Sight, device: torch.device) -> Tensor:
+    """(T, T) bool."""
+    return seen(key_ranges(T, sight, device), T)
 
 
 @functools.cache
@@ -277,8 +282,7 @@ class Check:
         rows = torch.linspace(0, T - 1, min(T, 64), device=q.device).long()
         k, v = (x.double().repeat_interleave(G, 1) for x in (k, v))
         scores = q[:, :, rows].double() @ k.mT * q.shape[3] ** -0.5
-        ranges, key = key_ranges(T, sus.sight, q.device)[rows], torch.arange(T, device=q.device)
-        scores.masked_fill_((key < ranges[:, :1]) | (key >= ranges[:, 1:]), -math.inf)
+        scores.masked_fill_(~seen(key_ranges(T, sus.sight, q.device)[rows], T), -math.inf)
         truth = scores.softmax(-1) @ v
         own = relative_error(exact[0][:, :, rows], truth)
         self.compare(

@@ -613,6 +613,27 @@ def inclusion_units(weight, c_units):
 
 
 @jit
+def take(hits, place, weight, scratch, row, count, slots, places, weights):
+    """Into the next slot of each row whose bit is set in `hits`, if it has one: the place, and the row's weight."""
+    store(scratch, 0, weight)
+    while hits:
+        lane = lowest(hits)
+        hits &= hits - 1
+        if count[lane] < slots:
+            slot = (row + lane) * slots + count[lane]
+            places[slot], weights[slot] = place, scratch[lane]
+            count[lane] += 1
+
+
+@jit
+def take_no_more(n, row, count, slots, places, weights):
+    """-1 and 0 in what is left of n rows' slots."""
+    for lane in range(n):
+        for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
+            places[slot], weights[slot] = -1, 0
+
+
+@jit
 def draw(mass, step_top, top, norm, group, first_tile, n_tiles, n, used, scratch, row, u, c, slots, tiles, masses):
     """The systematic sample of 16 rows' tiles: keep one where the running sum of q, started at u, passes an integer.
 
@@ -632,17 +653,8 @@ def draw(mass, step_top, top, norm, group, first_tile, n_tiles, n, used, scratch
         hits = bitmap(none < (running & unit)) & used
         running = running & fraction
         if hits:
-            store(scratch, 0, weight)
-            while hits:
-                lane = lowest(hits)
-                hits &= hits - 1
-                if count[lane] < slots:
-                    slot = (row + lane) * slots + count[lane]
-                    tiles[slot], masses[slot] = first_tile + tile, scratch[lane]
-                    count[lane] += 1
-    for lane in range(n):
-        for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
-            tiles[slot], masses[slot] = -1, 0
+            take(hits, first_tile + tile, weight, scratch, row, count, slots, tiles, masses)
+    take_no_more(n, row, count, slots, tiles, masses)
 
 
 def int32(word):
@@ -682,17 +694,8 @@ def draw_singles(
             uniform = shift_right(absorb_all(state, splat(np.int32(first_key + j))), np.int32(32 - UNIT_BITS))
             hits = bitmap(uniform < inclusion_units(weight, c_units)) & used
             if hits:
-                store(scratch, 0, weight)
-                while hits:
-                    lane = lowest(hits)
-                    hits &= hits - 1
-                    if count[lane] < slots:
-                        slot = (row + lane) * slots + count[lane]
-                        keys[slot], weights[slot] = first_key + j, scratch[lane]
-                        count[lane] += 1
-    for lane in range(n):
-        for slot in range((row + lane) * slots + count[lane], (row + lane + 1) * slots):
-            keys[slot], weights[slot] = -1, 0
+                take(hits, first_key + j, weight, scratch, row, count, slots, keys, weights)
+    take_no_more(n, row, count, slots, keys, weights)
 
 
 @jit

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sus_attn import sus_attention
 from sus_backends import reference
 from sus_backends.reference import TILE
+from test_sus_attention import naive
 
 inf = math.inf
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -27,25 +28,6 @@ def grads(q, k, v, grad_out, c=inf, **kwargs):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = sus_attention(q, k, v, c, **kwargs)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)]
-
-
-def weights(q, k, seen):
-    """W (B, H, T, N) with whole matrices, 0 where `seen`, bool (B or 1, T, N), is False."""
-    s = D**-0.5 * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    w = torch.softmax(s.masked_fill(~seen[:, None], -inf), -1)
-    return torch.where(seen.any(-1)[:, None, :, None], w, 0)
-
-
-def naive(q, k, v, grad_out, seen, m=1):
-    """[out, dq, dk, dv] by the formulas. m multiplies the backward's W."""
-    G = q.shape[1] // k.shape[1]
-    k_, v_ = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
-    w = weights(q, k, seen)
-    out = w @ v_
-    cut = w * m
-    ds = cut * (grad_out @ v_.mT - (out * grad_out).sum(-1, keepdim=True)) * D**-0.5
-    ungroup = lambda x: x.unflatten(1, (-1, G)).sum(2)
-    return [out, ds @ k_, ungroup(ds.mT @ q), ungroup(cut.mT @ grad_out)]
 
 
 def seen_by(ranges, N):
@@ -96,7 +78,7 @@ RANGES = pytest.mark.parametrize("rows, keys, ranges", CASES.values(), ids=CASES
 @RANGES
 def test_infinite_c_is_exact(poisoned, backend, rows, keys, ranges):
     x = tensors(rows, keys)
-    truth = naive(*(t.double() for t in x), seen_by(ranges, keys))
+    truth = naive(*(t.double() for t in x), seen=seen_by(ranges, keys))[:4]
     for got, want in zip(grads(*x, key_ranges=ranges, backend=backend), truth, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
@@ -115,7 +97,7 @@ def test_without_ranges_the_rows_are_the_last_positions(backend, rows, keys, is_
     x = tensors(rows, keys)
     i, j = torch.arange(rows)[:, None] + keys - rows, torch.arange(keys)
     seen = (j <= i if is_causal else torch.ones(rows, keys, dtype=torch.bool))[None]
-    for got, want in zip(grads(*x, is_causal=is_causal, backend=backend), naive(*x, seen), strict=True):
+    for got, want in zip(grads(*x, is_causal=is_causal, backend=backend), naive(*x, seen=seen)[:4], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -146,7 +128,7 @@ def test_causal_ranges_are_none(backend):
 def mask_of(x, ranges, c, seed=5):
     """The reference's draw, 1/q where an entry is kept, for whole weights; all in float64."""
     q, k, v, grad_out = x
-    w = weights(q, k, seen_by(ranges, k.shape[2]))
+    w = naive(*x, seen=seen_by(ranges, k.shape[2]))[4]
     known = reference.Known(reference.row_weights(grad_out).unsqueeze(-1), None, None)
     draw = reference.sus_multiplier(torch.tensor(c), c, "tiles", torch.tensor(seed), None, k.shape[2])
     return draw(w, range(q.shape[2]), known)[0]
@@ -162,7 +144,7 @@ def test_backward_is_that_under_the_exported_mask(poisoned, backend, rows, keys,
     m = mask_of(truth, ranges, c)
     stats = torch.zeros(3)
     got = grads(*x, c, seed=5, key_ranges=ranges, backend=backend, stats=stats)
-    want = naive(*truth, seen_by(ranges, keys), m)
+    want = naive(*truth, m, seen=seen_by(ranges, keys))[:4]
     for a, b in zip(got, want, strict=True):
         wrong = (a - b).abs().amax(-1) > 1e-4
         assert wrong.double().mean() <= 0.02

@@ -25,16 +25,22 @@ def inputs(B, Hq, Hkv, T, D, dtype=torch.float64, seed=0):
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad_out
 
 
-def naive(q, k, v, grad_out, m=None, is_causal=True):
-    """(out, dq, dk, dv, W): the formulas with whole T x T matrices, all in q's dtype. m multiplies the backward's W."""
+def naive(q, k, v, grad_out, m=None, is_causal=True, seen=None):
+    """(out, dq, dk, dv, W): the formulas with whole T x N matrices, all in q's dtype. m multiplies the backward's W.
+    seen: None, or which keys each row sees, bool (B or 1, T, N), instead of is_causal.
+    """
     G, T = q.shape[1] // k.shape[1], q.shape[2]
     scale = q.shape[3] ** -0.5
     with torch.no_grad():
         k_, v_ = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
         s = scale * q @ k_.mT
-        if is_causal:
-            s = s.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+        if seen is None and is_causal:
+            seen = torch.ones(1, T, T, dtype=torch.bool).tril()
+        if seen is not None:
+            s = s.masked_fill(~seen[:, None], -math.inf)
         w = torch.softmax(s, -1)
+        if seen is not None:
+            w = torch.where(seen.any(-1)[:, None, :, None], w, 0)
         out = w @ v_
         delta = (out * grad_out).sum(-1, keepdim=True)
         w_cut = w if m is None else w * m

@@ -15,7 +15,7 @@ from typing import Any, TextIO, cast
 import torch
 import torch.distributed as dist
 
-from configurator import TrainConfig, UserError
+from configurator import TrainConfig, UserError, drop_output
 from training.device import Device
 
 # -- processes ----------------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ class Outlet:
 
     def _lost(self, error: OSError) -> None:
         self.broken = self.broken or error.errno == errno.EPIPE
-        if error.errno in (errno.EPIPE, errno.EIO):  # for good: and Python would complain of what is left, at its exit
+        if error.errno in (errno.EPIPE, errno.EIO):  # for good
             with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                drop_output(self.stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

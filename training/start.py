@@ -298,7 +298,7 @@ def open_corpus(cfg: TrainConfig, origin: Origin, model: GPT | None, master: boo
     if model is not None and tokenizer is None and corpus.vocab_size > model.config.vocab_size:
         raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
     checksum = (origin.saved or {}).get("train_sha256")
-    if master and not cfg.eval_only and checksum not in (None, corpus.checksums.get("train.bin")):
+    if master and not cfg.eval_only and checksum not in (None, corpus.text_checksums["train_sha256"]):
         print(f"resume: the training text in {corpus.folder} is not the one that the run began with")
     return corpus
 

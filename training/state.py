@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from configurator import TrainConfig
-from data.corpus import SPLITS
 from data.loader import Corpus
 from model import GPT
 from training import checkpoint
@@ -77,8 +76,7 @@ class State:
             "best_val_loss": self.best_val_loss,
             "config": dataclasses.asdict(self.cfg),
             "tokenizer": self.corpus.tokenizer_meta,
-            "train_sha256": self.corpus.checksums.get("train.bin"),
-            "val_sha256": self.corpus.checksums.get("val.bin"),
+            **self.corpus.text_checksums,
             "wandb_run_id": run_id,
             "retention": self.retention.state if self.retention else None,
         }
@@ -99,7 +97,7 @@ def windows_consumed(saved: dict, cfg: TrainConfig, corpus: Corpus) -> int:
     was = saved["config"]
     if any(was.get(name, getattr(cfg, name)) != getattr(cfg, name) for name in ("windows", "block_size", "seed")):
         return 0
-    if saved.get("train_sha256") not in (None, corpus.checksums.get("train.bin")):
+    if saved.get("train_sha256") not in (None, corpus.text_checksums["train_sha256"]):
         return 0
     config = {"batch_size": cfg.batch_size, "gradient_accumulation_steps": cfg.gradient_accumulation_steps}
     config |= saved["config"]  # checkpoints of earlier versions, and nanoGPT's, have no count: all steps were alike
@@ -113,7 +111,7 @@ def validates_alike(saved: dict, cfg: TrainConfig, corpus: Corpus, master: bool)
     changed = [name for name in ("dataset", "windows", "block_size") if was.get(name, now[name]) != now[name]]
     if math.prod(was.get(name, now[name]) for name in ("eval_iters", "batch_size")) != cfg.eval_iters * cfg.batch_size:
         changed.append("eval_iters * batch_size")
-    if any(saved.get(f"{split}_sha256") not in (None, corpus.checksums.get(f"{split}.bin")) for split in SPLITS):
+    if any(saved.get(name) not in (None, checksum) for name, checksum in corpus.text_checksums.items()):
         changed.append("its text")
     if changed and master:
         print(f"resume: validation is another than before ({', '.join(changed)}), so the best loss begins anew")
