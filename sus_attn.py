@@ -103,8 +103,7 @@ def sus_attention(
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
     first_row, first_head: where q is a part of longer rows, or of more heads, which of the whole is its first. A part
-        that is given the same keys then draws what the whole would, if its rows are weighed as there, see `group`. (On
-        a GPU, with key_ranges, a tile's mass may differ by 1 %, and the draw with it: unbiased all the same.)
+        that is given the same keys then draws what the whole would, if its rows are weighed as there, see `group`.
     group: a process group whose processes have rows of the same batches and heads each: the rows are weighed over all
         of them. It is asked once in the backward, by all processes.
     sampler: "tiles", or another one, see above.

@@ -44,8 +44,9 @@ TABLE = 1 << 28  # floats, of a round of the forward,
 PROGRAMS = 264  # or what so many blocks of ROWS rows need: two for each of an H200's multiprocessors
 ROWS = 128  # of one program of draw
 # Bytes of shared memory: what the forward takes with blocks of 128 rows and head dim 128, and tile_gradients with
-# float32 and head dim 64. An sm_80 has 166,912 and an sm_90 232,448, but an sm_86 and an sm_89 have 101,376.
-SHARED_LARGE, SHARED_FLOAT32 = 163_840, 114_688
+# float32 and head dim 64. An sm_80 has 166,912 and an sm_90 232,448, but an sm_86 and an sm_89 have 101,376. With
+# ranges such blocks spill registers, except where tensor cores read shared memory: from sm_90 on.
+SHARED_LARGE, SHARED_LARGE_RANGES, SHARED_FLOAT32 = 163_840, 196_608, 114_688
 JOB = 1024  # rows of one program of tile_gradients, at most
 # s * scale + offset in one instruction, whatever Triton's default: two would round twice
 OPTIONS = dict(enable_fp_fusion=True)
@@ -149,7 +150,7 @@ def unsupported(dtype: torch.dtype, D: int, sampler: str) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, int]]:
+def configurations(kernel: str, D: int, itemsize: int, ranges: bool) -> list[tuple[dict, int, int]]:
     """(constants, warps, stages) of a kernel to choose from; the first is taken where nothing is measured.
 
     float32 has three products on the tensor cores for one, and needs fewer rows at once for the registers to suffice.
@@ -157,7 +158,8 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
     if kernel == "forward":
         if itemsize == 4:
             return [(dict(BM=64), 8, 2) if D == 32 else (dict(BM=32), 4, 2)]
-        large = [(dict(BM=128), 8, 2 if D == 32 else 3)] if D < 128 or shared_memory() >= SHARED_LARGE else []
+        enough = D < 128 or shared_memory() >= (SHARED_LARGE_RANGES if ranges else SHARED_LARGE)
+        large = [(dict(BM=128), 8, 2 if D == 32 else 3)] if enough else []
         return [*large, (dict(BM=64), 4, 2 if D == 128 else 3)]
     if kernel == "draw":
         return [(dict(SOME=8), 4, 1), (dict(SOME=16), 4, 1)]
@@ -171,20 +173,20 @@ def configurations(kernel: str, D: int, itemsize: int) -> list[tuple[dict, int, 
     if kernel == "list_rows":
         return [(dict(SOME=256), 4, 1)]
     if kernel == "sum_parts":
-        return [(dict(ROWS=4, SOME=8, KEYS=16), 4, 1)]
+        return [(dict(ROWS=4, SOME=8 if D < 128 else 4, KEYS=1024 // D), 4, 1)]
     if kernel == "plan":
         return [(dict(SOME=2048), 8, 1)]
     return [({}, 4, 1)]
 
 
 @functools.cache
-def _kernel(name: str, D: int, itemsize: int, measure: bool, kind: tuple = ()):
+def _kernel(name: str, D: int, itemsize: int, ranges: bool, measure: bool, kind: tuple = ()):
     """The kernel with its configurations; one of its own, which is measured by itself, for each `kind` of call."""
     import triton
 
     from sus_backends import triton_kernels
 
-    some = configurations(name, D, itemsize)[: None if measure else 1]
+    some = configurations(name, D, itemsize, ranges)[: None if measure else 1]
     configs = [triton.Config(constants, num_warps=warps, num_stages=stages) for constants, warps, stages in some]
     return triton.autotune(configs, key=[])(getattr(triton_kernels, name))
 
@@ -193,7 +195,7 @@ def _launch(name: str, q: Tensor, programs, *args, **constants) -> None:
     """Run a kernel on inputs such as q. programs: how many, or a function of BM that tells."""
     measure = not (interpreted() or torch.are_deterministic_algorithms_enabled())
     kind = (q.dtype, q.shape[2].bit_length(), *sorted(constants.items())) if measure else ()
-    kernel = _kernel(name, q.shape[3], q.element_size(), measure, kind)
+    kernel = _kernel(name, q.shape[3], q.element_size(), constants.get("RANGES", False), measure, kind)
     if chosen := getattr(kernel, "best_config", None):  # what chose it needs time, too, and is not asked again
         kernel, constants = kernel.fn, constants | chosen.all_kwargs()
     grid = (lambda meta: (programs(meta["BM"]),)) if callable(programs) else (programs,)
@@ -286,7 +288,7 @@ def backward(
     jobs = cdiv(heads * (n + cdiv(of_head, JOB)), 4) * 4  # the next round's begin aligned
     SLOTS = max(16, 1 << (slots - 1).bit_length())
     thin_rows = max(1, 512 // SLOTS)
-    of_sums = configurations("sum_parts", D, q.element_size())[0][0]
+    of_sums = configurations("sum_parts", D, q.element_size(), key_ranges is not None)[0][0]
     floats, ints = (functools.partial(torch.empty, dtype=x, device=q.device) for x in (torch.float32, torch.int32))
     w, places, delta = floats(heads, T, slots), ints(heads, T, slots), floats(heads, T)
     kept = ints(B * H, cdiv(T, thin_rows))

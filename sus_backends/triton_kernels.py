@@ -26,6 +26,7 @@ UNIT_BITS, UNIT = tl.constexpr(reference.UNIT_BITS), tl.constexpr(reference.UNIT
 PROPOSING, THINNING = tl.constexpr(reference.STREAM_SYSTEMATIC), tl.constexpr(reference.STREAM_THINNING)
 TILE = tl.constexpr(reference.TILE)
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)
 
 
 # -- randomness, as specified in reference.py -------------------------------------------------------
@@ -110,7 +111,8 @@ def forward(
 
     table, float32 (local, tabled, rows): in base 2 and nearly, the log-sum-exp of a row's scores in a tile, if DRAWS.
     Of the tiles that these rows may see; it is written where some row of a block sees some of a tile.
-    A row whose first TILE scores are all -inf is NaN, though it is defined; only infinite inputs have such rows.
+    A row whose scores are all -inf is NaN; without ranges a row whose first TILE are, though it is defined. Only
+    infinite inputs have such rows.
     """
     local, b, h = heads_of(tl.program_id(0) % heads, 1, first_head, H)
     kv = h // (H // K)
@@ -124,28 +126,23 @@ def forward(
     k_head, k_offset = k + b * k_b + kv * k_h, cols[None, :] * k_t + d[:, None] * k_d  # (D, TILE)
     v_head, v_offset = v + b * v_b + kv * v_h, cols[:, None] * v_t + d[None, :] * v_d
     table_head, in_tile = table + local * tabled * rows, row - first_row
-    top = tl.full([BM], float("-inf"), tl.float32)
+    # for ranges a number: -inf less -inf is none, where a row sees nothing of the first tiles
+    top = tl.full([BM], LOWEST if RANGES else float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    # tiles that all rows see wholly, from unmasked on; then those before, and those from masked on
+    # Tiles are visited in their order, so that a row's bits don't depend on what the other rows of its block see. All
+    # rows see the whole of those from unmasked on and before masked.
     if RANGES:
         lo, hi = sight(ranges, ranges_b, past, b, row, within, N, RANGES)
         sees = lo < hi
         begin, end = tl.min(tl.where(sees, lo, N)) // TILE * TILE, tl.max(tl.where(sees, hi, 0))
-        unmasked = tl.cdiv(tl.max(tl.where(sees, lo, 0)), TILE) * TILE
-        masked = tl.maximum(tl.minimum(tl.min(tl.where(sees, hi, N)), end) // TILE * TILE, unmasked)
-        left = tl.maximum(unmasked - begin, 0)
+        unmasked = tl.max(tl.where(sees, lo, 0))
+        masked = tl.min(tl.where(sees, hi, N))
     else:
-        unmasked, left, end = 0, 0, tl.minimum(first + BM + past, N)
+        begin, end = 0, tl.minimum(first + BM + past, N)
         masked = tl.minimum(first + past + 1, N) // TILE * TILE
-    # with loads ahead, float32 has too few registers for ranges
-    STAGES: tl.constexpr = 1 if RANGES and PRECISION == "tf32x3" else None
-    for MASKED in tl.static_range(2):
-        begin_at, end_at = masked - left if MASKED else unmasked, end if MASKED else masked
-        for place in tl.range(begin_at, end_at, TILE, num_stages=STAGES if MASKED else None):
-            start = place
-            if RANGES and MASKED:
-                start = tl.where(place < masked, place - masked + left + begin, place)
+    for MASKED in tl.static_range(1 if RANGES else 0, 2):
+        for start in tl.range(masked if MASKED and not RANGES else begin, end if MASKED else masked, TILE):
             at = start + tl.zeros([], tl.int64)
             k_at, v_at = k_head + at * k_t + k_offset, v_head + at * v_t + v_offset
             if MASKED:
@@ -155,18 +152,18 @@ def forward(
             else:
                 k_tile, v_tile = tl.load(k_at), tl.load(v_at)
             s = tl.dot(q_tile, k_tile, input_precision=PRECISION) * (scale * LOG2_E)
-            if MASKED:
-                seen = start + cols[None, :] < hi[:, None] if RANGES else start + cols[None, :] <= (row + past)[:, None]
-                seen = seen & (start + cols[None, :] >= lo[:, None] if RANGES else inside[None, :])
-                s = tl.where(seen, s, float("-inf"))
+            if RANGES:
+                if (start < unmasked) | (start + TILE > masked):
+                    if PRECISION == "tf32x3":  # which needs the registers; the other takes fewer instructions
+                        seen = (start + cols[None, :] < hi[:, None]) & (start + cols[None, :] >= lo[:, None])
+                    else:
+                        seen = (cols[None, :] < (hi - start)[:, None]) & (cols[None, :] >= (lo - start)[:, None])
+                    s = tl.where(seen, s, float("-inf"))
+            elif MASKED:
+                s = tl.where((start + cols[None, :] <= (row + past)[:, None]) & inside[None, :], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
-            if RANGES and MASKED:  # a row that sees nothing of the tile stays as it is, though it has seen nothing yet
-                some = (start < hi) & (start + TILE > lo)
-                p = tl.exp2(s - tl.where(some, new_top, 0)[:, None])
-                shrink = tl.where(some, tl.exp2(top - new_top), 1.0)
-            else:
-                p = tl.exp2(s - new_top[:, None])
-                shrink = tl.exp2(top - new_top)
+            p = tl.exp2(s - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
             mass = tl.sum(p, 1)
             norm = norm * shrink + mass
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
@@ -175,6 +172,7 @@ def forward(
                 tl.store(table_head + at // TILE * rows + in_tile, top + rough_log2(mass), mask=within)
     acc, total = acc / norm[:, None], (top + tl.log2(norm)) * LN_2
     if RANGES:
+        total = tl.where(norm > 0, total, float("nan"))
         acc, total = tl.where(sees[:, None], acc, 0), tl.where(sees, total, 0)
     at = (b * H + h) * T + row
     tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=within[:, None])
@@ -213,12 +211,13 @@ def draw(
     in_some = some * rows + place[None, :]
     count = tl.zeros([ROWS], tl.int32)
     lo, hi = sight(ranges, ranges_b, past, b, row, within, N, RANGES)
-    end = tl.max(hi)
     if RANGES:
+        hi = tl.where(lo < hi, hi, 0)  # what sees nothing proposes nothing, wherever its range would be
         begin = tl.min(tl.where(lo < hi, lo, N)) // TILE
         masked = begin
     else:  # where some rows don't see some of SOME tiles
         begin, masked = 0, tl.minimum(first_row + first_place + past, N) // TILE // SOME * SOME
+    end = tl.max(hi)
     for MASKED in tl.static_range(2):
         for first in range(masked if MASKED else begin, tl.cdiv(end, TILE) if MASKED else masked, SOME):
             tile = first + some

@@ -73,9 +73,10 @@ def main():
         if key in seen:
             return
         seen.add(key)
-        kernel = triton._kernel(name, D, itemsize, True)
+        of = name, D, itemsize, constants.get("RANGES", False)
+        kernel = triton._kernel(*of, measure=True)
         all_compiled = kernel.warmup(*args, grid=(1,), **constants, **triton.OPTIONS)
-        for (own, warps, stages), compiled in zip(triton.configurations(name, D, itemsize), all_compiled, strict=True):
+        for (own, warps, stages), compiled in zip(triton.configurations(*of), all_compiled, strict=True):
             line = dict(
                 kernel=name,
                 dtype=str(q.dtype).removeprefix("torch."),
