@@ -27,8 +27,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-import model as model_module
-from model import GPT, Block, rotate, widened
+import loss as loss_module
+from exact_attn import ALL, Sight
+from loss import widened
+from model import GPT, Block
+from rope import rotate
 from sus_attn import sus_attention_and_backward
 from training.lora import LoRALinear
 
@@ -141,17 +144,17 @@ BLOCK_ROWS = (
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, m: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, m: Tensor | None = None, ranges: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of a head, O = W V, W = softmax(S) by rows, S = Q K^T / sqrt(D) below the diagonal:
+    """Causal attention of a head, O = W V, W = softmax(S) by rows, S = Q K^T / sqrt(D) of the keys that a row sees:
 
         dV = W^T dO    dW = dO V^T    dS = W o (dW - rowsum(dW o W))    dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
 
     SUS (arXiv 2505.15080) has W~ = W o M in W's place, but for the exact rowsum(dW o W) = rowsum(dO o O).
 
     q, do (B, H, T, D); k, v (B, K, T, D), where H / K query heads share a key and value head, whose gradients are
-    summed over them. m: None, or M (B, H, T, T). Returns dq, dk, dv. A block of rows of W at a time: nothing of size
-    T^2 is made.
+    summed over them. m: None, or M (B, H, T, T). ranges: those of Sight; None: the keys up to a row's own. Returns dq,
+    dk, dv. A block of rows of W at a time: nothing of size T^2 is made.
     """
     B, H, T, D = q.shape
     K, scale = k.shape[1], 1 / math.sqrt(D)
@@ -160,16 +163,22 @@ def attention_backward(
     dq, dk, dv = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
     for start in range(0, T, BLOCK_ROWS):
         end = min(start + BLOCK_ROWS, T)  # rows start..end see the keys before end
-        rows, keys = (..., slice(start, end), slice(None)), (..., slice(end), slice(None))
+        first = 0 if ranges is None else int(ranges[..., start:end, 0].min())
+        rows, keys = (..., slice(start, end), slice(None)), (..., slice(first, end), slice(None))
         Q, dO, K_, V = q_[rows], do_[rows], k_[keys], v_[keys]
         S = (Q * scale) @ K_.mT  # (B, K, G, R, N)
-        unseen = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
-        S[..., start:].masked_fill_(unseen, -math.inf)  # before start all is seen
+        if ranges is None:
+            unseen = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+            S[..., start:].masked_fill_(unseen, -math.inf)  # before start all is seen
+        else:
+            key, (lo, hi) = torch.arange(first, end, device=q.device), ranges[..., start:end, :, None].unbind(-2)
+            unseen = (key < lo) | (key >= hi)  # (R, N) or (B, R, N)
+            S.masked_fill_(unseen if ranges.dim() == 2 else unseen[:, None, None], -math.inf)
         W = S.softmax(-1)
         dS = dO @ V.mT  # dW, as yet
         dS -= (dS * W).sum(-1, keepdim=True)
         if m is not None:
-            W = W * m[:, :, start:end, :end].unflatten(1, (K, H // K))
+            W = W * m[:, :, start:end, first:end].unflatten(1, (K, H // K))
         dS *= W
         dv[keys] += (W.mT @ dO).sum(2, keepdim=True)
         dk[keys] += (dS.mT @ Q).sum(2, keepdim=True) * scale
@@ -185,12 +194,12 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, scale: float | Te
     Y is one-hot in the targets; u is 0 where the target is -1, else 1, and n = <1, u>.
 
     x (B, T, C); targets (B, T) int64; E = head.weight (V, C). Returns the loss, 0-d, and scale * dx (B, T, C). Logits
-    are made once, for loss and gradient, a chunk of tokens at a time, see model.chunked_cross_entropy.
+    are made once, for loss and gradient, a chunk of tokens at a time, see loss.chunked_cross_entropy.
     """
     E = head.weight
     n = (targets != -1).sum()
     losses, dx = [], []
-    chunk = max(1, model_module.LOSS_CHUNK // E.shape[0])
+    chunk = max(1, loss_module.LOSS_CHUNK // E.shape[0])
     for X, target in zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
         logits = F.linear(X, E)
         Z = widened(logits)
@@ -219,24 +228,35 @@ class Activations(NamedTuple):
     h: Tensor  # (B, T, 4C), GELU's input
 
 
-def block_forward(block: Block, x: Tensor, rope: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Activations]:
-    """model.Block's forward."""
+def block_forward(
+    block: Block,
+    x: Tensor,
+    rope: Tensor | None,
+    seed: Tensor | None,
+    sight: Sight = ALL,
+    attended: tuple[Tensor, Callable] | None = None,
+) -> tuple[Tensor, Activations]:
+    """model.Block's forward. attended: o and attention_backward of its Activations, where they are kept."""
     attn, mlp = block.attn, block.mlp
     B, T, C = x.shape
     heads = attn.c_attn(block.ln_1(x)).view(B, T, -1, attn.D).transpose(1, 2)
-    q, k, v = heads.split([attn.n_head, attn.n_kv_head, attn.n_kv_head], 1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    o, backward = attend(attn, q, k, v, seed)
-    o = o.transpose(1, 2).reshape(B, T, C)
+    if attended is None:
+        q, k, v = heads.split([attn.n_head, attn.n_kv_head, attn.n_kv_head], 1)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        o, backward = attend(attn, q, k, v, seed, sight)
+        attended = o.transpose(1, 2).reshape(B, T, C), backward
+    o, backward = attended
     x_mid = x + attn.c_proj(o)
     h = mlp.c_fc(block.ln_2(x_mid))
     return x_mid + mlp.c_proj(mlp.gelu(h)), Activations(x, heads, backward, o, x_mid, h)
 
 
-def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None) -> tuple[Tensor, Callable]:
+def attend(
+    attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, sight: Sight
+) -> tuple[Tensor, Callable]:
     """model.Attend's forward, and its backward dO -> (dQ, dK, dV): the closed form, or SUS's kernels."""
     config = attn.attend.config
     if attn.training and config.attn_backward == "sus":
@@ -250,8 +270,9 @@ def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None
             sampler=config.sus_sampler,
             backend=config.sus_backend,
             stats=attn.attend.stats,
+            key_ranges=sight.ranges,
         )
-    return attn.attend(q, k, v), lambda do: attention_backward(q, k, v, do)
+    return attn.attend(q, k, v, None, sight), lambda do: attention_backward(q, k, v, do, ranges=sight.ranges)
 
 
 def block_backward(block: Block, a: Activations, dy: Tensor, rope: Tensor | None) -> Tensor:
@@ -284,10 +305,12 @@ def check_covered(model: GPT) -> None:
 
 @torch.no_grad()
 def loss_and_gradients(
-    model: GPT, idx: Tensor, targets: Tensor, *, sus_seed: Tensor | None = None, scale: float | Tensor = 1.0
-) -> Tensor:
-    """The mean loss, 0-d, of idx and targets (B, T) int64, as model(idx, targets, sus_seed=sus_seed) gives it under
-    autocast or not; and its gradients times scale, added to p.grad of every parameter that requires one.
+    model: GPT, idx: Tensor, targets: Tensor, *, documents: Tensor | None = None, sus_seed: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+) -> Tensor:  # fmt: skip
+    """The mean loss, 0-d, of idx and targets (B, T) int64, as model(idx, targets, documents=documents,
+    sus_seed=sus_seed) gives it under autocast or not; and its gradients times scale, added to p.grad of every parameter
+    that requires one.
 
     With SUS, no sus_seed is one seed drawn from torch's default generator. Raises ValueError for what isn't covered.
     """
@@ -298,30 +321,31 @@ def loss_and_gradients(
         raise ValueError(f"{T} tokens do not fit into block_size = {config.block_size}")
     if sus_seed is None and config.attn_backward == "sus":
         sus_seed = torch.randint(2**62, ())
-    position = torch.arange(T, device=idx.device)
+    position = model.positions(0, T, documents)
     x = parts.wte(idx)
     if config.pos == "learned":
         x = x + parts.wpe(position)
     rope = None if model.rope is None else model.rope[:, :T]
-    recomputes = config.activation_checkpointing and model.training
-    kept = []
-    seeds = model.seeds_by_layer(sus_seed)
-    for block, seed in zip(parts.h, seeds):
-        y, activations = block_forward(block, x, rope, seed)
-        kept.append(x if recomputes else activations)
+    again = config.activation_checkpointing if model.training else "none"
+    kept: list = []
+    of_layers = list(zip(parts.h, model.seeds_by_layer(sus_seed), model.sights(T, documents)))
+    for block, seed, sight in of_layers:
+        y, a = block_forward(block, x, rope, seed, sight)
+        kept.append({"none": a, "attention": (x, (a.o, a.attention_backward)), "full": (x, None)}[again])
         x = y
-    del activations
+        del a
     loss, dx = cross_entropy(model.lm_head, parts.ln_f(x), targets, scale)
     with torch.autocast(idx.device.type, enabled=False):
         dx = norm_backward(parts.ln_f, x, dx)
-    for block, seed in zip(reversed(parts.h), reversed(seeds)):
-        activations = kept.pop()
-        if recomputes:
-            _, activations = block_forward(block, activations, rope, seed)
+    for block, seed, sight in reversed(of_layers):
+        a = kept.pop()
+        if again != "none":
+            x, attended = a
+            _, a = block_forward(block, x, rope, seed, sight, attended)
         with torch.autocast(idx.device.type, enabled=False):  # the dtypes are the forward's
-            dx = block_backward(block, activations, dx, rope)
-        del activations
+            dx = block_backward(block, a, dx, rope)
+        del a
     embedding_backward(parts.wte, idx, dx)
     if config.pos == "learned":
-        embedding_backward(parts.wpe, position, dx.sum(0))
+        embedding_backward(parts.wpe, position, dx.sum(0) if documents is None else dx)
     return loss

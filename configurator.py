@@ -94,15 +94,23 @@ def key(
     above: float | None = None,
     below: float | None = None,
     section: str | None = None,
+    earlier: dict[str, str] | None = None,
 ) -> Any:
     """A dataclass field with its one-line help, for a key of type int, float, bool, str, bool | None (None is auto) or
     tuple[str, ...], which may be given several times.
-    words are values besides those of the type. low and high are inclusive bounds, above and below exclusive ones;
-    section is a heading for --help, from here on.
+    words are values besides those of the type; earlier: what values of earlier versions mean now. low and high are
+    inclusive bounds, above and below exclusive ones; section is a heading for --help, from here on.
     """
     signs = {">=": low, ">": above, "<=": high, "<": below}
     bounds = {sign: bound for sign, bound in signs.items() if bound is not None}
-    metadata = {"help": help, "choices": choices, "words": words, "bounds": bounds, "section": section}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "words": words,
+        "bounds": bounds,
+        "section": section,
+        "earlier": earlier or {},
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -212,7 +220,7 @@ def _from_text(text: str, kind: Kind) -> Any:
 
 def _checked(field: dataclasses.Field, kind: Kind, value: Any, where: str) -> Any:
     """The value as the field's kind and within its bounds; else a UserError which starts with where."""
-    words = field.metadata["words"]
+    words, value = field.metadata["words"], of_today(field, value)
     if isinstance(value, str) and value in words:
         return value
     if kind == TEXTS:
@@ -239,6 +247,11 @@ def _checked(field: dataclasses.Field, kind: Kind, value: Any, where: str) -> An
         rule = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items())
         raise UserError(f"{where}: {field.name} must be {rule}, not {value!r}")
     return value
+
+
+def of_today(field: dataclasses.Field, value: Any) -> Any:
+    """What a key's value means that may be of an earlier version."""
+    return field.metadata["earlier"].get(str(value).capitalize(), value)
 
 
 def _nearest(name: str, names: Iterable[str]) -> str | None:
@@ -317,6 +330,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = key(40, "micro-batches a step, summed over all processes", low=1)
     batch_size: int = key(12, "sequences a micro-batch", low=1)
     block_size: int = key(1024, "context length in tokens", low=1)
+    doc_mask: bool = key(False, "tokens attend within their document only, also where several share a window")
 
     n_layer: int = key(12, "transformer blocks", low=1, section="Model")
     n_head: int = key(12, "query heads", low=1)
@@ -334,7 +348,17 @@ class TrainConfig:
         "gain of qk_norm, which bounds scores by its square times the root of the head dimension; 0: learned",
         low=0,
     )
-    activation_checkpointing: bool = key(False, "recompute in the backward: less memory, slower")
+    attn_window: int = key(0, "keys, the latest, that rows of some layers see; 0: all; see window_pattern", low=0)
+    window_pattern: str = key(
+        "SSSL", "for attn_window, tiled over the layers; S: they see the window; L: all keys, as the last layer always"
+    )
+    activation_checkpointing: str = key(
+        "none",
+        "what is computed again in the backward, for less memory; attention: all but attention; full: that too",
+        choices=("none", "attention", "full"),
+        earlier={"True": "attention", "False": "none"},
+    )
+    offload_activations: bool = key(False, "keep what the backward needs in the host's memory")
 
     lora_rank: int = key(
         0,
@@ -410,6 +434,24 @@ def validate(cfg: TrainConfig) -> None:
     for name in ("out_dir", "dataset"):
         if not getattr(cfg, name):
             raise UserError(f"{name} is empty: name a folder")
+    _validate_architecture(cfg)
+    _validate_lora(cfg)
+    _validate_backward(cfg)
+    if cfg.backprop == "analytic":
+        _validate_analytic(cfg)
+    if cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
+        raise UserError(
+            f"lr_decay_iters={cfg.lr_decay_iters} is below warmup_iters={cfg.warmup_iters}: raise the one "
+            "(usually to max_iters), lower the other, or set --decay_lr=False"
+        )
+    if cfg.decay_lr and cfg.min_lr > cfg.learning_rate:
+        raise UserError(
+            f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}: lower the one (usually to "
+            "learning_rate / 10), raise the other, or set --decay_lr=False"
+        )
+
+
+def _validate_architecture(cfg: TrainConfig) -> None:
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"n_embd={cfg.n_embd} must be a multiple of n_head={cfg.n_head}")
     if cfg.n_kv_head and cfg.n_head % cfg.n_kv_head:
@@ -424,6 +466,25 @@ def validate(cfg: TrainConfig) -> None:
             f"rope_scaling={cfg.rope_scaling} is for rotary positions, and pos={cfg.pos}: leave it out, or "
             "set --pos=rope"
         )
+    if not cfg.window_pattern or set(cfg.window_pattern) - {"S", "L"}:
+        raise UserError(f"window_pattern={cfg.window_pattern!r} must be made of S and L, such as SSSL")
+    if cfg.attn_window == 0 and "window_pattern" in cfg.explicit and "S" in cfg.window_pattern:
+        raise UserError(
+            f"window_pattern={cfg.window_pattern} needs a window: give --attn_window=1024, say, or leave it out"
+        )
+    if cfg.attn_window and "S" not in (cfg.window_pattern * cfg.n_layer)[: cfg.n_layer - 1]:
+        raise UserError(
+            f"attn_window={cfg.attn_window} is for layers S, of which window_pattern={cfg.window_pattern} makes none "
+            f"here: the last of the {cfg.n_layer} layers is always L"
+        )
+    if cfg.qk_norm_scale and not cfg.qk_norm:
+        raise UserError(
+            f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True, or "
+            "--qk_norm_scale=0"
+        )
+
+
+def _validate_lora(cfg: TrainConfig) -> None:
     if cfg.lora_rank == 0 and "lora_rank" not in cfg.explicit:  # given as 0, it switches off what a config file has
         for name in ("lora_alpha", "lora_targets", "lora_dropout"):
             if name in cfg.explicit:
@@ -445,10 +506,14 @@ def validate(cfg: TrainConfig) -> None:
                 f"sus_c=auto goes by the gradient of c_attn, which lora_targets={cfg.lora_targets} leaves out: "
                 "add c_attn, or give a number"
             )
-    if cfg.qk_norm_scale and not cfg.qk_norm:
+
+
+def _validate_backward(cfg: TrainConfig) -> None:
+    if cfg.attn_backward == "lowrank" and (cfg.doc_mask or cfg.attn_window):
+        name = "doc_mask" if cfg.doc_mask else "attn_window"
         raise UserError(
-            f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True, or "
-            "--qk_norm_scale=0"
+            f"{name}={getattr(cfg, name)} is not covered by attn_backward=lowrank, whose running sums are over all "
+            "earlier tokens: leave it out, or set --attn_backward=sus or exact"
         )
     if cfg.lowrank_degree % 2:
         raise UserError(
@@ -461,34 +526,31 @@ def validate(cfg: TrainConfig) -> None:
             "support: "
             "set --dropout=0.0 or --attn_backward=exact"
         )
-    if cfg.backprop == "analytic":
-        for name in "dropout", "lora_dropout":
-            if (value := getattr(cfg, name)) > 0:
-                raise UserError(
-                    f"{name}={value} is not covered by backprop=analytic: set --{name}=0.0 or --backprop=autograd"
-                )
-        if cfg.attn_backward not in ("exact", "sus"):
+
+
+def _validate_analytic(cfg: TrainConfig) -> None:
+    for name in "dropout", "lora_dropout":
+        if (value := getattr(cfg, name)) > 0:
             raise UserError(
-                f"attn_backward={cfg.attn_backward} is not covered by backprop=analytic: set --attn_backward=exact, "
-                "--attn_backward=sus or --backprop=autograd"
+                f"{name}={value} is not covered by backprop=analytic: set --{name}=0.0 or --backprop=autograd"
             )
-        if cfg.attn_backward == "sus" and cfg.sus_c == "auto":
-            raise UserError(
-                "sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, "
-                "e.g. --sus_c=4, or --backprop=autograd"
-            )
-        if cfg.compile:
-            raise UserError(
-                "compile=True compiles autograd's backward, not that of backprop=analytic: set --compile=False or "
-                "--backprop=autograd"
-            )
-    if cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
+    if cfg.attn_backward not in ("exact", "sus"):
         raise UserError(
-            f"lr_decay_iters={cfg.lr_decay_iters} is below warmup_iters={cfg.warmup_iters}: raise the one "
-            "(usually to max_iters), lower the other, or set --decay_lr=False"
+            f"attn_backward={cfg.attn_backward} is not covered by backprop=analytic: set --attn_backward=exact, "
+            "--attn_backward=sus or --backprop=autograd"
         )
-    if cfg.decay_lr and cfg.min_lr > cfg.learning_rate:
+    if cfg.attn_backward == "sus" and cfg.sus_c == "auto":
         raise UserError(
-            f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}: lower the one (usually to "
-            "learning_rate / 10), raise the other, or set --decay_lr=False"
+            "sus_c=auto measures its noise by autograd, so it is not covered by backprop=analytic: give a number, "
+            "e.g. --sus_c=4, or --backprop=autograd"
+        )
+    if cfg.offload_activations:
+        raise UserError(
+            "offload_activations=True moves what autograd keeps, and backprop=analytic does without it: set "
+            "--offload_activations=False or --backprop=autograd"
+        )
+    if cfg.compile:
+        raise UserError(
+            "compile=True compiles autograd's backward, not that of backprop=analytic: set --compile=False or "
+            "--backprop=autograd"
         )

@@ -1,16 +1,18 @@
 """GPT, in one file: the transformer of GPT-2, the choices that long contexts ask for, and attention's backward.
 
 With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), whose weights fit. For long contexts:
-rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention (`n_kv_head`), activation checkpointing, and
-a cross-entropy which never holds the logits of the whole context.
+rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention (`n_kv_head`), layers that see a window
+(`attn_window`), documents that don't see each other, activation checkpointing, and a cross-entropy which never holds
+the logits of the whole context.
 
 While the model trains, attention's gradient is exact, SUS or low-rank (`attn_backward`, see sus_attn.py and
 lowrank_attn.py). Its forward is exact unless `lowrank_forward` says otherwise, and evaluation and sampling use torch's
-own attention.
+own attention (exact_attn.py).
 
 Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -19,10 +21,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from exact_attn import ALL, Sight, exact_attention, sight_of
+from loss import chunked_cross_entropy
 from lowrank_attn import lowrank_attention
+from norms import HeadNorm, make_norm
 from rope import rope_table, rotate
 from sus_attn import fold_in, sus_attention
 
@@ -43,9 +47,12 @@ class GPTConfig:
     norm: str = "layernorm"  # or "rmsnorm"
     qk_norm: bool = False
     qk_norm_scale: float = 0.0  # its gain; 0: learned
+    attn_window: int = 0  # keys that rows of layers S see, the latest; 0: all
+    window_pattern: str = "SSSL"  # tiled over the layers: S, or L, which see all; the last layer is always L
     # How it is trained: free to change from run to run.
     dropout: float = 0.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"  # or "attention": all but attention is computed again; "full": that too
+    offload_activations: bool = False  # what is kept for the backward lies in host memory, see Device.training_forward
     attn_backward: str = "exact"  # or "sus", "lowrank"
     sus_c: float | Tensor = 8.0  # a 0-d tensor needs sus_c_max, see sus_attention
     sus_c_max: float | None = None
@@ -59,11 +66,19 @@ class GPTConfig:
             raise ValueError(
                 f"attention dropout is not supported with attn_backward={self.attn_backward!r}: set dropout to 0"
             )
+        earlier: dict[Any, str] = {True: "attention", False: "none"}  # as earlier versions had it
+        self.activation_checkpointing = earlier.get(self.activation_checkpointing, self.activation_checkpointing)
+
+    @property
+    def layer_windows(self) -> list[int]:
+        """How many keys the rows of each layer see; 0: all."""
+        letters = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
+        return [self.attn_window if letter == "S" else 0 for letter in letters]
 
 
 TRAINING_KEYS = (
-    "dropout", "activation_checkpointing", "attn_backward", "sus_c", "sus_sampler", "sus_backend", "lowrank_degree",
-    "lowrank_forward",
+    "dropout", "activation_checkpointing", "offload_activations", "attn_backward", "sus_c", "sus_sampler",
+    "sus_backend", "lowrank_degree", "lowrank_forward",
 )  # fmt: skip
 ARCHITECTURE_KEYS = tuple(f.name for f in fields(GPTConfig) if f.name not in (*TRAINING_KEYS, "sus_c_max"))
 
@@ -84,28 +99,6 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def make_norm(config: GPTConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
-
-
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm of each query or key, in the weight's precision also under autocast (QK-norm, arXiv 2302.05442).
-
-    scale: its gain, the same for all D, for good: scores are then at most scale^2 sqrt(D). 0: one for each, learned.
-    """
-
-    def __init__(self, D: int, scale: float):
-        super().__init__(D, eps=1e-5)
-        if scale:
-            del self.weight  # no parameter
-            self.register_buffer("weight", torch.full((D,), scale), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
-
-
 class Attend(nn.Module):
     """softmax(q k^T / sqrt(D)) v, causal. The forward is exact; the backward is `attn_backward`'s while training."""
 
@@ -114,22 +107,19 @@ class Attend(nn.Module):
         self.config = config
         self.stats: Tensor | None = None  # a caller who wants statistics puts a tensor here, see sus_attention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None = None, sight: Sight = ALL) -> Tensor:
         """q (B, H, T, D); k, v (B, K, N, D), where q are the last T of N positions. seed: SUS's, 0-d int64."""
         config = self.config
         if self.training and config.attn_backward == "sus":
             how: dict[str, Any] = {"sampler": config.sus_sampler, "backend": config.sus_backend, "stats": self.stats}
-            return sus_attention(q, k, v, config.sus_c, c_max=config.sus_c_max, seed=seed, **how)
+            how |= {"c_max": config.sus_c_max, "seed": seed, "key_ranges": sight.ranges}
+            return sus_attention(q, k, v, config.sus_c, **how)
         if self.training and config.attn_backward == "lowrank":
+            if sight.ranges is not None:  # its running sums are over all keys before a row
+                raise ValueError("the low-rank backward does documents and windows not: set attn_backward otherwise")
             approximate = config.lowrank_forward == "approximate"
             return lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=approximate)
-        T, N = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < T < N:  # SDPA's is_causal is aligned to the top left; the last T of N positions need the bottom right
-            mask = torch.ones(T, N, dtype=torch.bool, device=q.device).tril(N - T)
-        dropout = config.dropout if self.training else 0.0
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == N, enable_gqa=grouped)
+        return exact_attention(q, k, v, sight, config.dropout if self.training else 0.0)
 
 
 class CausalSelfAttention(nn.Module):
@@ -145,19 +135,20 @@ class CausalSelfAttention(nn.Module):
         self.attend = Attend(config)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Tensor | None, seed: Tensor | None, cache: KVCache | None) -> Tensor:
-        B, T, C = x.shape
+    def heads(self, x: Tensor, rope: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, D); k, v (B, K, N, D), of x (B, T, C)."""
+        B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotations are float32
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        y = self.attend(q, k, v, seed)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return q, *((k, v) if cache is None else cache.append(self.layer, k, v))
+
+    def project(self, y: Tensor) -> Tensor:
+        """(B, T, C), of what the heads (B, H, T, D) make."""
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -175,43 +166,35 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = make_norm(config)
+        self.ln_1 = make_norm(config.norm, config.n_embd, config.bias)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = make_norm(config)
+        self.ln_2 = make_norm(config.norm, config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor | None, seed: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rope, seed, cache)
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        seed: Tensor | None = None,
+        sight: Sight = ALL,
+        cache: KVCache | None = None,
+        again: str = "none",
+    ) -> Tensor:
+        """again: what the backward computes again, of activation_checkpointing's values. Attention is never a part of
+        "attention", so the cheap rest alone is.
+        """
+        if again == "full":
+            return checkpoint(self, x, rope, seed, sight, cache, "none", use_reentrant=False)
+        run = functools.partial(checkpoint, use_reentrant=False) if again == "attention" else lambda f, *args: f(*args)
+        y = self.attn.attend(*run(self.before_attention, x, rope, cache), seed, sight)
+        return run(self.behind_attention, x, y)
+
+    def before_attention(self, x: Tensor, rope: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.heads(self.ln_1(x), rope, cache)
+
+    def behind_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attn.project(y)
         return x + self.mlp(self.ln_2(x))
-
-
-LOSS_CHUNK = 1 << 25  # logits that stand in memory at once: 128 MiB in float32
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each token, (B, T) float32 (float64 for float64 weights); 0 where the target is -1.
-
-    x (B, T, C) hidden states, weight (V, C) the head, targets (B, T) int64. The logits are made, and made again in
-    the backward, a chunk of tokens at a time: at T = 32k and V = 50k all of them are 6.6 GB.
-    """
-
-    def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(widened(F.linear(x, weight)), targets, ignore_index=-1, reduction="none")
-
-    x, flat_targets = x.flatten(0, 1), targets.flatten()
-    chunk = max(1, LOSS_CHUNK // weight.shape[0])
-    if len(x) <= chunk:
-        return chunk_loss(x, flat_targets).view(targets.shape)
-    losses = [
-        checkpoint(chunk_loss, x_chunk, targets_chunk, use_reentrant=False, preserve_rng_state=False)
-        for x_chunk, targets_chunk in zip(x.split(chunk), flat_targets.split(chunk))
-    ]
-    return torch.cat(losses).view(targets.shape)
 
 
 class Transformer(nn.ModuleDict):
@@ -236,7 +219,7 @@ class GPT(nn.Module):
                 **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-                "ln_f": make_norm(config),
+                "ln_f": make_norm(config.norm, config.n_embd, config.bias),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -268,14 +251,15 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *,
+        self, idx: Tensor, targets: Tensor | None = None, *, documents: Tensor | None = None,
         sus_seed: Tensor | None = None, cache: KVCache | None = None, reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """(None, loss) with targets, else (logits of the last token (B, 1, V), None).
 
         idx (B, T) int64; targets (B, T) int64, -1 is ignored. reduction: "mean" gives a 0-d loss, "none" the loss of
-        each token (B, T). sus_seed: 0-d int64 for the draws of SUS, made different for every layer; None draws
-        from torch's default generator. cache: idx continues the tokens in it, and is appended.
+        each token (B, T). documents (B, T) int32: where in its row each token's document begins, whose tokens are all
+        that it sees; None: each row is one. sus_seed: 0-d int64 for the draws of SUS, made different for every layer;
+        None draws from torch's default generator. cache: idx continues the tokens in it, and is appended.
         """
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
@@ -283,14 +267,13 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit into block_size = {self.config.block_size}")
         x = self.transformer.wte(idx)
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
+            x = x + self.transformer.wpe(self.positions(start, T, documents))
         x = self.transformer.drop(x)
         rope = None if self.rope is None else self.rope[:, start : start + T]
-        for block, seed in zip(self.transformer.h, self.seeds_by_layer(sus_seed)):
-            if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rope, seed, cache, use_reentrant=False)
-            else:
-                x = block(x, rope, seed, cache)
+        again = self.config.activation_checkpointing if self.training else "none"
+        sights = self.sights(T, documents, start)
+        for block, seed, sight in zip(self.transformer.h, self.seeds_by_layer(sus_seed), sights):
+            x = block(x, rope, seed, sight, cache, again)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T
@@ -300,6 +283,17 @@ class GPT(nn.Module):
         if reduction == "mean":
             loss = loss.sum() / (targets != -1).sum()
         return None, loss
+
+    def positions(self, start: int, T: int, documents: Tensor | None) -> Tensor:
+        """The learned positions of T tokens behind `start` others, (T,) or (B, T): they begin anew with documents."""
+        row = torch.arange(start, start + T, device=self.lm_head.weight.device)
+        return row if documents is None else row - documents
+
+    def sights(self, T: int, documents: Tensor | None, start: int = 0) -> list[Sight]:
+        """What each layer's rows see, see GPT.forward; start: tokens before them."""
+        device, windows = self.lm_head.weight.device, self.config.layer_windows
+        made = {window: sight_of(T, device, documents, window, start) for window in set(windows)}
+        return [made[window] for window in windows]
 
     def seeds_by_layer(self, sus_seed: Tensor | None) -> Sequence[Tensor | None]:
         """Another seed for each layer, 0-d int64: folded on the model's device, so that nothing waits for it."""
@@ -316,13 +310,14 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Nominal floating-point operations a token, forward and backward, at context T (PaLM, arXiv 2204.02311, B).
 
-        Nominal: attention counts as dense, T keys a query, whatever the causal mask or SUS leaves out. A frozen weight
-        has no gradient of its own: 4 operations instead of 6.
+        Nominal: attention counts as dense, T keys a query or a layer's window, whatever else the causal mask, documents
+        or SUS leave out. A frozen weight has no gradient of its own: 4 operations instead of 6.
         """
         n = self.num_params()
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         trained = min(n, trained)  # n is without position embeddings
-        return 4 * n + 2 * trained + 12 * self.config.n_layer * self.config.n_embd * T
+        keys = sum(min(T, window or T) for window in self.config.layer_windows)
+        return 4 * n + 2 * trained + 12 * self.config.n_embd * keys
 
     def set_context(self, block_size: int, rope_scaling: float = 1.0) -> None:
         """Change the length of the context, and the scaling of rotary positions (see `rope_table`).

@@ -49,6 +49,7 @@ Each is refused by name.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -97,15 +98,17 @@ def sus_attention(
         clamped. It makes documents that share a window, packed batches, and sliding windows. A row that sees nothing
         is 0, and so are its gradients. Any ranges are right; fast are those that neighbouring rows nearly share.
     is_causal: without key_ranges, the rows are the last T of N positions, and each attends to all positions up to its
-        own (SDPA takes them for the first T instead, where T < N); otherwise to all keys. With key_ranges it is not
-        looked at.
+        own (SDPA takes them for the first T instead, where T < N), so that of more rows than keys the first T - N see
+        nothing; otherwise to all keys. With key_ranges it is not looked at.
     scale: multiplies the scores; 1/sqrt(D) if None.
     seed: an int or a 0-d int64 tensor; the draw is a function of it alone. None: drawn from torch's default
         generator, once a call. Layers and micro-batches need different seeds: see `fold_in`.
     first_row, first_head: where q is a part of longer rows, or of more heads, which of the whole is its first. A part
-        that is given the same keys then draws what the whole would, if its rows are weighed as there, see `group`.
-    group: a process group whose processes have rows of the same batches and heads each: the rows are weighed over all
-        of them. It is asked once in the backward, by all processes.
+        that is given the same keys, by key_ranges, then draws what the whole would, if its rows are weighed as there,
+        see `group`. It moves no mask: without key_ranges the rows are still the last T of N.
+    group: a process group whose processes have rows of the same batches and heads each. A row keeps more where its
+        gradient is larger than its head's mean, and the mean is then over all of them: they are asked once in the
+        backward, all together. Without it the gradient is as unbiased, but drawn otherwise than the whole's.
     sampler: "tiles", or another one, see above.
     backend: "reference" (plain PyTorch, any device); "cpu" (compiled kernels: float32 and bfloat16, D <= 128);
         "triton" (CUDA: bfloat16, float16 and float32, D = 32, 64, and 128 but in float32; the same bits every time, in
@@ -215,7 +218,7 @@ def _arguments(
         if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < 2**31:
             raise ValueError(f"{name} must be an int from 0 to 2^31 - 1, not {first!r}")
     if group is not None and not isinstance(group, ProcessGroup):
-        raise TypeError(f"group must be a process group or None, not {_describe(group)}")
+        raise TypeError(f"group must be None or a process group that this process is in, not {_describe(group)}")
     D = q.shape[3]
     if q.device.type == "cpu" and D <= cpu.MAX_D and backend != "triton":
         D = cpu.MAX_D  # where compiled code has it as a symbol, only this is fixed
@@ -242,7 +245,7 @@ def _describe(x) -> str:
 
 
 def _is_number(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return isinstance(x, float) or isinstance(x, int) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def _check_tensor(name: str, x) -> None:

@@ -239,8 +239,8 @@ class Run(State):
             return
         probed = {}
         if self.record is not None:
-            x, y = (t.to(self.device.device) for t in self.corpus.val_batch(self.val_starts[:1]))
-            probed = probe_attention(self.model, x, y, self.device, torch.tensor(fold_in(cfg.seed, it)))
+            batch = self.corpus.val_batch(self.val_starts[:1]).to(self.device.device)
+            probed = probe_attention(self.model, batch, self.device, torch.tensor(fold_in(cfg.seed, it)))
         val_loss = float(by_position.mean())
         check_finite(val_loss, f"validation loss at iteration {it}")
         self.evaluated_at = it
@@ -304,16 +304,16 @@ def train_step(
         seed = fold_in(cfg.seed, it, micro)
         torch.manual_seed(seed)  # dropout
         batch = corpus.batch(cfg.batch_size, cfg.seed, first + micro * cfg.batch_size)
-        x, y = (t.to(device.device) for t in batch)
+        x, y, documents = batch.to(device.device)
         sus_seed = torch.tensor(seed) if cfg.attn_backward == "sus" else None
         if world > 1:
             model.require_backward_grad_sync = step == micro_steps - 1  # read by DDP's forward
-        with device.autocast():
+        with device.training_forward(cfg.offload_activations):
             if analytic:
                 scale = scaler.scale(torch.ones((), device=device.device)) / micro_steps
-                loss = loss_and_gradients(model, x, y, sus_seed=sus_seed, scale=scale)
+                loss = loss_and_gradients(model, x, y, documents=documents, sus_seed=sus_seed, scale=scale)
             else:
-                _, loss = model(x, y, sus_seed=sus_seed)
+                _, loss = model(x, y, documents=documents, sus_seed=sus_seed)
             loss = loss / micro_steps
         if not analytic:
             scaler.scale(loss).backward()
@@ -343,6 +343,6 @@ def check_finite(value: float, name: str) -> None:
 if __name__ == "__main__":
     with_memory = memory_errors(
         "Try a smaller --batch_size (with more --gradient_accumulation_steps), "
-        "--activation_checkpointing=True, a smaller --block_size or model"
+        "--activation_checkpointing=attention, a smaller --block_size or model"
     )
     run_main(with_memory(main))

@@ -19,7 +19,7 @@ pos = "rope"
 rope_theta = 500000.0
 norm = "rmsnorm"
 qk_norm = True
-activation_checkpointing = True
+activation_checkpointing = "attention"  # all but attention is computed again in the backward
 
 attn_backward = "sus"
 sus_c = 8.0  # tiles a row: at this length more of them cost little

@@ -26,7 +26,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,23 @@ from torch import Tensor
 
 from configurator import UserError
 from data.corpus import SPLITS, changed_files
-from data.tokenizer import GPT2_VOCAB_SIZE
+from data.tokenizer import GPT2_VOCAB_SIZE, tokenizer_from_meta
 
 Window = list[tuple[int, int]]  # stretches (start, length) of a file's tokens, mostly one; their lengths add up to T
 Places = npt.NDArray[np.int64]  # in a file, in tokens
 Opened = tuple[io.BufferedReader, int]  # a file, and when it was last written to, in ns
+
+
+class Batch(NamedTuple):
+    """Windows of text."""
+
+    x: Tensor  # (B, T) int64
+    y: Tensor  # (B, T) int64, the token after each of x
+    documents: Tensor | None = None  # (B, T) int32, with doc_mask: where in its window each token's document begins
+
+    def to(self, device: torch.device) -> "Batch":
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.x.to(device), self.y.to(device), documents)
 
 
 class TextChanged(UserError):
@@ -109,17 +121,20 @@ class Corpus:
     train_tokens: int
     val_tokens: int
     windows: str = "packed"
+    doc_mask: bool = False  # batches tell where documents begin
+    eot: int | None = None  # the token that ends a document, where doc_mask has no *_ends.bin to go by
     checksums: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name; empty: of nanoGPT's make
     _files: dict[str, Opened] = field(default_factory=dict, init=False, repr=False, compare=False)
-    # The last ones used, by (seed, epoch).
+    # Where documents begin, by split; the last epochs used, by (seed, epoch).
+    _starts: dict[str, Places] = field(default_factory=dict, init=False, repr=False, compare=False)
     _epochs: dict[tuple[int, int], Epoch] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # another process opens its own
 
-    def batch(self, batch_size: int, seed: int, first: int) -> tuple[Tensor, Tensor]:
-        """(x, y), both (B, T) int64, B = batch_size: windows of train.bin, and the token after each of theirs.
-        first: the number of the first one, counted from 0 since the run began, over all steps and processes.
+    def batch(self, batch_size: int, seed: int, first: int) -> Batch:
+        """Windows of train.bin. first: the number of the first one, counted from 0 since the run began, over all steps
+        and processes.
         """
         return self.read("train", [self._window(seed, n) for n in range(first, first + batch_size)])
 
@@ -139,10 +154,13 @@ class Corpus:
         last = getattr(self, f"{split}_tokens") - 1
         if self.windows == "packed":
             return np.array([0, last])
+        return np.concatenate([[0], self._ends(split)[:-1], [last]])
+
+    def _ends(self, split: str) -> Places:
+        """(D,) where the documents end."""
         file = self.file(f"{split}_ends.bin")
         file.seek(0)
-        ends = np.frombuffer(file.read(), np.uint64).astype(np.int64)
-        return np.concatenate([[0], ends[:-1], [last]])
+        return np.frombuffer(file.read(), np.uint64).astype(np.int64)
 
     @property
     def text_checksums(self) -> dict[str, str | None]:
@@ -183,12 +201,12 @@ class Corpus:
             inside = documents[document] + (number - (whole.cumsum() - whole)[document]) * self.block_size
         return np.unique(np.concatenate([inside, _evenly(count - len(inside), self.val_tokens - self.block_size)]))
 
-    def val_batch(self, starts: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """(x, y), both (B, T) int64, B = len(starts): the windows of val.bin at starts, see val_windows."""
+    def val_batch(self, starts: Iterable[int]) -> Batch:
+        """The windows of val.bin at starts, see val_windows."""
         return self.read("val", [[(int(start), self.block_size)] for start in starts])
 
-    def read(self, split: str, windows: list[Window]) -> tuple[Tensor, Tensor]:
-        """(x, y), both (B, T) int64, B = len(windows): the tokens of the windows, and the one after each of theirs."""
+    def read(self, split: str, windows: list[Window]) -> Batch:
+        """The tokens of the windows."""
         path, dtype = self.folder / f"{split}.bin", np.dtype(self.dtype)
         x = np.empty((len(windows), self.block_size), np.int64)
         y = np.empty_like(x)
@@ -208,7 +226,27 @@ class Corpus:
                 f"{path} has the token id {largest}, but its vocabulary is {self.vocab_size}: "
                 f"it was made with another tokenizer; {_remake(self.folder)}"
             )
-        return torch.from_numpy(x), torch.from_numpy(y)
+        documents = torch.from_numpy(self._begins(split, windows, x)) if self.doc_mask else None
+        return Batch(torch.from_numpy(x), torch.from_numpy(y), documents)
+
+    def _begins(self, split: str, windows: list[Window], x: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """(B, T): where in its window the document of each of the tokens x begins. So does one with each stretch."""
+        begins = np.zeros(x.shape, np.int32)
+        if self.eot is not None:
+            begins[:, 1:] = np.where(x[:, :-1] == self.eot, np.arange(1, self.block_size), 0)
+        elif split not in self._starts:
+            self._starts[split] = self._ends(split)
+        for row, stretches in zip(begins, windows):
+            at = 0
+            for start, length in stretches:
+                row[at] = at
+                if self.eot is None:
+                    starts = self._starts[split]
+                    first, last = np.searchsorted(starts, [start, start + length - 1], side="right")
+                    inside = starts[first:last] - start + at
+                    row[inside] = inside
+                at += length
+        return np.maximum.accumulate(begins, 1)
 
 
 def _evenly(count: int, distinct: int) -> Places:
@@ -217,7 +255,9 @@ def _evenly(count: int, distinct: int) -> Places:
     return np.arange(count, dtype=np.int64) * (distinct - 1) // max(count - 1, 1)
 
 
-def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = "packed") -> Corpus:
+def load_corpus(
+    folder: str | os.PathLike[str], block_size: int, windows: str = "packed", doc_mask: bool = False
+) -> Corpus:
     """The Corpus in folder (see data/corpus.py for its files), or a nanoGPT one: train.bin and val.bin with GPT-2 ids
     in uint16. UserError: nothing there, incomplete, not what was written, or no longer than block_size.
     """
@@ -233,14 +273,20 @@ def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = 
                 f"{path} has {tokens:,} tokens, too few for block_size={block_size} and one token more: "
                 f"set --block_size below {tokens}, or prepare more text"
             )
-    if windows == "document":
-        for split in "train", "val":
-            path = folder / f"{split}_ends.bin"
-            if not path.is_file() or path.stat().st_size != 8 * meta.get(f"{split}_documents", 0):
-                raise UserError(
-                    f"windows=document needs to know where documents end, and {folder} has no {path.name} that "
-                    f"fits: {_remake(folder)}; or set --windows=packed"
-                )
+    of_ends = {f"{split}_ends.bin": 8 * meta.get(f"{split}_documents", 0) for split in ("train", "val")}
+    fits = lambda name: os.path.isfile(folder / name) and (folder / name).stat().st_size == of_ends[name]
+    missing = next((name for name in of_ends if not fits(name)), None)
+    if windows == "document" and missing:
+        raise UserError(
+            f"windows=document needs to know where documents end, and {folder} has no {missing} that fits: "
+            f"{_remake(folder)}; or set --windows=packed"
+        )
+    eot = tokenizer_from_meta(meta["tokenizer"]).eot if doc_mask and missing else None
+    if doc_mask and missing and eot is None:
+        raise UserError(
+            f"doc_mask=True needs to know where documents end, and {folder} has no {missing} that fits, nor the "
+            f"{meta['tokenizer']['name']} tokenizer a token for it: {_remake(folder)}; or set --doc_mask=False"
+        )
     corpus = Corpus(
         folder,
         block_size,
@@ -250,9 +296,11 @@ def load_corpus(folder: str | os.PathLike[str], block_size: int, windows: str = 
         meta["train_tokens"],
         meta["val_tokens"],
         windows,
+        doc_mask,
+        eot,
         {f"{name.removesuffix('_sha256')}.bin": value for name, value in meta.items() if name.endswith("_sha256")},
     )
-    for name in ("train.bin", "val.bin", *(("train_ends.bin", "val_ends.bin") if windows == "document" else ())):
+    for name in ("train.bin", "val.bin", *(of_ends if not missing and (doc_mask or windows == "document") else ())):
         corpus.file(name)  # from here on these bytes are read, whatever takes the names
     if changed := changed_files(folder, meta):
         raise UserError(

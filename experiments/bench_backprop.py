@@ -87,13 +87,15 @@ def compare_gradients(trainer: Trainer, kind: str) -> dict:
     """
     model, device, seed = trainer.model, trainer.device, torch.tensor(0)
     model.config.attn_backward = kind
-    x, y = (t.to(device.device) for t in trainer.corpus.batch(trainer.cfg.batch_size, trainer.cfg.seed, 0))
+    batch = trainer.corpus.batch(trainer.cfg.batch_size, trainer.cfg.seed, 0).to(device.device)
     found = {}
     for way in WAYS:
         with device.autocast():
-            loss = (
-                model(x, y, sus_seed=seed)[1] if way == "autograd" else loss_and_gradients(model, x, y, sus_seed=seed)
-            )
+            how = dict(documents=batch.documents, sus_seed=seed)
+            if way == "autograd":
+                _, loss = model(batch.x, batch.y, **how)
+            else:
+                loss = loss_and_gradients(model, batch.x, batch.y, **how)
         if way == "autograd":
             loss.backward()
         found[way] = loss.item(), [p.grad for p in model.parameters()]
@@ -118,8 +120,7 @@ def compare_gradients(trainer: Trainer, kind: str) -> dict:
 def report(data: dict) -> None:
     machine, idle = describe_machine(data)
     cfg, results = data["config"], data["results"]
-    recomputes = ["activation checkpointing"] if cfg["activation_checkpointing"] else []
-    print(f"{machine}\n{describe_steps(data, *recomputes)}\n")
+    print(f"{machine}\n{describe_steps(data, 'activation checkpointing: ' + cfg['activation_checkpointing'])}\n")
     rows = [
         [
             "T",

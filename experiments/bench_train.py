@@ -2,10 +2,11 @@
 
     python experiments/bench_train.py config/long_ctx.py                    # T = 2048, 4096, 8192; minutes on a CPU
     python experiments/bench_train.py config/long_ctx.py --T=8192 --sus_c=2 --json=train.json
+    python experiments/bench_train.py config/long_ctx.py --T=8192 --layers=4,12 --modes=none,attention,full
 
 Takes train.py's config files and keys, with each T in turn as block_size. One model takes exact and SUS steps by turns,
 each step on the same batch as the other's and as train.py's. Times are medians, ratios those of steps of the same
-round, with their lowest and highest.
+round, with their lowest and highest. With --modes each value of activation_checkpointing takes its turn, too.
 
 Attention's share is measured in further steps, which have clocks around each layer's attention, forward and backward
 (activation checkpointing's repeated forward included). They are not compiled. Memory is the peak in a fresh process (on
@@ -62,6 +63,8 @@ class BenchTrainConfig(TrainConfig):
     T: str = key("2048,4096,8192", "context lengths", section="Benchmark")
     repeats: int = key(5, "timed rounds of steps, after one for warming up", low=1)
     memory: bool = key(True, "measure the memory too")
+    layers: str = key("", "numbers of layers, with commas between them; empty: n_layer")
+    modes: str = key("", "values of activation_checkpointing, with commas between them; empty: its own")
     json: str = key("", "file for every figure")
 
 
@@ -70,12 +73,25 @@ def main() -> None:
     Ts = numbers("T", cfg.T, int, 2)
     check_writable(cfg.json)
     check_keys(cfg, backprop="experiments/bench_backprop.py measures the analytic one")
-    validate(cfg)
+    layers, modes = layers_of(cfg), modes_of(cfg)
+    for n_layer in layers:
+        validate(dataclasses.replace(cfg, n_layer=n_layer))
+    rounds = (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS) * len(modes) * len(layers)
     with memory_errors("Give a smaller --T"):
-        data = plain(
-            measure("bench_train", measure_at, (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS), cfg, Ts), nonfinite=str
-        )
+        data = plain(measure("bench_train", measure_at, rounds, cfg, Ts), nonfinite=str)
     deliver(data, report, cfg.json)
+
+
+def layers_of(cfg: BenchTrainConfig) -> list[int]:
+    return numbers("layers", cfg.layers, int, 1) if cfg.layers else [cfg.n_layer]
+
+
+def modes_of(cfg: BenchTrainConfig) -> list[str]:
+    modes = cfg.modes.split(",") if cfg.modes else [cfg.activation_checkpointing]
+    known = next(f for f in dataclasses.fields(cfg) if f.name == "activation_checkpointing").metadata["choices"]
+    if len({*modes}) < len(modes) or not {*modes} <= {*known}:
+        raise UserError(f"--modes must be some of {','.join(known)}, with commas between them, not {cfg.modes!r}")
+    return modes
 
 
 def check_keys(cfg: BenchTrainConfig, **meaningless: str) -> None:
@@ -166,7 +182,9 @@ def measure(benchmark: str, measure_at: Callable, rounds: int, cfg: BenchTrainCo
     backend, why = sus_backend(cfg.sus_backend, device, cfg.n_embd // cfg.n_head, cfg.sus_c, cfg.sus_sampler)
     print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
     prepare_stdlib(cfg)
-    corpora = {T: load_corpus(DATA / cfg.dataset, T, cfg.windows) for T in Ts}  # too long a T is an error now
+    corpora = {
+        T: load_corpus(DATA / cfg.dataset, T, cfg.windows, cfg.doc_mask) for T in Ts
+    }  # too long a T is an error now
     results, product = [], [product_ms(device)]
     with progress_bar(sum(T**2 for T in Ts) * rounds) as bar:
         for T, corpus in corpora.items():
@@ -181,40 +199,54 @@ def measure(benchmark: str, measure_at: Callable, rounds: int, cfg: BenchTrainCo
 
 
 def measure_at(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar: tqdm) -> list[dict]:
-    """One context length: a row of results for exact, and one for SUS."""
+    """One context length: for each number of layers and mode a row of results for exact, and one for SUS."""
+    rows = []
+    for n_layer in layers_of(cfg):
+        rows += measure_model(dataclasses.replace(cfg, n_layer=n_layer), T, device, corpus, bar)
+    return rows
+
+
+def measure_model(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus, bar: tqdm) -> list[dict]:
     trainer = Trainer(cfg, T, device, corpus)
     check_forward(trainer)
-    rows = {kind: {"T": T, "kind": kind, "step_ms": [], "attention_share": []} for kind in KINDS}
+    rows = [
+        {"T": T, "layers": cfg.n_layer, "mode": mode, "kind": kind, "step_ms": [], "attention_share": []}
+        for mode in modes_of(cfg)
+        for kind in KINDS
+    ]
     for it in range(cfg.repeats + 1):
-        for kind in reversed(KINDS) if it % 2 else KINDS:
-            step = trainer.timed_step(kind, it)
+        for row in reversed(rows) if it % 2 else rows:
+            trainer.model.config.activation_checkpointing = row["mode"]
+            step = trainer.timed_step(row["kind"], it)
             if it:  # the first is the warm-up
-                rows[kind]["step_ms"].append(step)
+                row["step_ms"].append(step)
             bar.update(T**2)
     for it in range(cfg.repeats + 1, cfg.repeats + 1 + SHARE_ROUNDS):
-        for kind in KINDS:
-            rows[kind]["attention_share"].append(trainer.attention_share(kind, it))
+        for row in rows:
+            trainer.model.config.activation_checkpointing = row["mode"]
+            row["attention_share"].append(trainer.attention_share(row["kind"], it))
             bar.update(T**2)
     parameters = trainer.model.num_params()
     del trainer  # CUDA's memory is measured in this process
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * T
-    for kind, row in rows.items():
+    for row in rows:
         if cfg.memory:
-            row["peak_bytes"] = apart(device, memory_of, cfg, kind, T, device, corpus)
+            of_mode = dataclasses.replace(cfg, activation_checkpointing=row["mode"])
+            row["peak_bytes"] = apart(device, memory_of, of_mode, row["kind"], T, device, corpus)
         bar.update(T**2)
         row["parameters"], row["tok_per_sec"] = parameters, [tokens / (1e-3 * step) for step in row["step_ms"]]
-    return list(rows.values())
+    return rows
 
 
 @torch.no_grad()
 def check_forward(trainer: Trainer) -> None:
     """UserError unless SUS's loss is exact's, as its forward is. Its gradient is checked by bench_attention.py."""
-    x, y = (t.to(trainer.device.device) for t in trainer.corpus.batch(1, trainer.cfg.seed, 0))
+    x, y, documents = trainer.corpus.batch(1, trainer.cfg.seed, 0).to(trainer.device.device)
     losses = {}
     for kind in KINDS:
         trainer.model.config.attn_backward = kind
         with trainer.device.autocast():
-            losses[kind] = trainer.model(x, y, sus_seed=torch.tensor(0))[1].item()
+            losses[kind] = trainer.model(x, y, documents=documents, sus_seed=torch.tensor(0))[1].item()
     if not abs(losses["sus"] - losses["exact"]) <= torch.finfo(trainer.device.dtype).eps * 8 * abs(losses["exact"]):
         raise UserError(
             f"SUS is wrong here, so there are no figures: at T = {trainer.cfg.block_size} the loss with it is "
@@ -257,21 +289,21 @@ def report(data: dict) -> None:
     machine, idle = describe_machine(data)
     cfg, results = data["config"], data["results"]
     print(f"{machine}\n{describe_steps(data)}\n")
-    rows = [
-        [
-            "T",
-            "exact tok/s",
-            "SUS tok/s",
-            "SUS / exact",
-            "exact ms",
-            "SUS ms",
-            "exact attention",
-            "SUS attention",
-            "exact MiB",
-            "SUS MiB",
-        ]
-    ]
-    for pair in zip(results[::2], results[1::2]):
+    pairs = list(zip(results[::2], results[1::2]))
+    print_table(by_mode(pairs) if cfg["modes"] or cfg["layers"] else by_length(pairs))
+    of_none = "; of none: the ratio to activation_checkpointing=none" if cfg["modes"] else ""
+    print(
+        f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
+        "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
+        f"optimizer and step{of_none}.\n{idle}"
+    )
+
+
+def by_length(pairs: list[tuple[dict, dict]]) -> list[list[str]]:
+    """A table's rows, from rows of results for exact and SUS."""
+    head = ["T", "exact tok/s", "SUS tok/s", "SUS / exact", "exact ms", "SUS ms", "exact attention", "SUS attention"]
+    rows = [[*head, "exact MiB", "SUS MiB"]]
+    for pair in pairs:
         exact, sus = pair
         rows.append(
             [
@@ -283,12 +315,27 @@ def report(data: dict) -> None:
                 *(mib(row.get("peak_bytes")) for row in pair),
             ]
         )
-    print_table(rows)
-    print(
-        f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
-        "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
-        f"optimizer and step.\n{idle}"
-    )
+    return rows
+
+
+def by_mode(pairs: list[tuple[dict, dict]]) -> list[list[str]]:
+    """The same, for several numbers of layers and modes, each beside mode none."""
+    head = ["layers", "T", "mode", "SUS / exact", "exact ms", "of none", "SUS ms", "of none"]
+    rows = [[*head, "exact MiB", "of none", "SUS MiB", "of none"]]
+    plain = {(row["layers"], row["T"], row["kind"]): row for pair in pairs for row in pair if row["mode"] == "none"}
+    for pair in pairs:
+        exact, sus = pair
+        times, memory = [], []
+        for row in pair:
+            of_none = plain.get((row["layers"], row["T"], row["kind"]), {})
+            times.append(f"{spread(row['step_ms'])['median']:,.0f}")
+            times.append(f"{ratio(row['step_ms'], of_none['step_ms'])['median']:.2f}" if of_none else "-")
+            memory.append(mib(row.get("peak_bytes")))
+            least = of_none.get("peak_bytes")
+            memory.append(f"{row['peak_bytes'] / least:.2f}" if least and row.get("peak_bytes") else "-")
+        faster = ratio_text(ratio(sus["tok_per_sec"], exact["tok_per_sec"]))
+        rows.append([str(exact["layers"]), f"{exact['T']:,}", exact["mode"], faster, *times, *memory])
+    return rows
 
 
 if __name__ == "__main__":

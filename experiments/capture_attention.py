@@ -35,9 +35,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+from data.loader import Batch
 from data.reading import read_text
+from loss import chunked_cross_entropy
 from measure import mib, numbers
-from model import chunked_cross_entropy
 from output import check_writable, progress_bar, write_whole
 from sample import load_model
 from training import checkpoint
@@ -118,13 +119,18 @@ def as_saved(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: float | N
 def ours(path: Path, cfg: CaptureConfig, device: Device) -> tuple[Layers, float]:
     """The layers, and the page's loss, of a checkpoint's model."""
     model, tokenizer = load_model(checkpoint.find(path))
-    model.to(device.device).config.activation_checkpointing = True
+    model.to(device.device).config.activation_checkpointing = "attention"
     layers = chosen(cfg, model.config.n_layer)
+    if inside := [layer for layer in layers if model.config.layer_windows[layer]]:
+        raise UserError(
+            f"layers {', '.join(map(str, inside))} see the last {model.config.attn_window} tokens, and the file is of "
+            "layers that see all: choose others by --layers"
+        )
     x, y = page(tokenizer.encode(read_text(Path(cfg.text))), cfg, model.config.block_size, device)
     with progress_bar(len(layers)) as bar:
         found = {}
         for layer in layers:
-            found[layer] = as_saved(*capture(model, layer, x, y, device, None))
+            found[layer] = as_saved(*capture(model, layer, Batch(x, y), device, None)[:4])
             bar.update()
     with torch.no_grad():
         return found, model(x, y)[1].item()

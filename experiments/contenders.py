@@ -77,8 +77,9 @@ class Contender(NamedTuple):
         options = dict(seed=seed, sampler=self.sampler, backend=self.how, stats=stats)
         with torch.set_grad_enabled(self.kind != "undrawn"):
             if self.apart:
+                within = self._replace(sight=Sight(window=window), apart=False)
                 parts = zip(*(x.split(documents, 2) for x in (q, k, v)))
-                return torch.cat([sus_attention(*part, self.c, **options) for part in parts], 2)
+                return torch.cat([within(*part, seed, stats) for part in parts], 2)
             ranges = None if self.sight == ALL else key_ranges(T, self.sight, q.device)
             return sus_attention(q, k, v, self.c, key_ranges=ranges, **options)
 
@@ -238,7 +239,13 @@ class Check:
             raise UserError(f"SUS is wrong here, so there are no figures: {what} is {value:.3g}, above {limit:.3g}")
 
     def start(self, exact: Contender, sus: list[Contender], q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> None:
-        """On a short slice of the inputs: all values in float64's light, and the mean of many draws at each c."""
+        """On a short slice of the inputs: all values in float64's light, and the mean of many draws at each c.
+
+        Documents and windows are cut down with it, to an uneven quarter of the slice at most, so that it has their
+        edges.
+        """
+        short = Sight(*(min(size, SLICE // 4 + 5) for size in exact.sight))
+        exact, sus = exact._replace(sight=short), [contender._replace(sight=short) for contender in sus]
         inputs = tuple(x[:, :, :SLICE] for x in (q, k, v, grad_out))
         math_ = exact._replace(how="MATH")
         truth = gradients(math_, *(x.double() for x in inputs))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import UserError, key, load_config, run_main
-from data.loader import load_corpus
+from data.loader import Batch, load_corpus
 from grad_variance_measure import Method, check_estimate, judge, look_at_attention, measure_at
 from grad_variance_picture import draw
 from grad_variance_report import fits, report, typical
@@ -168,7 +168,7 @@ def measure(cfg: VarianceConfig) -> dict:
                 advance = lambda steps=1: bar.update(unit[T] * steps)
                 of_T, of_exact = measure_at(x, y, subject, methods, cfg.draws, cfg.seed, advance)
                 middle = x[len(x) // 2][None], y[len(y) // 2][None]
-                inputs = capture(model, config.n_layer // 2, *middle, device, None)
+                *inputs, _ = capture(model, config.n_layer // 2, Batch(*middle), device, None)
                 if repeats:
                     functions = {"exact": exact_attention, **{method: method for method in methods}}
                     times = time_attention(functions, *inputs, device, repeats)

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model as model_module
-from data.loader import load_corpus
+from data.loader import Batch, load_corpus
 from lowrank_attn import lowrank_attention, score_bound, worst_error
 from lowrank_error_report import draw, report
 from measure import (
@@ -298,7 +298,7 @@ def measure_sides(degrees: list[int], cs: list[float], cfg: ErrorConfig, device:
             )
     scores, times = [], {}
     for layer in range(config.n_layer):
-        inputs = capture(model, layer, x[:1].to(device.device), y[:1].to(device.device), device, None)
+        *inputs, _ = capture(model, layer, Batch(x[:1], y[:1]).to(device.device), device, None)
         scores.append(score_bound(*inputs[:2]))
         if layer == config.n_layer // 2:
             functions = {"exact": exact_attention}

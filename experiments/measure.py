@@ -80,8 +80,9 @@ def gradients(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad_out: Ten
 def trained_inputs(model: GPT, layer: int, dataset: str, T: int, device: Device) -> tuple[Tensor, ...]:
     """(q, k, v, grad_out) of one layer, float32, in a training step on T tokens from the middle of validation text."""
     corpus = load_corpus(DATA / dataset, T)
-    x, y = (tokens.to(device.device) for tokens in corpus.val_batch(corpus.val_windows(3)[1:2]))
-    return capture(model, layer, x, y, Device(device.device, torch.float32, ""), None)
+    batch = corpus.val_batch(corpus.val_windows(3)[1:2]).to(device.device)
+    *inputs, _ = capture(model, layer, batch, Device(device.device, torch.float32, ""), None)
+    return tuple(inputs)
 
 
 # -- the machine ------------------------------------------------------------------------------------

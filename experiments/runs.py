@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from configurator import TrainConfig, UserError, of_today
 from training.record import read_record
 
 # What says nothing about how a run trains.
@@ -74,7 +74,12 @@ class Run:
 def read_run(folder: Path) -> Run:
     header, lines = read_record(folder / "metrics.jsonl")
     text = {name: header[name] for name in ("train_sha256", "val_sha256") if header.get(name)}
-    return Run(header.get("run_name") or folder.name, header["config"] | text, lines, folder)
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    config = {
+        name: of_today(fields[name], value) if name in fields else value for name, value in header["config"].items()
+    }
+    since = {name: fields[name].default for name in ("doc_mask", "attn_window")}  # runs without these keys had that
+    return Run(header.get("run_name") or folder.name, since | config | text, lines, folder)
 
 
 def rank(run: Run) -> tuple:
@@ -137,7 +142,7 @@ def validated_unlike(runs: list[Run]) -> list[str]:
         else run.config
         for run in runs
     ]
-    keys = ("dataset", "val_sha256", "windows", "block_size", number)
+    keys = ("dataset", "val_sha256", "windows", "doc_mask", "block_size", number)
     return [name for name in keys if len({config[name] for config in configs if name in config}) > 1]
 
 

@@ -838,16 +838,32 @@ def test_the_training_table(tiny, order, tmp_path, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 def test_attention_share_with_known_times(tiny, corpus, monkeypatch, checkpointing):
     """A clock that ticks at each look: every layer's forward (twice if repeated) and backward takes one tick."""
     trainer = make_trainer(tiny, corpus, f"--activation_checkpointing={checkpointing}")
     ticks = iter(range(10**6))
     monkeypatch.setattr(bench_train.time, "perf_counter", lambda: next(ticks))
-    spans = 2 * 2 * (3 if checkpointing else 2)  # micro-batches, layers
+    spans = 2 * 2 * (3 if checkpointing == "full" else 2)  # micro-batches, layers
     for kind in ("exact", "sus"):
         assert trainer.attention_share(kind, 0) == pytest.approx(spans / (2 * spans + 1))
         assert not trainer.model.transformer.h[0].attn.attend._forward_hooks
+
+
+def test_the_table_of_modes(tiny, tmp_path, monkeypatch, capsys):
+    options = "--T=64", "--repeats=1", "--layers=2,1", "--modes=none,full", f"--json={tmp_path / 'a.json'}"
+    command(bench_train, monkeypatch, *tiny, *options)
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert [(row["layers"], row["mode"], row["kind"]) for row in results] == [
+        (layers, mode, kind) for layers in (1, 2) for mode in ("none", "full") for kind in ("exact", "sus")
+    ]
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit() and " 64 " in line]
+    assert [(row[0], row[2]) for row in table] == [("1", "none"), ("1", "full"), ("2", "none"), ("2", "full")]
+    plain = [row for row in results if row["layers"] == 2 and row["kind"] == "sus"]
+    (a,), (b,) = (row["step_ms"] for row in plain)
+    assert f"{b / a:.2f}" in table[3]
+    with pytest.raises(UserError, match="--modes must be some of none,attention,full"):
+        command(bench_train, monkeypatch, *tiny, "--T=64", "--modes=none,all")
 
 
 def test_training_refuses_a_broken_operator(tiny, corpus, monkeypatch):

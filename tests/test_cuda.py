@@ -9,6 +9,7 @@ from backprop import loss_and_gradients
 from lowrank_attn import lowrank_attention
 from model import GPT, GPTConfig
 from sus_attn import sus_attention
+from training.device import Device
 from training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -113,6 +114,44 @@ def test_the_analytic_backward_gives_autograd_s_gradients(attn_backward):
         assert (p.grad - truth[name]).norm() <= 1e-9 * truth[name].norm(), name
 
 
+@pytest.mark.parametrize("keys", [dict(attn_backward="exact"), dict(attn_backward="sus", sus_c=math.inf)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_documents_and_windows_as_on_the_cpu(keys, dtype):
+    """By torch's varlen_attn in bfloat16, a call for each document in float32, and SUS's kernels."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**MODEL, **keys, attn_window=40, window_pattern="SL"))
+    x = torch.randint(257, (2, 200))
+    documents = torch.tensor([[0] * 90 + [90] * 1 + [91] * 109, [0] * 200], dtype=torch.int32)
+    found = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        with torch.autocast(device, dtype=dtype, enabled=device == "cuda" and dtype != torch.float32):
+            _, loss = model(x.to(device), x.to(device), documents=documents.to(device))
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten().cpu() for p in model.parameters()])))
+    (want, truth), (loss, gradient) = found
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-3
+    assert abs(loss - want) < tolerance and (gradient - truth).norm() < tolerance * truth.norm()
+
+
+def test_what_is_kept_lies_in_the_hosts_memory():
+    """The same bits, and less of the GPU's memory."""
+    device, found = Device(torch.device("cuda"), torch.bfloat16, ""), []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**MODEL | dict(block_size=4096), attn_backward="sus", offload_activations=offload)).cuda()
+        x = torch.randint(257, (1, 4096), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with device.training_forward(offload):
+            _, loss = model(x, x, sus_seed=torch.tensor(1))
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        found.append((loss.item(), kept, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, kept, gradient), (loss_moved, kept_moved, moved) = found
+    assert loss == loss_moved and torch.equal(gradient, moved) and kept_moved < 0.3 * kept
+
+
 def test_memory_does_not_grow_with_t_squared():
     q, k, v, grad_out = inputs("cuda", torch.bfloat16, B=1, Hq=2, Hkv=2, T=32768)
     torch.cuda.reset_peak_memory_stats()
@@ -126,11 +165,15 @@ def test_a_training_step_waits_for_nothing():
     model = GPT(config).cuda().bfloat16()
     config.sus_c = torch.tensor(4.0, device="cuda")
     x = torch.randint(257, (2, 256), device="cuda")
-    model(x, x, sus_seed=torch.tensor(1))[1].backward()  # compiles
+    documents = torch.zeros(2, 256, dtype=torch.int32, device="cuda")
+    documents[:, 100:] = 100
+    for seen in (None, documents):
+        model(x, x, documents=seen, sus_seed=torch.tensor(1))[1].backward()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(x, x, sus_seed=torch.tensor(2))[1].backward()
+        for seen in (None, documents):
+            model(x, x, documents=seen, sus_seed=torch.tensor(2))[1].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -12,7 +12,7 @@ FLOORS = [
     "configurator",
     "sus_backends.reference sus_backends.cpu_kernels sus_backends.cpu_poisson sus_backends.cpu"
     " sus_backends.triton_kernels sus_backends.triton",
-    "sus_attn lowrank_attn rope",
+    "sus_attn lowrank_attn exact_attn norms rope loss",
     "model",
     "data.tokenizer data.lock data.reading data.rows data.lengths data.corpus data.loader data.hub",
     "training.device training.lora backprop training.checkpoint training.optimizer training.parallel training.probe"
@@ -27,7 +27,10 @@ ONLY = {
     "sus_attn": {"sus_backends"},
     "lowrank_attn": {"sus_backends", "sus_attn"},
     "rope": set(),
-    "model": {"sus_attn", "lowrank_attn", "rope"},
+    "exact_attn": set(),
+    "loss": set(),
+    "norms": set(),
+    "model": {"sus_attn", "lowrank_attn", "exact_attn", "norms", "rope", "loss"},
     "data": {"configurator", "data"},
 }
 LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton",

@@ -45,7 +45,8 @@ def test_batch_is_windows_and_the_same_shifted(tmp_path, dtype):
     offset = 0 if dtype == "uint16" else 70_000
     make(tmp_path, dtype=dtype, vocab_size=1000 + offset)
     (np.arange(1000) + offset).astype(dtype).tofile(tmp_path / "train.bin")
-    x, y = load_corpus(tmp_path, 16).batch(5, seed=1, first=55)
+    x, y, documents = load_corpus(tmp_path, 16).batch(5, seed=1, first=55)
+    assert documents is None
     for tokens in x, y:
         assert tokens.shape == (5, 16) and tokens.dtype == torch.int64 and tokens.is_contiguous()
     assert torch.equal(y, x + 1)
@@ -145,7 +146,7 @@ def documents_of(folder, lengths, val_lengths=(300,)):
 
 def test_batches_within_documents(tmp_path):
     corpus = load_corpus(documents_of(tmp_path, [100, 7, 500, 3, 390]), 64, "document")
-    x, y = corpus.batch(16, 1, 0)
+    x, y, _ = corpus.batch(16, 1, 0)
     assert torch.equal(y, x + 1)  # the token after, also where a stretch ends
     whole = [row for row in x if torch.equal(row, row[:1] + torch.arange(64))]
     assert len(whole) >= 1 + 7 + 6
@@ -202,7 +203,7 @@ def test_val_windows_are_distinct(tmp_path, count):
 
 def test_val_batch(tmp_path):
     corpus = load_corpus(make(tmp_path), 16)
-    x, y = corpus.val_batch(corpus.val_windows(2))
+    x, y, _ = corpus.val_batch(corpus.val_windows(2))
     assert x[:, 0].tolist() == [500, 783] and y[-1, -1] == 799
     assert x.shape == y.shape == (2, 16) and torch.equal(y, x + 1)
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import loss as loss_module
 import model as model_module
 from backprop import loss_and_gradients
-from model import GPT, GPTConfig, KVCache, chunked_cross_entropy, rope_table, rotate, sample_token
+from loss import chunked_cross_entropy
+from model import GPT, GPTConfig, KVCache, sample_token
+from rope import rope_table, rotate
 from sus_attn import fold_in
 from training.optimizer import make_optimizer
 from training.weights import from_hf, model_args
@@ -129,7 +132,7 @@ def test_chunked_loss_and_its_gradient(monkeypatch, chunk_tokens):
     targets[0, 3] = -1
     whole = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     want = torch.autograd.grad(whole.square().sum(), (x, weight))
-    monkeypatch.setattr(model_module, "LOSS_CHUNK", chunk_tokens * 61)
+    monkeypatch.setattr(loss_module, "LOSS_CHUNK", chunk_tokens * 61)
     losses = chunked_cross_entropy(x, weight, targets)
     torch.testing.assert_close(losses.flatten(), whole)
     for a, b in zip(torch.autograd.grad(losses.square().sum(), (x, weight)), want):
@@ -147,7 +150,7 @@ def test_logits_never_stand_whole_in_memory(monkeypatch):
             return out
 
     V, T = 5000, 48
-    monkeypatch.setattr(model_module, "LOSS_CHUNK", 4 * V)
+    monkeypatch.setattr(loss_module, "LOSS_CHUNK", 4 * V)
     model, x = tiny(vocab_size=V), tokens(V=V)
     with LargestTensor():
         model(x, x)[1].backward()

@@ -1,7 +1,6 @@
 """sus_c=auto: what a calibration measures, where c goes, and that a resumed or compiled run does the same."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,10 +86,10 @@ def test_a_calibration_measures_added_and_own_variance(corpus, monkeypatch):
     model, text = tiny(), load_corpus(corpus, 64)
     held = Retention(model, new_stats(model), 0.01)
     held.config.sus_c = held.c.fill_(0.4)  # below what it would set: all 64 keys are of one tile
-    cfg = SimpleNamespace(batch_size=2, seed=5, gradient_accumulation_steps=1)
+    cfg = TrainConfig(batch_size=2, seed=5, gradient_accumulation_steps=1)
 
     def gradient(it, seed):
-        x, y = text.batch(2, 5, 2 * it)
+        x, y, _ = text.batch(2, 5, 2 * it)
         loss = model(x, y, sus_seed=torch.tensor(seed))[1]
         weights = [block.attn.c_attn.weight for block in model.transformer.h]
         return torch.cat(

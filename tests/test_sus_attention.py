@@ -443,6 +443,8 @@ BAD_ARGUMENTS = [
     (dict(stats=[0, 0, 0]), TypeError, "stats must be a tensor"),
     (dict(q=[1.0]), TypeError, "q must be a tensor"),
     (dict(c="x"), TypeError, "c must be a float"),
+    (dict(c=10**400), TypeError, "c must be a float"),
+    (dict(scale=10**400), ValueError, "scale must be a finite number"),
     (dict(c=None), TypeError, "c must be a float"),
     (dict(c=T(9.0), c_max=5.0), ValueError, "at most c_max"),
     (dict(c_max=math.nan), ValueError, "c_max must be"),
@@ -454,7 +456,7 @@ BAD_ARGUMENTS = [
     (dict(key_ranges=torch.zeros(4, 8, 2).int()), ValueError, "key_ranges must be .T, 2. = .8, 2. or"),
     (dict(first_row=-1), ValueError, "first_row must be an int"),
     (dict(first_head=1.0), ValueError, "first_head must be an int"),
-    (dict(group="all"), TypeError, "group must be a process group"),
+    (dict(group="all"), TypeError, "group must be None or a process group that this process is in"),
     (dict(dropout_p=0.1), TypeError, "dropout_p"),
     (dict(attn_mask=torch.ones(8, 8)), TypeError, "attn_mask"),
 ]

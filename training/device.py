@@ -44,6 +44,13 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.type, dtype=self.dtype)
 
+    @contextlib.contextmanager
+    def training_forward(self, offload: bool) -> Iterator[None]:
+        """Around a forward whose gradient is wanted. offload: what is kept for it lies in the host's memory."""
+        save = torch.autograd.graph.save_on_cpu(pin_memory=self.type == "cuda")
+        with self.autocast(), save if offload else contextlib.nullcontext():
+            yield
+
     def synchronize(self) -> None:
         if self.type != "cpu":
             torch.accelerator.synchronize()

@@ -31,9 +31,9 @@ def evaluate(
             return None
         if i >= len(mine):
             continue
-        x, y = (t.to(device.device) for t in corpus.val_batch(mine[i : i + batch_size]))
+        x, y, documents = corpus.val_batch(mine[i : i + batch_size]).to(device.device)
         with device.autocast():
-            _, losses = model(x, y, reduction="none")
+            _, losses = model(x, y, documents=documents, reduction="none")
         total += losses.float().sum(0).cpu().double()
     model.train()
     if world > 1:

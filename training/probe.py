@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from data.loader import Batch
+from exact_attn import Sight, exact_attention
 from lowrank_attn import lowrank_attention, score_bound, worst_error
 from model import GPT
 from sus_attn import sus_attention
@@ -22,30 +23,29 @@ Functions = dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]  # q, k, v -> 
 
 
 def capture(
-    model: GPT, layer: int, x: Tensor, y: Tensor, device: Device, sus_seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (B, H, T, D), k, v (B, K, T, D) and grad_out (B, H, T, D) of one layer's attention, in a training step.
-
-    x, y (B, T) int64: the step's batch. No gradient is stored.
+    model: GPT, layer: int, batch: Batch, device: Device, sus_seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Sight]:
+    """q (B, H, T, D), k, v (B, K, T, D), grad_out (B, H, T, D) and what rows see, of one layer's attention, in a
+    training step on `batch`. No gradient is stored.
     """
     seen: dict[str, Any] = {}
 
     def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-        seen["qkv"] = [t.detach() for t in args[:3]]
+        seen["qkv"], seen["sight"] = [t.detach() for t in args[:3]], args[4]
         seen["out"] = out.requires_grad_()  # below the first adapters nothing asks for its gradient
 
     handle = model.transformer.h[layer].attn.attend.register_forward_hook(hook)
     was_training = model.training
     try:
         model.train()
-        with device.autocast():
-            _, loss = model(x, y, sus_seed=sus_seed)
+        with device.training_forward(model.config.offload_activations):
+            _, loss = model(batch.x, batch.y, documents=batch.documents, sus_seed=sus_seed)
         # only the gradient of this one tensor: gradients of parameters would wake DDP
         (grad_out,) = torch.autograd.grad(loss, seen["out"])
     finally:
         model.train(was_training)
         handle.remove()
-    return *seen["qkv"], grad_out
+    return *seen["qkv"], grad_out, seen["sight"]
 
 
 @torch.no_grad()
@@ -102,37 +102,40 @@ def time_attention(
     return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in times.items()}
 
 
-def probe_attention(model: GPT, x: Tensor, y: Tensor, device: Device, sus_seed: Tensor | None) -> dict:
-    """The probe's line for the record, from the batch (x, y): milliseconds of the middle layer's attention, and, for
-    SUS, how many entries a query row keeps and which fraction of the causal ones that is; for low-rank, the largest
-    score of all layers, and the largest relative error that its polynomial has up to there.
+def probe_attention(model: GPT, batch: Batch, device: Device, sus_seed: Tensor | None) -> dict:
+    """The probe's line for the record, from a batch: milliseconds of the middle layer's attention, and, for SUS, how
+    many entries a query row keeps and which fraction of those it sees that is; for low-rank, the largest score of all
+    layers, and the largest relative error that its polynomial has up to there.
     """
     config = model.config
-    q, k, v, grad_out = capture(model, config.n_layer // 2, x, y, device, sus_seed)
+    q, k, v, grad_out, sight = capture(model, config.n_layer // 2, batch, device, sus_seed)
     B, H, T, _ = q.shape
-    functions = {
-        "exact": lambda q, k, v: F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    }
+    functions = {"exact": lambda q, k, v: exact_attention(q, k, v, sight)}
     result = {}
     if config.attn_backward == "sus":
         stats = torch.zeros(3, device=q.device)
         sus: dict[str, Any] = dict(
-            c_max=config.sus_c_max, seed=sus_seed, sampler=config.sus_sampler, backend=config.sus_backend
+            c_max=config.sus_c_max,
+            seed=sus_seed,
+            sampler=config.sus_sampler,
+            backend=config.sus_backend,
+            key_ranges=sight.ranges,
         )
         functions["sus"] = lambda q, k, v: sus_attention(q, k, v, config.sus_c, **sus)
         q_ = q.detach().requires_grad_()
         torch.autograd.grad(sus_attention(q_, k, v, config.sus_c, stats=stats, **sus), q_, grad_out)
         kept = stats[0].item()
         result["sus/kept_per_row"] = kept / (B * H * T)
-        result["sus/kept_fraction"] = kept / (B * H * T * (T + 1) / 2)
+        seen = B * T * (T + 1) / 2
+        if sight.ranges is not None:
+            seen = sight.ranges.expand(B, T, 2).diff(dim=-1).sum().item()
+        result["sus/kept_fraction"] = kept / (H * seen)
     if config.attn_backward == "lowrank":
         approximate = config.lowrank_forward == "approximate"
         functions["lowrank"] = lambda q, k, v: lowrank_attention(
             q, k, v, config.lowrank_degree, approximate_forward=approximate
         )
-        result["lowrank/bound"] = largest_score(model, x, device)
+        result["lowrank/bound"] = largest_score(model, batch.x, device)
         result["lowrank/worst_error"] = worst_error(result["lowrank/bound"], config.lowrank_degree)
     times = time_attention(functions, q, k, v, grad_out, device)
     result["attn/exact_forward_ms"], result["attn/exact_backward_ms"] = times["exact"]

@@ -75,6 +75,15 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
     return f"SUS backward, {c}, sampler {cfg.sus_sampler}, {backend} backend ({why})"
 
 
+def describe_sight(cfg: TrainConfig) -> str:
+    """What rows see besides their past, if anything, for the summary's line on attention."""
+    within = "; within documents" if cfg.doc_mask else ""
+    if not cfg.attn_window:
+        return within
+    pattern = (cfg.window_pattern * cfg.n_layer)[: cfg.n_layer - 1] + "L"
+    return f"{within}; {pattern.count('S')} of {cfg.n_layer} layers see the last {cfg.attn_window} tokens"
+
+
 def print_summary(
     cfg: TrainConfig, device: Device, attention: str, corpus: Corpus, model: GPT, is_compiled: bool, world: int, it: int
 ) -> None:
@@ -91,7 +100,7 @@ def print_summary(
         "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
         f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens"
         + ("; gradients without autograd" if cfg.backprop == "analytic" else ""),
-        "attention": attention,
+        "attention": attention + describe_sight(cfg),
     }
     if cfg.lora_rank:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -244,7 +253,7 @@ def print_sample(
     except UserError as error:
         print(f"no sample: {error}")
         return
-    prompt = corpus.val_batch(np.zeros(1, dtype=np.int64))[0][0, :prompt_tokens].tolist()
+    prompt = corpus.val_batch(np.zeros(1, dtype=np.int64)).x[0, :prompt_tokens].tolist()
     model.eval()
     with device.autocast():
         generator = torch.Generator().manual_seed(seed)

@@ -111,10 +111,10 @@ class Retention:
 
         def gradient(steps: int, draw: int) -> list[torch.Tensor]:
             window = first + (steps * cfg.gradient_accumulation_steps + rank) * cfg.batch_size
-            tokens = corpus.batch(cfg.batch_size, cfg.seed, window)
-            x, y = (t.to(device.device) for t in tokens)
-            with device.autocast():
-                _, loss = model(x, y, sus_seed=torch.tensor(fold_in(cfg.seed, it, rank, 1 + draw)))
+            x, y, documents = corpus.batch(cfg.batch_size, cfg.seed, window).to(device.device)
+            sus_seed = torch.tensor(fold_in(cfg.seed, it, rank, 1 + draw))
+            with device.training_forward(cfg.offload_activations):
+                _, loss = model(x, y, documents=documents, sus_seed=sus_seed)
             return [g[: self.rows] for g in torch.autograd.grad(loss * loss_scale, self.weights)]
 
         def half_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:

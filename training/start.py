@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import TrainConfig, UserError, validate
+from configurator import TrainConfig, UserError, of_today, validate
 from data.loader import Corpus, load_corpus
 from model import ARCHITECTURE_KEYS, GPT, TRAINING_KEYS, GPTConfig
 from training import checkpoint, report
@@ -162,10 +162,12 @@ def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
                 "begin a fine-tuning by --init_from=PATH and another out_dir"
             )
         setattr(cfg, name, value)
+    fields = {field.name: field for field in dataclasses.fields(cfg)}
     not_adopted = {"out_dir", "init_from", "eval_only", "lora_base", *ARCHITECTURE_KEYS, *adapters}
     for name, value in saved["config"].items():
-        if not hasattr(cfg, name) or name in not_adopted:
+        if name not in fields or name in not_adopted:
             continue
+        value = of_today(fields[name], value)
         if name not in cfg.explicit:
             setattr(cfg, name, value)
         elif getattr(cfg, name) != value and master:
@@ -287,7 +289,7 @@ def open_corpus(cfg: TrainConfig, origin: Origin, model: GPT | None, master: boo
     """
     if master:
         prepare_stdlib(cfg)
-    corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows)
+    corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows, cfg.doc_mask)
     saved = origin.saved or origin.base or {}
     tokenizer = {"name": "gpt2"} if cfg.init_from in PRETRAINED else saved.get("tokenizer")
     if tokenizer is not None and tokenizer != corpus.tokenizer_meta:

@@ -108,7 +108,9 @@ def windows_consumed(saved: dict, cfg: TrainConfig, corpus: Corpus) -> int:
 def validates_alike(saved: dict, cfg: TrainConfig, corpus: Corpus, master: bool) -> bool:
     """Whether validation is on the same windows as in the checkpoint's run. If not, the master says so."""
     was, now = saved["config"], dataclasses.asdict(cfg)
-    changed = [name for name in ("dataset", "windows", "block_size") if was.get(name, now[name]) != now[name]]
+    changed = [
+        name for name in ("dataset", "windows", "doc_mask", "block_size") if was.get(name, now[name]) != now[name]
+    ]
     if math.prod(was.get(name, now[name]) for name in ("eval_iters", "batch_size")) != cfg.eval_iters * cfg.batch_size:
         changed.append("eval_iters * batch_size")
     if any(saved.get(name) not in (None, checksum) for name, checksum in corpus.text_checksums.items()):
