@@ -8,9 +8,10 @@ Takes train.py's config files and keys, with each T in turn as block_size. One m
 each step on the same batch as the other's and as train.py's. Times are medians, ratios those of steps of the same
 round, with their lowest and highest. With --modes each value of activation_checkpointing takes its turn, too.
 
-Attention's share is measured in further steps, which have clocks around each layer's attention, forward and backward
-(activation checkpointing's repeated forward included). They are not compiled. Memory is the peak in a fresh process (on
-CUDA: as torch counts it) of two steps with what they need: model, gradients, optimizer, activations.
+Without --modes and --layers, attention's share is measured in further steps, which have clocks around each layer's
+attention, forward and backward (activation checkpointing's repeated forward included). They are not compiled. Memory is
+the peak in a fresh process (on CUDA: as torch counts it) of two steps with what they need: model, gradients, optimizer,
+activations.
 
 Dims: T tokens in a window (block_size).
 """
@@ -76,7 +77,7 @@ def main() -> None:
     layers, modes = layers_of(cfg), modes_of(cfg)
     for n_layer in layers:
         validate(dataclasses.replace(cfg, n_layer=n_layer))
-    rounds = (cfg.repeats + SHARE_ROUNDS + 2) * len(KINDS) * len(modes) * len(layers)
+    rounds = (cfg.repeats + share_rounds(cfg) + 2) * len(KINDS) * len(modes) * len(layers)
     with memory_errors("Give a smaller --T"):
         data = plain(measure("bench_train", measure_at, rounds, cfg, Ts), nonfinite=str)
     deliver(data, report, cfg.json)
@@ -84,6 +85,11 @@ def main() -> None:
 
 def layers_of(cfg: BenchTrainConfig) -> list[int]:
     return numbers("layers", cfg.layers, int, 1) if cfg.layers else [cfg.n_layer]
+
+
+def share_rounds(cfg: BenchTrainConfig) -> int:
+    """The table of modes has no column for it."""
+    return 0 if cfg.modes or cfg.layers else SHARE_ROUNDS
 
 
 def modes_of(cfg: BenchTrainConfig) -> list[str]:
@@ -221,9 +227,8 @@ def measure_model(cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus,
             if it:  # the first is the warm-up
                 row["step_ms"].append(step)
             bar.update(T**2)
-    for it in range(cfg.repeats + 1, cfg.repeats + 1 + SHARE_ROUNDS):
+    for it in range(cfg.repeats + 1, cfg.repeats + 1 + share_rounds(cfg)):
         for row in rows:
-            trainer.model.config.activation_checkpointing = row["mode"]
             row["attention_share"].append(trainer.attention_share(row["kind"], it))
             bar.update(T**2)
     parameters = trainer.model.num_params()
@@ -273,9 +278,11 @@ def memory_of(cfg: BenchTrainConfig, kind: str, T: int, device: Device, corpus: 
 def describe_steps(data: dict, *more: str) -> str:
     """What was measured, a line; `more` comes before SUS."""
     cfg = data["config"]
+    rows = [{"layers": cfg["n_layer"]} | row for row in data["results"]]
+    each_of = lambda name, unit, form: " and ".join(dict.fromkeys(f"{row[name] * unit:{form}}" for row in rows))
     return "; ".join(
         [
-            f"{data['results'][0]['parameters'] / 1e6:.2f} M parameters: {cfg['n_layer']} layers, {cfg['n_head']} "
+            f"{each_of('parameters', 1e-6, '.2f')} M parameters: {each_of('layers', 1, 'g')} layers, {cfg['n_head']} "
             f"heads, width {cfg['n_embd']}",
             data["dtype"],
             f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step",
@@ -291,11 +298,14 @@ def report(data: dict) -> None:
     print(f"{machine}\n{describe_steps(data)}\n")
     pairs = list(zip(results[::2], results[1::2]))
     print_table(by_mode(pairs) if cfg["modes"] or cfg["layers"] else by_length(pairs))
-    of_none = "; of none: the ratio to activation_checkpointing=none" if cfg["modes"] else ""
+    more = (
+        "Mode: activation_checkpointing; of none: the ratio to none's."
+        if cfg["modes"] or cfg["layers"]
+        else "Attention: its share of a step's time, forward and backward."
+    )
     print(
         f"\nOne step: forward, backward, clipping, AdamW; medians of {cfg['repeats']}. Ratio: median (lowest..highest) "
-        "of the rounds.\nAttention: its share of a step's time, forward and backward. MiB: the peak of model, "
-        f"optimizer and step{of_none}.\n{idle}"
+        f"of the rounds.\n{more} MiB: the peak of model, optimizer and step.\n{idle}"
     )
 
 
