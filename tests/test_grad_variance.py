@@ -115,7 +115,7 @@ def brute_force(model, corpus, n, draws, seed, **sus):
 
     model.train()
     loaded = load_corpus(corpus, 32)
-    x, y = loaded.val_batch(loaded.val_windows(n))
+    x, y, _ = loaded.val_batch(loaded.val_windows(n))
     exact = [gradient(x[[s]], y[[s]]) for s in range(n)]
     for name, value in sus.items():
         setattr(model.config, name, value)

@@ -17,7 +17,7 @@ import torch
 import train
 from configurator import TrainConfig, UserError
 from data.corpus import Texts, write_corpus
-from data.loader import TextChanged
+from data.loader import Batch, TextChanged
 from data.lock import locked
 from data.tokenizer import tokenizer_from_meta
 from training import checkpoint, parallel
@@ -325,10 +325,10 @@ def test_processes_with_fewer_windows_ask_as_often(monkeypatch):
 
     class Corpus:
         block_size = 2
-        val_batch = lambda self, starts: (torch.zeros(len(starts), 2), torch.zeros(len(starts), 2))
+        val_batch = lambda self, starts: Batch(torch.zeros(len(starts), 2), torch.zeros(len(starts), 2))
 
     class Model(torch.nn.Module):
-        forward = lambda self, x, y, reduction: (None, torch.ones(len(x), 2))
+        forward = lambda self, x, y, documents, reduction: (None, torch.ones(len(x), 2))
 
     monkeypatch.setattr("training.evaluation.dist.all_reduce", lambda total: total.fill_(5.0))
     counts = []
