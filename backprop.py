@@ -13,7 +13,8 @@ is there, so that less is kept between forward and backward than autograd keeps.
 has the bits of the model's own. The gradients agree with autograd's to rounding. A tensor's gradient has the tensor's
 dtype, also under autocast, as autograd's has; what isn't a product of matrices is computed in float32 at least.
 
-Deliberately missing: dropout, and the attn_backward whose backward isn't here. Both are refused by name.
+Documents, windows, and what is kept for the backward are those of model.py. Deliberately missing: dropout, and the
+attn_backward whose backward isn't here. Both are refused by name.
 
 Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V vocabulary.
 """

@@ -510,10 +510,10 @@ def _validate_lora(cfg: TrainConfig) -> None:
 
 def _validate_backward(cfg: TrainConfig) -> None:
     if cfg.attn_backward == "lowrank" and (cfg.doc_mask or cfg.attn_window):
-        name = "doc_mask" if cfg.doc_mask else "attn_window"
+        name, otherwise = ("doc_mask", " or --doc_mask=False") if cfg.doc_mask else ("attn_window", "")
         raise UserError(
             f"{name}={getattr(cfg, name)} is not covered by attn_backward=lowrank, whose running sums are over all "
-            "earlier tokens: leave it out, or set --attn_backward=sus or exact"
+            f"earlier tokens: set --attn_backward=sus, --attn_backward=exact{otherwise}"
         )
     if cfg.lowrank_degree % 2:
         raise UserError(

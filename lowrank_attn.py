@@ -28,6 +28,9 @@ the gradient of a trained model, which attends nearby: only what lies outside a 
 u, and the normaliser are those of the approximated weights, so that the rows of W still sum to one and those of M to
 zero. g must be even: then p_g > 0 everywhere, and the normaliser too.
 
+Documents that share a window, and windows of keys, are refused where a model asks for them: the running sums are over
+all keys before a chunk, and would need to begin anew, or forget, at places that differ from row to row.
+
 What it takes, for a head:  time    T r (D + 1) multiplications, six times, and T C D, with r = r_{g+1}
                             memory  r (C + D + 1) numbers, a few times, beside q, k, v and their gradients: never T r
 

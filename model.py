@@ -116,7 +116,7 @@ class Attend(nn.Module):
             return sus_attention(q, k, v, config.sus_c, **how)
         if self.training and config.attn_backward == "lowrank":
             if sight.ranges is not None:  # its running sums are over all keys before a row
-                raise ValueError("the low-rank backward does documents and windows not: set attn_backward otherwise")
+                raise ValueError("the low-rank backward covers neither documents nor windows: take exact or sus")
             approximate = config.lowrank_forward == "approximate"
             return lowrank_attention(q, k, v, config.lowrank_degree, approximate_forward=approximate)
         return exact_attention(q, k, v, sight, config.dropout if self.training else 0.0)

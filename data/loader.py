@@ -282,10 +282,10 @@ def load_corpus(
             f"{_remake(folder)}; or set --windows=packed"
         )
     eot = tokenizer_from_meta(meta["tokenizer"]).eot if doc_mask and missing else None
-    if doc_mask and missing and eot is None:
+    if doc_mask and missing and (eot is None or eot not in np.memmap(folder / "train.bin", meta["dtype"], "r")):
         raise UserError(
-            f"doc_mask=True needs to know where documents end, and {folder} has no {missing} that fits, nor the "
-            f"{meta['tokenizer']['name']} tokenizer a token for it: {_remake(folder)}; or set --doc_mask=False"
+            f"doc_mask=True needs to know where documents end, and {folder} has no {missing} that fits, nor tokens of "
+            f"the {meta['tokenizer']['name']} tokenizer that end a text: {_remake(folder)}; or set --doc_mask=False"
         )
     corpus = Corpus(
         folder,

@@ -2,7 +2,7 @@
 differ.
 
     python experiments/bench_backprop.py config/long_ctx.py                  # T = 2048, 4096, 8192; minutes on a CPU
-    python experiments/bench_backprop.py config/long_ctx.py --T=8192 --activation_checkpointing=True --json=b.json
+    python experiments/bench_backprop.py config/long_ctx.py --T=8192 --activation_checkpointing=full --json=b.json
 
 Takes train.py's config files and keys, with each T in turn as block_size. One model takes four kinds of steps by turns,
 each on the same batch as the others': attention's gradient exact and by SUS, and each by autograd and by hand. Times

@@ -287,6 +287,7 @@ def describe_steps(data: dict, *more: str) -> str:
             data["dtype"],
             f"{cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences a step",
             *more,
+            *(f"{name}={cfg[name]}" for name in ("doc_mask", "attn_window", "offload_activations") if cfg[name]),
             f"SUS c = {float(cfg['sus_c']):g}, {data['sus_backend']} backend",
         ]
     )

@@ -77,6 +77,17 @@ def gradients(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad_out: Ten
     return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
 
 
+def check_sight(model: GPT, config: dict) -> None:
+    """Of a run with this config: UserError if it has layers with a window. Says so if documents were apart."""
+    if model.config.attn_window:
+        raise UserError(
+            f"the model's layers see windows (attn_window={model.config.attn_window}), and what is measured here is of "
+            "layers that see all"
+        )
+    if config.get("doc_mask"):
+        print("The run was trained with doc_mask=True. Here documents that share a window see one another.")
+
+
 def trained_inputs(model: GPT, layer: int, dataset: str, T: int, device: Device) -> tuple[Tensor, ...]:
     """(q, k, v, grad_out) of one layer, float32, in a training step on T tokens from the middle of validation text."""
     corpus = load_corpus(DATA / dataset, T)

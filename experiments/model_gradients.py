@@ -13,6 +13,7 @@ from torch import Tensor
 
 from configurator import UserError
 from data.loader import Corpus
+from measure import check_sight
 from model import GPT
 from training import checkpoint
 from training.device import Device
@@ -32,7 +33,9 @@ def load_model(out_dir: str, init_from: str = "resume", dataset: str = "") -> tu
     dataset = dataset or saved["config"].get("dataset")
     if not dataset:
         raise UserError(f"{path} does not say what it was trained on: give --dataset=NAME")
-    return model_from_checkpoint(saved, path), dataset, saved.get("tokenizer")
+    model = model_from_checkpoint(saved, path)
+    check_sight(model, saved["config"])
+    return model, dataset, saved.get("tokenizer")
 
 
 def windows(corpus: Corpus, count: int) -> tuple[Tensor, Tensor, dict]:

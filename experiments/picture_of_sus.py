@@ -20,7 +20,7 @@ from configurator import UserError, key, load_config, run_main  # isort: skip (b
 import torch
 from torch import Tensor
 
-from measure import trained_inputs
+from measure import check_sight, trained_inputs
 from output import check_picture, import_pyplot, save_picture
 from sus_backends.reference import Known, row_weights, sus_multiplier
 from training import checkpoint
@@ -45,6 +45,7 @@ def main() -> None:
     path = Path(cfg.out_dir) / "ckpt.pt"
     saved = checkpoint.load(path)
     model = model_from_checkpoint(saved, path)
+    check_sight(model, saved["config"])
     config = model.config
     if cfg.layer >= config.n_layer or cfg.head >= config.n_head:
         raise UserError(

@@ -17,7 +17,7 @@ from exact_attn import exact_attention, sight_of
 from model import GPT, GPTConfig
 from training.device import Device
 from training.lora import add_adapters
-from training_runs import TORCHRUN, curve, finish, same, start, train_here, weights
+from training_runs import ROOT, TORCHRUN, curve, finish, same, start, train_here, weights
 
 CPU = Device(torch.device("cpu"), torch.float32, "")
 SIZES = dict(block_size=96, vocab_size=61, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
@@ -94,7 +94,13 @@ def test_no_mask_of_all_pairs_is_made(monkeypatch):
     q, k, v = (x.detach() for x in qkv(4096, 4096, B=1, H=1, K=1))
     for documents, window in [(begins([[3000, 1096]]), 0), (begins([[3000, 1096]]), 64), (None, 64)]:
         exact_attention(q, k, v, sight_of(4096, q.device, documents, window))
-    assert len(sizes) == 2 + 4 + 2 and max(sizes) == 2 * 64 * 64
+    assert len(sizes) == 2 + 4 + 2 and max(sizes) == 64 * 127
+    for window in (1000, 2100, 4000, 4095):  # nor are more scores computed than without a window, by much
+        sizes.clear()
+        exact_attention(q, k, v, sight_of(4096, q.device, None, window))
+        rest = 4096 - window
+        assert sizes[0] == 0 and sizes[1] <= (window / 4 + 1) * (1.25 * window + 1)
+        assert window**2 / 2 + sizes[1] * -(-rest // (window // 4 + 1)) < 1.2 * 4096**2 / 2 + 4096
 
 
 def test_varlen_attention_gets_what_each_row_sees(monkeypatch):
@@ -332,6 +338,10 @@ def test_a_corpus_that_says_nothing_of_documents(tmp_path):
     with pytest.raises(UserError, match=r"doc_mask=True needs .* no train_ends.bin .*char tokenizer.*--doc_mask=False"):
         load_corpus(tmp_path, 64, doc_mask=True)
     load_corpus(tmp_path, 64)
+    (np.arange(500, dtype=np.uint16) % 200).tofile(tmp_path / "train.bin")  # bytes, and no end of a text among them
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"nor tokens of the byte tokenizer that end a text"):
+        load_corpus(tmp_path, 64, doc_mask=True)
 
 
 # -- runs -------------------------------------------------------------------------------------------
@@ -357,18 +367,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, capsys, keys):
     assert curve(parts[-8:]) == curve(whole[-8:]) and same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_the_mask_is_the_runs_own(run, capsys):
+def test_the_mask_is_the_runs_own(run, tmp_path, capsys):
     """A resumed run keeps it; that of a run without says that validation differs."""
     run("a", doc_mask=True, max_iters=4)
     run("a", init_from="resume", max_iters=8)
     assert "within documents" in capsys.readouterr().out
+    state = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
     run("a", init_from="resume", doc_mask=False)
     out = capsys.readouterr().out
     assert "doc_mask was True, is now False" in out and "validation is another than before (doc_mask)" in out
+    del state["config"]["doc_mask"]  # as an earlier version's
+    torch.save(state, tmp_path / "a" / "ckpt.pt")
+    run("a", init_from="resume", doc_mask=True)
+    out = capsys.readouterr().out
+    assert "doc_mask was False, is now True" in out and "validation is another than before (doc_mask)" in out
 
 
-def test_processes_share_documents(corpus, tmp_path):
-    keys = dict(doc_mask=True, attn_window=16, attn_backward="exact")
+@pytest.mark.parametrize(
+    "keys",
+    [dict(attn_backward="exact"), dict(sus_c="inf", activation_checkpointing="attention", offload_activations=True)],
+    ids=["exact", "sus"],
+)
+def test_processes_share_documents(corpus, tmp_path, keys):
+    keys = dict(doc_mask=True, attn_window=16, **keys)
     finish(start(corpus, tmp_path / "one", **keys))
     finish(start(corpus, tmp_path / "two", *TORCHRUN, **keys))
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
@@ -376,12 +397,13 @@ def test_processes_share_documents(corpus, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("again", ["none", "attention", "full"])
 @pytest.mark.parametrize("keys", [EXACT, dict(attn_backward="sus", sus_c=0.4)], ids=["exact", "sus"])
-def test_compiled(keys):
+def test_compiled(keys, again):
     """Windows within one graph; documents, which make exact attention break it, with the same gradient."""
     torch._dynamo.reset()
     x, seed = tokens(), torch.tensor(3)
-    model = tiny(**keys, pos="rope", attn_window=20)
+    model = tiny(**keys, pos="rope", attn_window=20, activation_checkpointing=again)
     for documents, fullgraph in [
         (None, True),
         (begins(), keys is not EXACT),
@@ -395,8 +417,8 @@ def test_compiled(keys):
 def test_lora():
     """Adapters' gradients under documents: with c = inf those of exact attention."""
     found = []
-    for keys in BACKWARDS.values():
-        model = tiny(**keys, attn_window=30)
+    for keys, again in itertools.product(BACKWARDS.values(), ["none", "attention", "full"]):
+        model = tiny(**keys, attn_window=30, activation_checkpointing=again)
         add_adapters(model, 3, 4.0, "c_attn,c_proj,c_fc")
         model.double()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -405,7 +427,8 @@ def test_lora():
             torch.nn.init.normal_(p, std=0.1)
         _, loss = model(tokens(), tokens(1), documents=begins())
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
-    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-10)
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-7, atol=1e-10)
 
 
 def test_unbiased_under_documents_and_windows():
@@ -428,7 +451,10 @@ def test_unbiased_under_documents_and_windows():
         ("--window_pattern=SL", "window_pattern=SL needs a window: give --attn_window=1024"),
         ("--attn_window=8 --window_pattern=L", "window_pattern=L makes none here"),
         ("--attn_window=8 --n_layer=1", "the last of the 1 layers is always L"),
-        ("--doc_mask=True --attn_backward=lowrank", "doc_mask=True is not covered by attn_backward=lowrank"),
+        (
+            "--doc_mask=True --attn_backward=lowrank",
+            "doc_mask=True is not covered by attn_backward=lowrank.*, --attn_backward=exact or --doc_mask",
+        ),
         ("--attn_window=8 --attn_backward=lowrank", "attn_window=8 is not covered by attn_backward=lowrank"),
         ("--offload_activations=True --backprop=analytic", "offload_activations=True moves what autograd keeps"),
     ],
@@ -442,3 +468,17 @@ def test_low_rank_refuses_documents_by_name():
     model = tiny(attn_backward="lowrank")
     with pytest.raises(ValueError, match="low-rank backward"):
         model(tokens(), tokens(), documents=begins())
+
+
+@pytest.mark.parametrize("script", ["grad_variance", "lowrank_error", "picture_of_sus"])
+def test_what_measures_whole_attention_refuses_windows(run, tmp_path, script, capsys, monkeypatch):
+    import importlib
+    import sys
+
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    run(attn_window=16, max_iters=1, eval_interval=1)
+    monkeypatch.setattr(
+        sys, "argv", ["a", f"--out_dir={tmp_path / 'out'}", *(["--parts=sides"] * (script == "lowrank_error"))]
+    )
+    with pytest.raises(UserError, match="the model's layers see windows"):
+        importlib.import_module(script).main()

@@ -152,6 +152,7 @@ def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
     """Fill cfg from a checkpoint: its architecture, and of the other keys those that neither a file nor the command
     line gives. What differs from the earlier run is printed.
     """
+    saved["config"] = {"doc_mask": False} | saved["config"]  # earlier versions had no such key
     take_architecture(cfg, architecture_of(saved), "the checkpoint")
     lora = saved.get("lora") or {"rank": 0}
     adapters = {f"lora_{name}": lora[name] for name in ("rank", "alpha", "targets") if name in lora}
