@@ -79,7 +79,7 @@ def of_window(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> T
     size = min(max(64, -(-window // 4)), T - window)
     blocks = -(-(T - window) // size)
     q_, k_, v_ = (F.pad(x, (0, 0, 0, window + blocks * size - T)) for x in (q, k, v))
-    first = sdpa(*(x[:, :, :window] for x in (q, k, v)), dropout=dropout, causal=True)
+    first = sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], dropout=dropout, causal=True)
     rows = q_[:, :, window:].unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
     pieces = (x[:, :, 1:].unfold(2, window - 1 + size, size).mT for x in (k_, v_))
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in pieces)
