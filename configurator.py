@@ -472,6 +472,11 @@ def _validate_architecture(cfg: TrainConfig) -> None:
         raise UserError(
             f"window_pattern={cfg.window_pattern} needs a window: give --attn_window=1024, say, or leave it out"
         )
+    if cfg.attn_window >= cfg.block_size and "attn_window" in cfg.explicit:
+        raise UserError(
+            f"attn_window={cfg.attn_window} leaves nothing out of a context of block_size={cfg.block_size}: give a "
+            "smaller window, or --attn_window=0"
+        )
     if cfg.attn_window and "S" not in (cfg.window_pattern * cfg.n_layer)[: cfg.n_layer - 1]:
         raise UserError(
             f"attn_window={cfg.attn_window} is for layers S, of which window_pattern={cfg.window_pattern} makes none "

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from configurator import UserError
 from data.corpus import SPLITS, changed_files
-from data.tokenizer import GPT2_VOCAB_SIZE, tokenizer_from_meta
+from data.tokenizer import GPT2_EOT, GPT2_VOCAB_SIZE, tokenizer_from_meta
 
 Window = list[tuple[int, int]]  # stretches (start, length) of a file's tokens, mostly one; their lengths add up to T
 Places = npt.NDArray[np.int64]  # in a file, in tokens
@@ -281,7 +281,9 @@ def load_corpus(
             f"windows=document needs to know where documents end, and {folder} has no {missing} that fits: "
             f"{_remake(folder)}; or set --windows=packed"
         )
-    eot = tokenizer_from_meta(meta["tokenizer"]).eot if doc_mask and missing else None
+    eot = None
+    if doc_mask and missing:  # nanoGPT's make, mostly, whose tokenizer's files need not be here
+        eot = GPT2_EOT if meta["tokenizer"].get("name") == "gpt2" else tokenizer_from_meta(meta["tokenizer"]).eot
     if doc_mask and missing and (eot is None or eot not in np.memmap(folder / "train.bin", meta["dtype"], "r")):
         raise UserError(
             f"doc_mask=True needs to know where documents end, and {folder} has no {missing} that fits, nor tokens of "

@@ -28,6 +28,7 @@ ENCODINGS = "gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k
 TOKENIZERS = "byte", *ENCODINGS  # those for any text
 PADDING = 128  # the embedding of an encoding has a multiple of so many rows: faster on GPUs
 GPT2_VOCAB_SIZE = 50304  # 50257, padded
+GPT2_EOT = 50256
 # A run of a million white-space characters overflows the stack of tiktoken's regular expressions. LONG_RUN leaves room.
 LONG_RUN = 500_000
 BLANK = r"\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # its \s, but for \n and \r

@@ -344,6 +344,14 @@ def test_a_corpus_that_says_nothing_of_documents(tmp_path):
         load_corpus(tmp_path, 64, doc_mask=True)
 
 
+def test_a_corpus_of_nanogpts_make_needs_no_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.loader.tokenizer_from_meta", None)
+    for split in ("train", "val"):
+        np.where(np.arange(500) % 100 == 99, 50256, 7).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
+    batch = load_corpus(tmp_path, 64, doc_mask=True).val_batch([0, 90])
+    assert batch.documents[:, -1].tolist() == [0, 10]
+
+
 # -- runs -------------------------------------------------------------------------------------------
 
 SUS, EXACT = dict(attn_backward="sus"), dict(attn_backward="exact")
@@ -361,7 +369,10 @@ SUS, EXACT = dict(attn_backward="sus"), dict(attn_backward="exact")
 )
 def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, capsys, keys):
     whole = run("whole", **keys)
-    assert "within documents" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "within documents" in out
+    assert ("; all but attention computed again" in out) == ("activation_checkpointing" in keys)
+    assert ("; activations in the host's memory" in out) == ("offload_activations" in keys)
     run("parts", **keys, max_iters=5)
     parts = run("parts", **keys, init_from="resume")
     assert curve(parts[-8:]) == curve(whole[-8:]) and same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
@@ -450,6 +461,7 @@ def test_unbiased_under_documents_and_windows():
         ("--attn_window=8 --window_pattern=SX", "window_pattern='SX' must be made of S and L"),
         ("--window_pattern=SL", "window_pattern=SL needs a window: give --attn_window=1024"),
         ("--attn_window=8 --window_pattern=L", "window_pattern=L makes none here"),
+        ("--attn_window=64 --block_size=64", "attn_window=64 leaves nothing out of a context of block_size=64"),
         ("--attn_window=8 --n_layer=1", "the last of the 1 layers is always L"),
         (
             "--doc_mask=True --attn_backward=lowrank",

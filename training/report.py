@@ -99,7 +99,11 @@ def print_summary(
         + ("" if cfg.init_from in ("scratch", "resume") else f", from {cfg.init_from}"),
         "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
         f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens"
-        + ("; gradients without autograd" if cfg.backprop == "analytic" else ""),
+        + ("; gradients without autograd" if cfg.backprop == "analytic" else "")
+        + {"none": "", "attention": "; all but attention computed again", "full": "; all computed again"}[
+            cfg.activation_checkpointing
+        ]
+        + ("; activations in the host's memory" if cfg.offload_activations else ""),
         "attention": attention + describe_sight(cfg),
     }
     if cfg.lora_rank:
