@@ -75,13 +75,13 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
     return f"SUS backward, {c}, sampler {cfg.sus_sampler}, {backend} backend ({why})"
 
 
-def describe_sight(cfg: TrainConfig) -> str:
-    """What rows see besides their past, if anything, for the summary's line on attention."""
+def describe_sight(cfg: TrainConfig, model: GPT) -> str:
+    """What rows see of their past, if not all, for the summary's line on attention."""
     within = "; within documents" if cfg.doc_mask else ""
     if not cfg.attn_window:
         return within
-    pattern = (cfg.window_pattern * cfg.n_layer)[: cfg.n_layer - 1] + "L"
-    return f"{within}; {pattern.count('S')} of {cfg.n_layer} layers see the last {cfg.attn_window} tokens"
+    short = sum(window > 0 for window in model.config.layer_windows)
+    return f"{within}; {short} of {cfg.n_layer} layers see the last {cfg.attn_window} tokens"
 
 
 def print_summary(
@@ -104,7 +104,7 @@ def print_summary(
             cfg.activation_checkpointing
         ]
         + ("; activations in the host's memory" if cfg.offload_activations else ""),
-        "attention": attention + describe_sight(cfg),
+        "attention": attention + describe_sight(cfg, model),
     }
     if cfg.lora_rank:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
