@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
-from measure import exact_attention, gradients
+from exact_attn import exact_attention
+from measure import gradients
 from sus_attn import check_inputs, sus_attention
 from training.device import Device
 

@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from configurator import UserError, key, load_config, run_main
 from data.loader import Batch, load_corpus
+from exact_attn import exact_attention
 from grad_variance_measure import Method, check_estimate, judge, look_at_attention, measure_at
 from grad_variance_picture import draw
 from grad_variance_report import fits, report, typical
-from measure import exact_attention, free_memory, heading, numbers, product_ms, sus_backend
+from measure import free_memory, heading, numbers, product_ms, sus_backend
 from model_gradients import Parts, Subject, load_model, windows
 from output import check_picture, check_writable, deliver, pick, progress_bar, read_json
 from sus_attn import BACKENDS, SAMPLERS

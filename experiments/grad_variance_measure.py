@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from measure import exact_attention, gradients
+from exact_attn import exact_attention
+from measure import gradients
 from model_gradients import Parts, Subject
 from sus_attn import fold_in, sus_attention
 

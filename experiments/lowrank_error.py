@@ -34,20 +34,10 @@ from torch.nn import functional as F
 
 import model as model_module
 from data.loader import Batch, load_corpus
+from exact_attn import exact_attention
 from lowrank_attn import lowrank_attention, score_bound, worst_error
 from lowrank_error_report import draw, report
-from measure import (
-    apart,
-    describe_machine,
-    environment,
-    exact_attention,
-    gradients,
-    idleness,
-    numbers,
-    peak_of,
-    product_ms,
-    sus_backend,
-)
+from measure import apart, describe_machine, environment, gradients, idleness, numbers, peak_of, product_ms, sus_backend
 from model import GPT, GPTConfig
 from model_gradients import Subject, load_model, windows
 from output import check_picture, pick, progress_bar, save_picture

@@ -26,7 +26,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from configurator import UserError
 from data.loader import load_corpus
@@ -64,10 +63,6 @@ def sus_backend(backend: str, device: Device, D: int, c: float, sampler: str = "
 
 
 # -- one layer's attention --------------------------------------------------------------------------
-
-
-def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def gradients(function: Callable, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, **options) -> tuple[Tensor, ...]:

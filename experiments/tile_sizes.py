@@ -41,7 +41,8 @@ from torch import Tensor
 from capture_attention import load
 from contenders import captured_inputs
 from data.reading import read_text
-from measure import environment, exact_attention, gradients
+from exact_attn import exact_attention
+from measure import environment, gradients
 from output import (
     COLORS,
     check_picture,
