@@ -52,6 +52,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ from sus_backends.reference import UNIT, fold_in  # noqa: F401  (fold_in is part
 SAMPLERS = (*reference.THINNED, "systematic", "poisson")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # device type: backend
+F = TypeVar("F", bound=Callable)
 
 
 def sus_attention(
@@ -160,7 +162,7 @@ def sus_attention_and_backward(
 
 
 def resolve_backend(
-    backend: str, device_type: str, dtype: torch.dtype, D: int, *, sampler: str = "tiles", c_max: float = 8.0
+    backend: str, device_type: str, dtype: torch.dtype, D: int, *, sampler: str = "tiles"
 ) -> tuple[str, str]:
     """The backend that `backend` means for such a call, and the reason, for a line to print.
 
@@ -188,9 +190,17 @@ def resolve_backend(
     return ("reference", f"not the faster {backend}: {obstacle}") if obstacle else (backend, "the fastest here")
 
 
-@torch.compiler.assume_constant_result  # resolved, and any warning given, once per compiled graph
-def _resolve_backend(backend: str, device_type: str, dtype: torch.dtype, D: int, sampler: str, c_max: float) -> str:
-    name, reason = resolve_backend(backend, device_type, dtype, D, sampler=sampler, c_max=c_max)
+def constant_in_graphs(function: F) -> F:
+    """The mark of torch.compiler.assume_constant_result, which imports all of the compiler, and takes a second for it:
+    in compiled code the function is called once per graph, and its result is part of that.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs  # resolved, and any warning given, once per compiled graph
+def _resolve_backend(backend: str, device_type: str, dtype: torch.dtype, D: int, sampler: str) -> str:
+    name, reason = resolve_backend(backend, device_type, dtype, D, sampler=sampler)
     if backend == "auto" and device_type in FASTEST and name == "reference":
         warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=4)
     return name
@@ -207,7 +217,7 @@ def _arguments(
     """sus_attention's arguments, checked, as those of the custom op but for `draws`."""
     check_inputs(q, k, v, same_length=False)
     q, k, v = autocast_inputs(q, k, v)
-    c, c_max = _check_c(c, c_max, q.device)
+    c, c_max = check_c(c, c_max, q.device)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
     if not isinstance(is_causal, bool):
@@ -222,7 +232,7 @@ def _arguments(
     D = q.shape[3]
     if q.device.type == "cpu" and D <= cpu.MAX_D and backend != "triton":
         D = cpu.MAX_D  # where compiled code has it as a symbol, only this is fixed
-    backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), sampler, c_max)
+    backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), sampler)
     if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:
@@ -298,7 +308,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, same_length: bool = True) -> N
         raise ValueError(f"q has {H} heads, which is not a multiple of the {k.shape[1]} heads of k and v")
 
 
-def _check_c(c: float | Tensor, c_max: float | None, device: torch.device) -> tuple[Tensor, float]:
+def check_c(c: float | Tensor, c_max: float | None, device: torch.device) -> tuple[Tensor, float]:
     """c as a 0-d float32 tensor, and the Python float that bounds it."""
     if c_max is not None and not (_is_number(c_max) and c_max > 0):
         raise ValueError(f"c_max must be a number > 0, not {c_max!r}")

@@ -125,15 +125,12 @@ def measure(cfg: BenchConfig) -> dict:
     device = resolve_device(cfg.device, cfg.dtype)
     origin, D, to_measure = cases(cfg, device)
     cs = numbers("c", cfg.c, float, 0)
-    backends = {c: sus_backend(cfg.backend, device, D, c, cfg.sampler) for c in cs}
+    backend, why = sus_backend(cfg.backend, device, D, cfg.sampler)
     sight = Sight(cfg.documents, cfg.window)
-    members = contenders(device, {c: backend for c, (backend, _) in backends.items()}, cfg.sampler, sight)
+    members = contenders(device, dict.fromkeys(cs, backend), cfg.sampler, sight)
     print(
         device.reason,
-        *(
-            f"SUS c = {c:g}, sampler {cfg.sampler}, by the {backend} backend ({why})"
-            for c, (backend, why) in backends.items()
-        ),
+        f"SUS c = {', '.join(f'{c:g}' for c in cs)}, sampler {cfg.sampler}, by the {backend} backend ({why})",
         sep="\n",
         flush=True,
     )

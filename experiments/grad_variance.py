@@ -148,15 +148,13 @@ def measure(cfg: VarianceConfig) -> dict:
     texts = read_texts(dataset, Ts, cfg.sequences, config.vocab_size, tokenizer)
     with proposing(cfg.kappa):
         D = config.n_embd // config.n_head
-        backends = {(s, c): sus_backend(cfg.backend, device, D, c, s) for s in samplers for c in cs}
-        methods = [Method(sampler, c, backend) for (sampler, c), (backend, _) in backends.items()]
+        backends = {sampler: sus_backend(cfg.backend, device, D, sampler) for sampler in samplers}
+        methods = [Method(sampler, c, backends[sampler][0]) for sampler in samplers for c in cs]
         subject = Subject(model, device)
         check_memory(subject.parts, cfg.sequences, device)
         print(device.reason)
-        for sampler in samplers:
-            for backend, why in dict.fromkeys(backends[sampler, c] for c in cs):
-                those = [f"{c:g}" for c in cs if backends[sampler, c] == (backend, why)]
-                print(f"{sampler}, c = {', '.join(those)}: the {backend} backend ({why})", flush=True)
+        for sampler, (backend, why) in backends.items():
+            print(f"{sampler}: the {backend} backend ({why})", flush=True)
 
         rows, exact, attention, estimates, product = [], [], [], [], [product_ms(device)]
         repeats = 3 if cfg.times else 0
@@ -180,7 +178,7 @@ def measure(cfg: VarianceConfig) -> dict:
                 if T == Ts[0]:
                     for sampler in samplers:
                         c = typical(pick(of_T, sampler=sampler))["c"]
-                        found = check_estimate(Method(sampler, c, backends[sampler, c][0]), inputs)
+                        found = check_estimate(Method(sampler, c, backends[sampler][0]), inputs)
                         estimates.append({"T": T, "layer": config.n_layer // 2, "sampler": sampler, "c": c, **found})
                 attention.append({"T": T, **look_at_attention(subject, x, cs)})
                 rows += of_T

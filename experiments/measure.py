@@ -54,10 +54,10 @@ def numbers(name: str, text: str, kind: type, low: float) -> list:
     return values
 
 
-def sus_backend(backend: str, device: Device, D: int, c: float, sampler: str = "tiles") -> tuple[str, str]:
+def sus_backend(backend: str, device: Device, D: int, sampler: str = "tiles") -> tuple[str, str]:
     """The backend of SUS that runs, and why. UserError if the one asked for can't."""
     try:
-        return resolve_backend(backend, device.type, device.dtype, D, sampler=sampler, c_max=c)
+        return resolve_backend(backend, device.type, device.dtype, D, sampler=sampler)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -24,7 +24,7 @@ from model import GPT
 from sus_attn import resolve_backend
 from training.device import Device
 from training.record import relative
-from training.retention import HIGH, Retention
+from training.retention import Retention
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FEATURES = 1 << 20  # of the low-rank backward: a chunk of them takes half a gigabyte, a few times
@@ -64,11 +64,9 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
         )
     if cfg.attn_backward != "sus":
         return "exact backward"
-    D, c_max = cfg.n_embd // cfg.n_head, HIGH if cfg.sus_c == "auto" else cfg.sus_c
+    D = cfg.n_embd // cfg.n_head
     try:
-        backend, why = resolve_backend(
-            cfg.sus_backend, device.type, device.dtype, D, sampler=cfg.sus_sampler, c_max=c_max
-        )
+        backend, why = resolve_backend(cfg.sus_backend, device.type, device.dtype, D, sampler=cfg.sus_sampler)
     except ValueError as error:
         raise UserError(f"sus_{error}") from None
     c = f"c set by itself for rho = {cfg.sus_rho:g}" if cfg.sus_c == "auto" else f"c = {cfg.sus_c:g}"
