@@ -1,6 +1,7 @@
 """Compile every configuration of the Triton kernels for a GPU that need not be there, and print what each takes.
 
     python tests/compile_triton.py CAPABILITY           # 80, 86, 89 or 90; one JSON object a line
+    python tests/compile_triton.py CAPABILITY --loops   # and how many instructions each loop has: takes twice as long
 
 Each kernel is compiled as the backend would launch it: its own code runs, up to the launches.
 """
@@ -41,14 +42,16 @@ class Driver:
 
 
 def resources(compiled) -> dict:
-    """Registers and bytes of stack a thread, bytes of shared memory a block, and the instructions of each loop.
+    """Registers and bytes of stack a thread, bytes of shared memory a block, and with --loops the instructions of each
+    loop.
 
     Spilled registers go to the stack. A loop's instructions include those of loops inside it.
     """
+    disassembled = ["-sass"] if "--loops" in sys.argv else []
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [compiler.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", file.name]
+        command = [compiler.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", *disassembled, file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)]

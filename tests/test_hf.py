@@ -434,10 +434,11 @@ WAYS = {
     "lora, checkpointing": dict(gradient_checkpointing=True),
     "compile": dict(torch_compile=True, torch_compile_backend="aot_eager"),
 }
-SLOW = [pytest.param(kind, way, marks=pytest.mark.slow) for kind in KINDS if kind != "llama" for way in WAYS]
+QUICK = [("llama", way) for way in WAYS if way != "compile"]  # that a compiled model does the same is tested above
+SLOW = [(kind, way) for kind in KINDS for way in WAYS if (kind, way) not in QUICK]
 
 
-@pytest.mark.parametrize("kind, way", [*(("llama", way) for way in WAYS), *SLOW])
+@pytest.mark.parametrize("kind, way", [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_the_trainer_with(kind, way, tmp_path):
     """As "sdpa" does at c = inf. Checkpointing changes no bit of what SUS draws."""
     kinds = lambda *attention: adapted(make(kind, *attention)) if "lora" in way else make(kind, *attention)
