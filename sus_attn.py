@@ -233,7 +233,7 @@ def _arguments(
     if q.device.type == "cpu" and D <= cpu.MAX_D and backend != "triton":
         D = cpu.MAX_D  # where compiled code has it as a symbol, only this is fixed
     backend = _resolve_backend(backend, q.device.type, q.dtype, int(D), sampler)
-    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+    if scale is not None and not (_is_number(scale) and abs(scale) < math.inf):  # isfinite takes no symbol
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if u is not None:
         if sampler == "poisson":

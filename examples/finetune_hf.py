@@ -14,6 +14,7 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +22,9 @@ from configurator import UserError, key, load_config, run_main  # isort: skip (b
 
 from data.reading import files_under, read_text
 from experiments.output import print_table
+
+if TYPE_CHECKING:  # transformers is imported where it is used: its import takes a while
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -39,16 +43,16 @@ def main() -> None:
     cfg = load_config(FinetuneConfig, sys.argv[1:], usage=__doc__)
     if not Path(cfg.model, "config.json").exists():
         raise UserError(f"no Hugging Face folder {cfg.model}: python examples/smollm2.py makes models/smollm2")
-    rows, held_out = documents(cfg)
+    tokenizer, rows, held_out = documents(cfg)
     print(f"{len(rows)} rows of {cfg.T:,} tokens for training, {len(held_out)} for validation", flush=True)
     table = [["attention", "tokens/s", "loss, first 10", "last 10 steps", "validation, before", "after"]]
     for attention in ("sdpa", "sus"):
-        figures = train(cfg, attention, rows, held_out)
+        figures = train(cfg, attention, tokenizer, rows, held_out)
         table.append([attention, f"{figures[0]:,.0f}", *(f"{loss:.4f}" for loss in figures[1:])])
     print_table(table)
 
 
-def documents(cfg: FinetuneConfig) -> tuple[list[dict], list[dict]]:
+def documents(cfg: FinetuneConfig) -> tuple["PreTrainedTokenizerBase", list[dict], list[dict]]:
     """Rows as the Trainer takes them. Of each document the last eighth is held out, and some of that validates."""
     import torch
     from transformers import AutoTokenizer, logging
@@ -69,10 +73,12 @@ def documents(cfg: FinetuneConfig) -> tuple[list[dict], list[dict]]:
         raise UserError(
             f"{place} has no document of {8 * cfg.T:,} tokens: give longer ones by --text, or a smaller --T"
         )
-    return train, held_out[:: -(-len(held_out) // 8)]
+    return tokenizer, train, held_out[:: -(-len(held_out) // 8)]
 
 
-def train(cfg: FinetuneConfig, attention: str, rows: list[dict], held_out: list[dict]) -> list[float]:
+def train(
+    cfg: FinetuneConfig, attention: str, tokenizer: "PreTrainedTokenizerBase", rows: list[dict], held_out: list[dict]
+) -> list[float]:
     """tokens/s; the loss of the first and of the last ten steps; the validation loss before and after."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -107,7 +113,9 @@ def train(cfg: FinetuneConfig, attention: str, rows: list[dict], held_out: list[
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=[Clock()])
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=[Clock()], processing_class=tokenizer
+    )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]

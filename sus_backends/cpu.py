@@ -124,7 +124,7 @@ def _compile(kernel, args: tuple) -> None:
 
     types = tuple(numba.typeof(arg) for arg in args)
     with _compiling:
-        notice = threading.Timer(0.8, _announce)
+        notice = threading.Timer(3, _announce)  # from the disk it takes one or two, on a busy machine
         notice.start()
         try:
             kernel.compile(types)

@@ -117,6 +117,33 @@ def test_infinite_c_gives_the_loss_and_gradient_of_sdpa(kind, inputs):
     assert found == near and (gradient_ - exact).norm() > 0.1 * exact.norm()
 
 
+def test_other_shapes_of_attention():
+    """Values narrower than queries (DeepSeek's), two-sided attention (ModernBERT's), positions that repeat."""
+    x = tokens()
+    mla = dict(qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, kv_lora_rank=8, q_lora_rank=8, head_dim=8)
+    mla |= dict(num_key_value_heads=4, first_k_dense_replace=2, n_routed_experts=8, moe_intermediate_size=16)
+    model = make("deepseek_v3", "sdpa", **mla)
+    loss, exact = gradient(model, x)
+    found, gradient_ = gradient(using(model, "sus", inf), x)
+    assert found == pytest.approx(loss, abs=2e-6) and (gradient_ - exact).norm() < 1e-5 * exact.norm()
+    with torch.no_grad():
+        want = using(model, "sdpa")(x[:, :1]).logits
+        torch.testing.assert_close(using(model, "sus").eval()(x[:, :1]).logits, want, atol=1e-5, rtol=1e-4)
+    config = AutoConfig.for_model("modernbert", **SIZES | dict(local_attention=16, pad_token_id=0, cls_token_id=0))
+    encoder = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    inputs = dict(attention_mask=mask(2, 150, 1, right=20))
+    with torch.no_grad():
+        want = encoder(x, **inputs).last_hidden_state
+        encoder.set_attn_implementation("sus")
+        found = encoder(x, **inputs).last_hidden_state
+    torch.testing.assert_close(found[0], want[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1, :130], want[1, :130], atol=2e-5, rtol=1e-4)
+    positions = torch.arange(150).clamp(max=99)[None].expand(2, -1)  # as of the patches of an image
+    model, inputs = make("llama", "sdpa"), dict(position_ids=positions, attention_mask=mask(2, 150, 0))
+    want = model(x, **inputs).logits
+    torch.testing.assert_close(using(model, "sus", inf)(x, **inputs).logits, want, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["position_ids", "behind a mask of ones", "with a cache", "cu_seq_lens"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_documents_are_as_if_alone(kind, how):
@@ -222,6 +249,10 @@ def test_a_compiled_model_has_no_graph_break_and_new_draws():
         loss, found = gradient(compiled, x, **inputs)
         assert loss == pytest.approx(want[0], abs=2e-6) and (found - want[1]).norm() < 1e-5 * want[1].norm()
         using(model, "sus", 1.0)
+    dynamic = torch.compile(using(make("llama"), "sus", inf), backend="eager", fullgraph=True, dynamic=True)
+    for T in (150, 64):
+        want = make("llama", "sdpa")(x[:, :T]).logits
+        torch.testing.assert_close(dynamic(x[:, :T]).logits, want, atol=2e-5, rtol=1e-4)
     a, b, c = (gradient(compiled, x, seed)[1] for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, exact[1])
 
@@ -258,9 +289,12 @@ def dense(ranges, N):
     return (key >= ranges[..., :1]) & (key < ranges[..., 1:])
 
 
+PATTERNS = ["causal", "window", "chunked", "documents", "both sides", "window to both sides"]
+
+
 @pytest.mark.parametrize("q_offset, kv_offset, T, N", [(0, 0, 30, 30), (9, 0, 21, 30), (0, 0, 12, 30), (25, 9, 5, 21)])
 @pytest.mark.parametrize("padding", [None, "left", "right", "short"])
-@pytest.mark.parametrize("pattern", ["causal", "window", "chunked", "documents", "bidirectional"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_ranges_are_the_masks_of_transformers(pattern, padding, q_offset, kv_offset, T, N):
     """For every row that is no padding, with caches that are full, empty in part, and slide."""
     B, length = 2, kv_offset + N
@@ -275,7 +309,8 @@ def test_ranges_are_the_masks_of_transformers(pattern, padding, q_offset, kv_off
             ),
             None,
         ),
-        "bidirectional": (masking_utils.bidirectional_mask_function, None),
+        "both sides": (masking_utils.bidirectional_mask_function, None),
+        "window to both sides": (masking_utils.sliding_window_bidirectional_mask_function(4), 4),
     }
     function, size = functions[pattern]
     ones = torch.ones(B, length, dtype=torch.bool)
@@ -296,10 +331,10 @@ def test_ranges_are_the_masks_of_transformers(pattern, padding, q_offset, kv_off
         attention_mask=None if padding is None else ones,
     )
     want = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, device="cpu")[:, 0].expand(B, -1, -1)
-    found = sus_hf.key_ranges(**arguments)
+    found = sus_hf.key_ranges(**arguments | ({"allow_is_bidirectional_skip": True} if "sides" in pattern else {}))
     if found is None:
-        assert pattern == "bidirectional" or padding is None and q_offset + T == kv_offset + N
-        found = torch.ones(T, N).tril(N - T if pattern == "causal" else N)[None].bool()
+        assert pattern == "both sides" and padding is None
+        found = torch.ones(1, T, N).bool()
     else:
         assert found.dtype == torch.int32 and found.shape[1:] == (1, T, 2)
         found = dense(found[:, 0], N)
@@ -322,13 +357,10 @@ def test_masks_that_are_no_ranges_are_refused():
     keys = dict(config=model.config, inputs_embeds=torch.zeros(2, 20, 32), attention_mask=None, past_key_values=None)
     blocks = torch.full((2, 20), -1)
     blocks[:, 5:9] = 1
-    with pytest.raises(ValueError, match="a range of keys up to their own"):
+    with pytest.raises(ValueError, match="rows that see a range of keys"):
         masking_utils.create_causal_mask(**keys, block_sequence_ids=blocks)
     with pytest.raises(ValueError, match="or_mask_function"):
         masking_utils.create_causal_mask(**keys, or_mask_function=lambda b, h, q, k: k == 0)
-    model.config.is_causal, model.config.sliding_window = False, 4
-    with pytest.raises(ValueError, match="a range of keys up to their own"):
-        masking_utils.create_bidirectional_sliding_window_mask(**keys)
 
 
 # -- what is refused by name ------------------------------------------------------------------------
@@ -342,6 +374,7 @@ def test_masks_that_are_no_ranges_are_refused():
         ("s_aux", torch.zeros(4), "no sinks .s_aux"),
         ("position_bias", torch.zeros(1), "no position_bias"),
         ("cache", object(), "no paged cache"),
+        ("block_indices", torch.zeros(1), "no block_indices, by which the model chooses keys"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, value, says):
@@ -367,6 +400,12 @@ def test_retention_is_checked_and_set_in_every_layer():
         sus_hf.set_retention(model, 4.0)
     with pytest.raises(ValueError, match="this is no model of transformers"):
         sus_hf.set_retention(torch.nn.Linear(2, 2), 4.0)
+    own = AutoConfig.for_model("codegen", vocab_size=128, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    own = AutoModelForCausalLM.from_config(own, attn_implementation="sus")
+    with pytest.raises(ValueError, match="CodeGen.* has an attention of its own.*: use 'eager'"):
+        sus_hf.set_retention(own, 4.0)
+    with pytest.raises(RuntimeError):  # it doesn't go on without its causal mask
+        own(tokens())
     model.set_attn_implementation("sus")
     for bad, kind in ((0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("4", TypeError), (None, TypeError)):
         with pytest.raises(kind, match="^c "):
@@ -496,7 +535,7 @@ def test_a_wheel_works_in_another_folder(tmp_path):
     """Built from what git has; installed beside this environment's packages, and without the repository."""
     root = Path(__file__).resolve().parents[1]
     copy = tmp_path / "copy"
-    for path in ("pyproject.toml", "LICENSE", "docs/operator.md", "sus_attn.py", "sus_hf.py", "sus_backends"):
+    for path in ("pyproject.toml", "LICENSE", "sus_attn.py", "sus_hf.py", "sus_backends"):
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (root / path).is_dir() else shutil.copy)(root / path, copy / path)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
