@@ -66,6 +66,7 @@ SAMPLERS = (*reference.THINNED, "systematic", "poisson")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # device type: backend
 F = TypeVar("F", bound=Callable)
+_warned: set[str] = set()  # of reasons; warnings' own memory is lost where an import changes its filters, as torch's do
 
 
 def sus_attention(
@@ -201,7 +202,8 @@ def constant_in_graphs(function: F) -> F:
 @constant_in_graphs  # resolved, and any warning given, once per compiled graph
 def _resolve_backend(backend: str, device_type: str, dtype: torch.dtype, D: int, sampler: str) -> str:
     name, reason = resolve_backend(backend, device_type, dtype, D, sampler=sampler)
-    if backend == "auto" and device_type in FASTEST and name == "reference":
+    if backend == "auto" and device_type in FASTEST and name == "reference" and reason not in _warned:
+        _warned.add(reason)
         warnings.warn(f"sus_attention uses the slow reference backend, {reason}", stacklevel=4)
     return name
 

@@ -107,7 +107,7 @@ def test_the_table(figures):
         "SDPA flash",
         "SDPA math",
         "a matrix product took",
-        "SUS c = 0.4, sampler tiles, by the reference backend (asked for)",
+        "SUS c = 0.4, inf, sampler tiles, by the reference backend (asked for)",
         "left out: FlexAttention at T = 64, 128: FlexAttention does not support backward on CPU",
         "Time grows as T to the power of: exact backward",
     ):
