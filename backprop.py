@@ -16,7 +16,7 @@ dtype, also under autocast, as autograd's has; what isn't a product of matrices 
 Documents, windows, and what is kept for the backward are those of model.py. Deliberately missing: dropout, and the
 attn_backward whose backward isn't here. Both are refused by name.
 
-Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V vocabulary.
+Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim, I width inside the MLP, V vocabulary.
 """
 
 import math
@@ -131,6 +131,18 @@ def gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
     return slope.add_(tanh).add_(1).mul_(dy).mul_(0.5).to(x.dtype)
 
 
+def swiglu_backward(h: Tensor, dy: Tensor) -> Tensor:
+    """Y = G o s(G) o U with [G U] = H and the logistic function s (arXiv 2002.05202):
+
+    dU = dY o G o s(G)    dG = dY o U o s(G) o (1 + G o (1 - s(G)))
+
+    h (..., 2 I), dy (..., I). Returns dH.
+    """
+    G, U = widened(h).chunk(2, -1)
+    s = torch.sigmoid(G)
+    return torch.cat([(1 - s).mul_(G).add_(1).mul_(s).mul_(U).mul_(dy), s.mul_(G).mul_(dy)], -1).to(h.dtype)
+
+
 def rope_backward(dy: Tensor, table: Tensor) -> Tensor:
     """Every row is rotated, y = R x, so dx = R^T dy: rotated back. dy (B, H, T, D); table (2, T, D/2),
     see rope_table.
@@ -224,9 +236,9 @@ class Activations(NamedTuple):
     x: Tensor  # (B, T, C), its input
     heads: Tensor  # (B, H + 2K, T, D), c_attn's output
     attention_backward: Callable  # dO (B, H, T, D) -> (dQ, dK, dV), of queries and keys normalised and rotated
-    o: Tensor  # (B, T, C), c_proj's input
+    o: Tensor  # (B, T, H D), c_proj's input
     x_mid: Tensor  # (B, T, C), what MLP's norm reads
-    h: Tensor  # (B, T, 4C), GELU's input
+    h: Tensor  # (B, T, I) or (B, T, 2 I), c_fc's output
 
 
 def block_forward(
@@ -239,7 +251,7 @@ def block_forward(
 ) -> tuple[Tensor, Activations]:
     """model.Block's forward. attended: o and attention_backward of its Activations, where they are kept."""
     attn, mlp = block.attn, block.mlp
-    B, T, C = x.shape
+    B, T, _ = x.shape
     heads = attn.c_attn(block.ln_1(x)).view(B, T, -1, attn.D).transpose(1, 2)
     if attended is None:
         q, k, v = heads.split([attn.n_head, attn.n_kv_head, attn.n_kv_head], 1)
@@ -248,11 +260,11 @@ def block_forward(
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
         o, backward = attend(attn, q, k, v, seed, sight)
-        attended = o.transpose(1, 2).reshape(B, T, C), backward
+        attended = o.transpose(1, 2).flatten(2), backward
     o, backward = attended
     x_mid = x + attn.c_proj(o)
     h = mlp.c_fc(block.ln_2(x_mid))
-    return x_mid + mlp.c_proj(mlp.gelu(h)), Activations(x, heads, backward, o, x_mid, h)
+    return x_mid + mlp.c_proj(mlp.activate(h)), Activations(x, heads, backward, o, x_mid, h)
 
 
 def attend(
@@ -279,7 +291,8 @@ def attend(
 def block_backward(block: Block, a: Activations, dy: Tensor, rope: Tensor | None) -> Tensor:
     """A residual, Y = X + f(X):    dX = dY + (f's backward of dY). Twice: dy (B, T, C) is the block's output's."""
     attn, mlp = block.attn, block.mlp
-    dh = gelu_backward(a.h, linear_backward(mlp.c_proj, mlp.gelu(a.h), dy.to(a.h.dtype)))
+    activation_backward = swiglu_backward if mlp.kind == "swiglu" else gelu_backward
+    dh = activation_backward(a.h, linear_backward(mlp.c_proj, mlp.activate(a.h), dy.to(a.h.dtype)))
     dx_mid = dy + norm_backward(block.ln_2, a.x_mid, linear_backward(mlp.c_fc, block.ln_2(a.x_mid), dh))
     do = linear_backward(attn.c_proj, a.o, dx_mid.to(a.o.dtype))
     dq, dk, dv = a.attention_backward(do.unflatten(2, (-1, attn.D)).transpose(1, 2))

@@ -336,12 +336,29 @@ class TrainConfig:
     n_head: int = key(12, "query heads", low=1)
     n_kv_head: int = key(0, "key/value heads; 0: n_head; fewer: grouped-query", low=0)
     n_embd: int = key(768, "width", low=1)
+    head_dim: int = key(0, "of each head; 0: n_embd / n_head", low=0)
+    mlp: str = key("gelu", "the layer between attentions; swiglu: as in Llama and Qwen", choices=("gelu", "swiglu"))
+    intermediate_size: int = key(0, "width inside the MLP; 0: 4 n_embd", low=0)
     dropout: float = key(0.0, "of attention too, so it needs attn_backward=exact", low=0, below=1)
     bias: bool = key(False, "biases in linear layers and norms")
+    qkv_bias: bool = key(False, "biases of queries, keys and values, where bias=False; as in Qwen2")
+    tie_head: bool = key(True, "the head's weights are the embedding's")
     pos: str = key("learned", "position encoding", choices=("learned", "rope"))
-    rope_theta: float = key(10000.0, "base of RoPE's wavelengths; larger reaches further", above=0)
-    rope_scaling: float = key(1.0, "RoPE's positions are divided by it, to stretch those of a trained model", low=1)
+    rope_theta: float = key(10000.0, "base of RoPE's wavelengths; larger reaches further", above=1)
+    rope_scaling: float = key(1.0, "so many times a trained model's positions are stretched, by rope_type", low=1)
+    rope_type: str = key(
+        "default",
+        "how: linear, which is the default's way, llama3 or yarn",
+        choices=("default", "linear", "llama3", "yarn"),
+    )
+    rope_original_context: int = key(8192, "for llama3 and yarn: the context before it was stretched", low=1)
+    rope_low_freq_factor: float = key(1.0, "llama3: what turns less often in that context is stretched", above=0)
+    rope_high_freq_factor: float = key(4.0, "llama3: what turns more often is not", above=0)
+    rope_beta_fast: float = key(32.0, "yarn: what turns more often in that context is not stretched", above=0)
+    rope_beta_slow: float = key(1.0, "yarn: what turns less often is", above=0)
+    rope_attention_factor: float = key(0.0, "yarn: multiplies queries and keys; 0: 0.1 ln(rope_scaling) + 1", low=0)
     norm: str = key("layernorm", "normalisation layer", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = key(1e-5, "added to what norms divide by, squared", above=0)
     qk_norm: bool = key(False, "normalise queries and keys")
     qk_norm_scale: float = key(
         0.0,
@@ -350,7 +367,9 @@ class TrainConfig:
     )
     attn_window: int = key(0, "keys, the latest, that rows of some layers see; 0: all; see window_pattern", low=0)
     window_pattern: str = key(
-        "SSSL", "for attn_window, tiled over the layers; S: they see the window; L: all keys, as the last layer always"
+        "SSSL",
+        "for attn_window, tiled over the layers; S: they see the window; L: all keys, as the last layer does if the "
+        "pattern has no letter for it",
     )
     activation_checkpointing: str = key(
         "none",
@@ -452,20 +471,15 @@ def validate(cfg: TrainConfig) -> None:
 
 
 def _validate_architecture(cfg: TrainConfig) -> None:
-    if cfg.n_embd % cfg.n_head:
-        raise UserError(f"n_embd={cfg.n_embd} must be a multiple of n_head={cfg.n_head}")
+    if not cfg.head_dim and cfg.n_embd % cfg.n_head:
+        raise UserError(f"n_embd={cfg.n_embd} must be a multiple of n_head={cfg.n_head}, or give --head_dim=64, say")
     if cfg.n_kv_head and cfg.n_head % cfg.n_kv_head:
         raise UserError(f"n_head={cfg.n_head} must be a multiple of n_kv_head={cfg.n_kv_head} (0: as n_head)")
-    head_dim = cfg.n_embd // cfg.n_head
+    head_dim = cfg.head_dim or cfg.n_embd // cfg.n_head
     if cfg.pos == "rope" and head_dim % 2:
-        raise UserError(
-            f"pos=rope needs an even head dimension, but n_embd / n_head = {cfg.n_embd} / {cfg.n_head} = {head_dim}"
-        )
-    if cfg.rope_scaling != 1 and cfg.pos != "rope":
-        raise UserError(
-            f"rope_scaling={cfg.rope_scaling} is for rotary positions, and pos={cfg.pos}: leave it out, or "
-            "set --pos=rope"
-        )
+        of = "head_dim" if cfg.head_dim else f"n_embd / n_head = {cfg.n_embd} / {cfg.n_head}"
+        raise UserError(f"pos=rope needs an even head dimension, but {of} = {head_dim}")
+    _validate_rope(cfg)
     if not cfg.window_pattern or set(cfg.window_pattern) - {"S", "L"}:
         raise UserError(f"window_pattern={cfg.window_pattern!r} must be made of S and L, such as SSSL")
     if cfg.attn_window == 0 and "window_pattern" in cfg.explicit and "S" in cfg.window_pattern:
@@ -477,7 +491,8 @@ def _validate_architecture(cfg: TrainConfig) -> None:
             f"attn_window={cfg.attn_window} leaves nothing out of a context of block_size={cfg.block_size}: give a "
             "smaller window, or --attn_window=0"
         )
-    if cfg.attn_window and "S" not in (cfg.window_pattern * cfg.n_layer)[: cfg.n_layer - 1]:
+    literal = len(cfg.window_pattern) == cfg.n_layer
+    if cfg.attn_window and "S" not in (cfg.window_pattern * cfg.n_layer)[: cfg.n_layer - 1 + literal]:
         raise UserError(
             f"attn_window={cfg.attn_window} is for layers S, of which window_pattern={cfg.window_pattern} makes none "
             f"here: the last of the {cfg.n_layer} layers is always L"
@@ -487,6 +502,26 @@ def _validate_architecture(cfg: TrainConfig) -> None:
             f"qk_norm_scale={cfg.qk_norm_scale:g} is the gain of qk_norm, which is off: set --qk_norm=True, or "
             "--qk_norm_scale=0"
         )
+
+
+def _validate_rope(cfg: TrainConfig) -> None:
+    given = [name for name in sorted(cfg.explicit) if name.startswith("rope_") and name != "rope_theta"]
+    if cfg.pos != "rope" and (given or cfg.rope_scaling != 1):
+        name = given[0] if given else "rope_scaling"
+        raise UserError(
+            f"{name}={getattr(cfg, name)} is for rotary positions, and pos={cfg.pos}: leave it out, or set --pos=rope"
+        )
+    if cfg.rope_type == "default" and cfg.rope_scaling != 1:
+        if "rope_type" in cfg.explicit:
+            raise UserError(f"rope_type=default stretches nothing: leave rope_scaling={cfg.rope_scaling} out")
+        cfg.rope_type = "linear"
+    if cfg.rope_low_freq_factor >= cfg.rope_high_freq_factor:
+        raise UserError(
+            f"rope_low_freq_factor={cfg.rope_low_freq_factor} must be below "
+            f"rope_high_freq_factor={cfg.rope_high_freq_factor}"
+        )
+    if cfg.rope_beta_slow >= cfg.rope_beta_fast:
+        raise UserError(f"rope_beta_slow={cfg.rope_beta_slow} must be below rope_beta_fast={cfg.rope_beta_fast}")
 
 
 def _validate_lora(cfg: TrainConfig) -> None:

@@ -1,15 +1,15 @@
 """GPT, in one file: the transformer of GPT-2, the choices that long contexts ask for, and attention's backward.
 
-With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), whose weights fit. For long contexts:
-rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query attention (`n_kv_head`), layers that see a window
-(`attn_window`), documents that don't see each other, activation checkpointing, and a cross-entropy which never holds
-the logits of the whole context.
+With the defaults it is GPT-2 (learned positions, LayerNorm, GELU, tied head), whose weights fit. Other keys make it a
+Llama, a Mistral or a Qwen. For long contexts: rotary positions (`pos="rope"`), RMSNorm, QK-norm, grouped-query
+attention (`n_kv_head`), layers that see a window (`attn_window`), documents that don't see each other, activation
+checkpointing, and a cross-entropy which never holds the logits of the whole context.
 
 While the model trains, attention's gradient is exact, SUS or low-rank (`attn_backward`, see sus_attn.py and
 lowrank_attn.py). Its forward is exact unless `lowrank_forward` says otherwise, and evaluation and sampling use torch's
 own attention (exact_attn.py).
 
-Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H, V vocabulary.
+Dims: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim, V vocabulary.
 """
 
 import functools
@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from exact_attn import ALL, Sight, exact_attention, sight_of
 from loss import chunked_cross_entropy
 from lowrank_attn import lowrank_attention
+from mlp import MLP
 from norms import HeadNorm, make_norm
-from rope import rope_table, rotate
+from rope import ROPE_KEYS, rope_table, rotate
 from sus_attn import fold_in, sus_attention
 
 
@@ -40,15 +41,28 @@ class GPTConfig:
     n_head: int = 12
     n_kv_head: int = 0  # 0: n_head
     n_embd: int = 768
+    head_dim: int = 0  # 0: n_embd / n_head
+    mlp: str = "gelu"  # or "swiglu"
+    intermediate_size: int = 0  # of the MLP; 0: 4 n_embd
     bias: bool = True
+    qkv_bias: bool = False  # of queries, keys and values, where the rest has none
+    tie_head: bool = True  # the head is the embedding
     pos: str = "learned"  # or "rope"
+    rope_type: str = "default"  # or "linear", "llama3", "yarn": see rope.py, also for the next ones
     rope_theta: float = 10000.0
-    rope_scaling: float = 1.0  # positions are divided by it
+    rope_scaling: float = 1.0
+    rope_original_context: int = 8192
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_attention_factor: float = 0.0
     norm: str = "layernorm"  # or "rmsnorm"
+    norm_eps: float = 1e-5
     qk_norm: bool = False
     qk_norm_scale: float = 0.0  # its gain; 0: learned
     attn_window: int = 0  # keys that rows of layers S see, the latest; 0: all
-    window_pattern: str = "SSSL"  # tiled over the layers: S, or L, which see all; the last layer is always L
+    window_pattern: str = "SSSL"  # tiled over the layers: S, or L, which see all; see layer_windows
     # How it is trained: free to change from run to run.
     dropout: float = 0.0
     activation_checkpointing: str = "none"  # or "attention": all but attention is computed again; "full": that too
@@ -66,13 +80,21 @@ class GPTConfig:
             raise ValueError(
                 f"attention dropout is not supported with attn_backward={self.attn_backward!r}: set dropout to 0"
             )
+        if self.rope_type == "default" and self.rope_scaling != 1:  # as earlier versions had it
+            self.rope_type = "linear"
         earlier: dict[Any, str] = {True: "attention", False: "none"}  # as earlier versions had it
         self.activation_checkpointing = earlier.get(self.activation_checkpointing, self.activation_checkpointing)
 
     @property
+    def D(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
     def layer_windows(self) -> list[int]:
-        """How many keys the rows of each layer see; 0: all."""
+        """How many keys the rows of each layer see; 0: all. The last layer sees all, if the pattern doesn't name it."""
         letters = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
+        if len(self.window_pattern) == self.n_layer:
+            letters = self.window_pattern
         return [self.attn_window if letter == "S" else 0 for letter in letters]
 
 
@@ -88,7 +110,7 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch_size, config.n_kv_head or config.n_head, config.block_size)
-        self.k, self.v = torch.empty(2, *shape, config.n_embd // config.n_head, device=device, dtype=dtype)
+        self.k, self.v = torch.empty(2, *shape, config.D, device=device, dtype=dtype)
         self.length = 0  # advanced by GPT.forward, once all layers have appended
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,11 +149,12 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.D = config.n_embd // config.n_head
-        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.D, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = HeadNorm(self.D, config.qk_norm_scale) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.D, config.qk_norm_scale) if config.qk_norm else nn.Identity()
+        self.D, C = config.D, config.n_embd
+        bias = config.bias or config.qkv_bias
+        self.c_attn = nn.Linear(C, (self.n_head + 2 * self.n_kv_head) * self.D, bias=bias)
+        self.c_proj = nn.Linear(self.n_head * self.D, C, bias=config.bias)
+        norm = lambda: HeadNorm(self.D, config.qk_norm_scale, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = norm(), norm()
         self.attend = Attend(config)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -151,25 +174,14 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh")  # GPT-2's
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
-
-
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = make_norm(config.norm, config.n_embd, config.bias)
+        C = config.n_embd
+        self.ln_1 = make_norm(config.norm, C, config.bias, config.norm_eps)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = make_norm(config.norm, config.n_embd, config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = make_norm(config.norm, C, config.bias, config.norm_eps)
+        self.mlp = MLP(config.mlp, C, config.intermediate_size or 4 * C, config.bias, config.dropout)
 
     def forward(
         self,
@@ -219,11 +231,12 @@ class GPT(nn.Module):
                 **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-                "ln_f": make_norm(config.norm, config.n_embd, config.bias),
+                "ln_f": make_norm(config.norm, config.n_embd, config.bias, config.norm_eps),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tie_head:
+            self.lm_head.weight = self.transformer.wte.weight
         self._set_rope()
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():  # GPT-2's scaled initialisation of the residual projections
@@ -233,7 +246,7 @@ class GPT(nn.Module):
     def _set_rope(self) -> None:
         c, table = self.config, None
         if c.pos == "rope":
-            table = rope_table(c.n_embd // c.n_head, c.block_size, c.rope_theta, c.rope_scaling)
+            table = rope_table(c.D, c.block_size, **{name: getattr(c, name) for name in ROPE_KEYS})
             table = table.to(self.lm_head.weight.device)
         self.register_buffer("rope", table, persistent=False)
 
@@ -307,27 +320,18 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - (self.transformer.wpe.weight.numel() if self.config.pos == "learned" else 0)
 
-    def flops_per_token(self, T: int) -> int:
-        """Nominal floating-point operations a token, forward and backward, at context T (PaLM, arXiv 2204.02311, B).
-
-        Nominal: attention counts as dense, T keys a query or a layer's window, whatever else the causal mask, documents
-        or SUS leave out. A frozen weight has no gradient of its own: 4 operations instead of 6.
-        """
-        n = self.num_params()
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        trained = min(n, trained)  # n is without position embeddings
-        keys = sum(min(T, window or T) for window in self.config.layer_windows)
-        return 4 * n + 2 * trained + 12 * self.config.n_embd * keys
-
-    def set_context(self, block_size: int, rope_scaling: float = 1.0) -> None:
-        """Change the length of the context, and the scaling of rotary positions (see `rope_table`).
+    def set_context(self, block_size: int, **rope: Any) -> None:
+        """Change the length of the context, and how rotary positions are stretched (of ROPE_KEYS, see `rope_table`).
 
         Learned positions can be cut, but there are no more of them: ValueError.
         """
         config = self.config
-        if config.pos == "learned" and (block_size > config.block_size or rope_scaling != 1):
+        if config.pos == "learned" and (block_size > config.block_size or rope.get("rope_scaling", 1) != 1):
             raise ValueError(f"learned positions do not go beyond the model's {config.block_size}, nor scale")
-        config.block_size, config.rope_scaling = block_size, rope_scaling
+        config.block_size = block_size
+        for name, value in rope.items():
+            setattr(config, name, value)
+        config.__post_init__()
         if config.pos == "learned":
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         else:

@@ -5,11 +5,11 @@ import torch.nn as nn
 from torch import Tensor
 
 
-def make_norm(kind: str, width: int, bias: bool) -> nn.Module:
+def make_norm(kind: str, width: int, bias: bool, eps: float) -> nn.Module:
     """kind: "layernorm", whose bias is left out where `bias` says so, or "rmsnorm", which has none."""
     if kind == "rmsnorm":
-        return nn.RMSNorm(width, eps=1e-5)
-    return nn.LayerNorm(width, bias=bias)
+        return nn.RMSNorm(width, eps=eps)
+    return nn.LayerNorm(width, eps=eps, bias=bias)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -18,8 +18,8 @@ class HeadNorm(nn.RMSNorm):
     scale: its gain, the same for all D, for good: scores are then at most scale^2 sqrt(D). 0: one for each, learned.
     """
 
-    def __init__(self, D: int, scale: float):
-        super().__init__(D, eps=1e-5)
+    def __init__(self, D: int, scale: float, eps: float):
+        super().__init__(D, eps=eps)
         if scale:
             del self.weight  # no parameter
             self.register_buffer("weight", torch.full((D,), scale), persistent=False)

@@ -2,7 +2,8 @@
 
     python sample.py --out_dir=out-long-ctx --start='import os' --num_samples=3
     python sample.py --out_dir=out-long-ctx --start=FILE:prompt.txt --temperature=0.7 --top_p=0.9
-    python sample.py --init_from=gpt2 --start='What is the answer to life?'
+    python sample.py --init_from=models/smollm2 --start='What is the answer to life?'    # a Hugging Face folder
+    python sample.py --init_from=gpt2 --start='What is the answer to life?'              # or a name on its hub
 
 The text appears as it is drawn. Tokenizer and model come from the checkpoint, which needs nothing else.
 """
@@ -22,15 +23,14 @@ from data.tokenizer import Tokenizer, tokenizer_from_meta
 from model import GPT
 from training import checkpoint
 from training.device import resolve_device
-from training.weights import load_pretrained, model_from_checkpoint
+from training.weights import load_named, model_from_checkpoint
 
 
 @dataclass
 class SampleConfig:
     init_from: str = key(
         "resume",
-        "a checkpoint of train.py, or GPT-2",
-        choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+        "resume: out_dir's checkpoint; or a Hugging Face folder, or a name on the hub, such as gpt2",
         section="Model",
     )
     out_dir: str = key("out", "folder of the checkpoint")
@@ -56,7 +56,7 @@ def main() -> None:
     if cfg.init_from == "resume":
         model, tokenizer = load_model(find_checkpoint(cfg.out_dir, cfg.ckpt), cfg.lora_base)
     else:
-        model, tokenizer = load_pretrained(cfg.init_from), tokenizer_from_meta({"name": "gpt2"})
+        model, tokenizer = as_model(*load_named(cfg.init_from))
     model.eval().to(device.device)
     if cfg.compile:
         model.compile(dynamic=True)
@@ -112,14 +112,17 @@ def find_checkpoint(out_dir: str, ckpt: str) -> Path:
 
 def load_model(path: Path, lora_base: str = "") -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a checkpoint."""
-    saved = checkpoint.load(path)
+    return as_model(checkpoint.load(path), path, lora_base)
+
+
+def as_model(saved: dict, path: Path, lora_base: str = "") -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of what `path` holds: a checkpoint's dict, or load_base's."""
     model = model_from_checkpoint(saved, path, lora_base)
-    if "tokenizer" not in saved and model.config.vocab_size not in (50257, 50304):
+    if saved.get("tokenizer") is None and model.config.vocab_size not in (50257, 50304):
         raise UserError(
-            f"{path} does not say which tokenizer it was trained with: only nanoGPT checkpoints with GPT-2's "
-            "tokens are read without"
+            f"{path} does not say which tokenizer it was trained with: only models with GPT-2's tokens are read without"
         )
-    return model, tokenizer_from_meta(saved.get("tokenizer", {"name": "gpt2"}))
+    return model, tokenizer_from_meta(saved.get("tokenizer") or {"name": "gpt2"})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from backprop import loss_and_gradients
 from data.loader import Corpus
 from sus_attn import fold_in
 from training import checkpoint, report
-from training.device import Device, memory_errors
+from training.device import Device, flops_per_token, memory_errors
 from training.evaluation import evaluate
 from training.optimizer import learning_rate
 from training.parallel import Processes, StopSignal, expect_notices, outlasting_readers
@@ -211,7 +211,7 @@ class Run(State):
         self.start_clock()
         tok_per_sec = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size / dt
         peak = self.device.peak_flops(cfg.peak_tflops)
-        flops = tok_per_sec * self.model.flops_per_token(cfg.block_size)
+        flops = tok_per_sec * flops_per_token(self.model, cfg.block_size)
         mfu = flops / (peak * self.processes.world) if peak else None
         lr = self.optimizer.param_groups[0]["lr"]
         metrics = {"iter": it, "train/loss": loss, "lr": lr, "train/grad_norm": norm}

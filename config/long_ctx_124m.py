@@ -1,4 +1,5 @@
-# GPT-2's size at a context of 32k tokens with SUS backprop, for one 80 GB GPU or several:
+# GPT-2's size in the shape of Qwen3, which export.py writes for Hugging Face, at a context of 32k tokens with SUS
+# backprop, for one 80 GB GPU or several:
 #     python data/pg19/prepare.py      # books; or others: see README
 #     python train.py config/long_ctx_124m.py
 #     torchrun --standalone --nproc_per_node=8 train.py config/long_ctx_124m.py
@@ -14,6 +15,8 @@ gradient_accumulation_steps = 16  # 0.5 M tokens a step, as GPT-2
 n_layer = 12
 n_head = 12
 n_embd = 768
+mlp = "swiglu"
+intermediate_size = 2048  # as many weights as GELU's with 4 x 768
 bias = False
 pos = "rope"
 rope_theta = 500000.0

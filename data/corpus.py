@@ -6,8 +6,8 @@ folder.
     train_ends.bin, val_ends.bin    uint64: where in these each document ends, so the last is the number of tokens
     meta.json                       tokenizer, dtype, counts, checksums, document lengths: what else others need to know
 
-Text is read, encoded and written a piece at a time, whatever its size. Threads encode (tiktoken leaves them free to),
-and what they made is written in order: the files don't depend on how many there are.
+Text is read, encoded and written a piece at a time, whatever its size. Threads encode (tiktoken and tokenizers leave
+them free to), and what they made is written in order: the files don't depend on how many there are.
 
 A corpus is whole or it isn't one. It grows in the folder `unfinished` aside, with a journal, and is moved into place at
 the end; while it moves, meta.json says so. A preparation that was killed is continued by the same command, with the
@@ -119,13 +119,13 @@ class Encoded(NamedTuple):
     size: int  # bytes of text
 
 
-def _batches(source: Source, state: Json, skip: int) -> Iterator[Batch]:
+def _batches(source: Source, tokenizer: Tokenizer, state: Json, skip: int) -> Iterator[Batch]:
     """What comes after state, without the first `skip` pieces."""
     items: list[tuple[Document, str | None]] = []
     size, done = 0, state
     for document in source.documents(state):
         count = 0
-        for count, text in enumerate(document.texts, 1):
+        for count, text in enumerate(tokenizer.pieces(document.texts), 1):
             if count <= skip:
                 continue
             items.append((document, text))
@@ -352,6 +352,7 @@ def write_corpus(
                     _fill(unfinished, source, tokenizer, dtype, max_tokens, min_doc_tokens, val_every, workers, folder)
                     unfinished.finish()
                     meta |= _summary(unfinished, folder)
+                    meta["tokenizer"] = meta.pop("tokenizer")  # to the end: a tokenizer.json is a very long line
                 _move_into_place(aside, folder, meta)
                 shutil.rmtree(aside)
             except BaseException as error:
@@ -392,7 +393,7 @@ def _fill(
         print(f"going on with the preparation of {folder}: {written():,} tokens are there")
     by_bytes = source.total_bytes is not None
     total, unit = (source.total_bytes, "B") if by_bytes else (max_tokens or None, "tok")
-    batches = _batches(source, entry["state"], entry["skip"])
+    batches = _batches(source, tokenizer, entry["state"], entry["skip"])
     first, saved, began, had = True, time.monotonic(), time.monotonic(), written()
     with (
         contextlib.closing(_in_order(batches, lambda batch: _encode(batch, tokenizer, dtype), workers)) as encoded,

@@ -23,7 +23,7 @@ from data.corpus import Document, Json, Source, write_corpus
 from data.lengths import Meta, next_step
 from data.reading import pieces
 from data.rows import bytes_of_text, row_text, why_not_text
-from data.tokenizer import TOKENIZERS, tokenizer_from_meta
+from data.tokenizer import TOKENIZER_HELP, load_tokenizer, tokenizer_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,7 +50,7 @@ class Config:
     """What the four scripts have in common; each has its own `hub`."""
 
     hub: str = name_key("")
-    tokenizer: str = key("gpt2", "tiktoken's: about 4 bytes a token; byte: 1", choices=TOKENIZERS)
+    tokenizer: str = key("gpt2", TOKENIZER_HELP)
     max_tokens: int = key(1_000_000_000, "no document is begun after so many tokens; 0: all", low=0)
     min_doc_tokens: int = key(0, "shorter documents are left out", low=0)
     num_proc: int = key(0, "threads that encode; 0: one for each CPU", low=0)
@@ -63,7 +63,7 @@ def share_key() -> Any:
 
 def prepare(config: Config, source: "Hub", folder: Path) -> Meta:
     """Write the corpus of source's documents to folder, and return its meta. Errors: write_corpus's, Hub's."""
-    tokenizer = tokenizer_from_meta({"name": config.tokenizer})
+    tokenizer = load_tokenizer(config.tokenizer)
     meta = write_corpus(
         folder,
         source,
@@ -91,7 +91,8 @@ class Hub(Source):
     options     further entries for meta.json: what else the documents depend on
 
     Rows without text are skipped; those with a NUL or half a surrogate pair too, and left_out counts them.
-    UserError: a package is missing, no such data set or file, no access to it, a damaged file, no such column.
+    UserError: a package is missing, no such tokenizer, data set or file, no access to it, a damaged file, no such
+    column.
     And: no network, or what came over it is damaged; then the same command goes on.
     """
 
@@ -104,6 +105,7 @@ class Hub(Source):
         keep: Callable[[Row], bool] | None = None,
         **options: Json,
     ):
+        tokenizer_file(config.tokenizer)  # a wrong name is said before anything is fetched
         self.hub, self.parts, self.columns, self.name, self.keep = config.hub, parts, columns, name, keep
         token, most = (1, 1) if config.tokenizer == "byte" else (TOKEN_CHARACTERS, TOKEN_CHARACTERS_AT_MOST)
         self.val_chars, self.min_chars = config.max_tokens * token / VAL_SHARE or math.inf, config.min_doc_tokens * most

@@ -116,7 +116,7 @@ class Corpus:
     folder: Path
     block_size: int
     vocab_size: int  # of the model: every id is below it
-    tokenizer_meta: dict[str, str]  # for tokenizer_from_meta
+    tokenizer_meta: dict[str, Any]  # for tokenizer_from_meta
     dtype: str
     train_tokens: int
     val_tokens: int

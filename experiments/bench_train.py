@@ -3,6 +3,7 @@
     python experiments/bench_train.py config/long_ctx.py                    # T = 2048, 4096, 8192; minutes on a CPU
     python experiments/bench_train.py config/long_ctx.py --T=8192 --sus_c=2 --json=train.json
     python experiments/bench_train.py config/long_ctx.py --T=8192 --layers=4,12 --modes=none,attention,full
+    python experiments/bench_train.py --init_from=models/smollm2 --dataset=NAME --batch_size=1
 
 Takes train.py's config files and keys, with each T in turn as block_size. One model takes exact and SUS steps by turns,
 each step on the same batch as the other's and as train.py's. Times are medians, ratios those of steps of the same
@@ -51,7 +52,7 @@ from train import train_step
 from training.device import Device, memory_errors, resolve_device
 from training.optimizer import new_optimizer
 from training.record import plain
-from training.start import DATA, new_model, prepare_stdlib
+from training.start import DATA, find_origin, new_model, prepare_stdlib
 
 KINDS = ("exact", "sus")
 SHARE_ROUNDS = 3
@@ -108,8 +109,14 @@ def check_keys(cfg: BenchTrainConfig, **meaningless: str) -> None:
     for name, instead in meaningless.items():
         if any(arg.startswith(f"--{name}=") for arg in sys.argv[1:]):  # a config file may have them, for train.py
             raise UserError(f"--{name} means nothing here: {instead}")
+    if cfg.init_from == "resume":
+        raise UserError("init_from=resume: no run is gone on with here; give a folder, or leave it out")
     if cfg.init_from != "scratch":
-        raise UserError(f"init_from={cfg.init_from}: only new weights are timed here; leave it out")
+        if getattr(cfg, "layers", ""):
+            raise UserError(
+                f"--layers={cfg.layers} makes new models, and init_from={cfg.init_from} is one: leave one out"
+            )
+        find_origin(cfg, True)  # cfg takes its keys
     if cfg.sus_c == "auto":
         raise UserError("sus_c=auto is steered by a whole run: give a number")
     cfg.attn_backward, cfg.backprop = "sus", "autograd"  # validate then also refuses what SUS can't do
@@ -123,8 +130,10 @@ class Trainer:
 
     def __init__(self, cfg: BenchTrainConfig, T: int, device: Device, corpus: Corpus):
         self.cfg, self.device, self.corpus = dataclasses.replace(cfg, block_size=T), device, corpus
+        self.cfg.explicit = {"block_size"}
         torch.manual_seed(cfg.seed)
-        self.model = new_model(self.cfg, corpus.vocab_size).to(device.device)
+        model, _ = find_origin(self.cfg, False).model(self.cfg)
+        self.model = (model or new_model(self.cfg, corpus.vocab_size)).to(device.device)
         self.optimizer, self.scaler = new_optimizer(cfg, self.model, device)
         self.compiled = self.model
         if device.type == "cuda" if cfg.compile is None else cfg.compile:
@@ -185,7 +194,7 @@ def measure(benchmark: str, measure_at: Callable, rounds: int, cfg: BenchTrainCo
     device = resolve_device(cfg.device, cfg.dtype)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as train.py
-    backend, why = sus_backend(cfg.sus_backend, device, cfg.n_embd // cfg.n_head, cfg.sus_sampler)
+    backend, why = sus_backend(cfg.sus_backend, device, cfg.head_dim or cfg.n_embd // cfg.n_head, cfg.sus_sampler)
     print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
     prepare_stdlib(cfg)
     corpora = {

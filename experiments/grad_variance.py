@@ -1,7 +1,7 @@
 """What c costs: the variance that SUS adds to a model's gradient, beside the variance which that has anyway.
 
     python experiments/grad_variance.py --out_dir=out-long-ctx --json=variance.json --out=variance.png
-    python experiments/grad_variance.py --init_from=gpt2 --dataset=NAME --T=1024 --c=2,4,8
+    python experiments/grad_variance.py --init_from=models/smollm2 --dataset=NAME --T=1024 --c=4,8,16
     python experiments/grad_variance.py --from_json=variance.json --out=variance.png
 
     rho(c, T) = E|ghat_s - g_s|^2 / E|g_s - gbar|^2
@@ -43,11 +43,7 @@ from training.start import DATA
 @dataclass
 class VarianceConfig:
     out_dir: str = key("out", "a run of train.py", section="What")
-    init_from: str = key(
-        "resume",
-        "the checkpoint in out_dir, or GPT-2",
-        choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
-    )
+    init_from: str = key("resume", "resume: the checkpoint in out_dir; or a Hugging Face folder, or a name on the hub")
     dataset: str = key("", "folder under data/; empty: the run's own")
     c: str = key("2,4,8,25,50", "retention parameters")
     T: str = key("auto", "context lengths; auto: 512,1024,2048,4096 as far as the model's block_size goes")
@@ -147,7 +143,7 @@ def measure(cfg: VarianceConfig) -> dict:
     Ts = choose_lengths(cfg.T, config.block_size)
     texts = read_texts(dataset, Ts, cfg.sequences, config.vocab_size, tokenizer)
     with proposing(cfg.kappa):
-        D = config.n_embd // config.n_head
+        D = config.D
         backends = {sampler: sus_backend(cfg.backend, device, D, sampler) for sampler in samplers}
         methods = [Method(sampler, c, backends[sampler][0]) for sampler in samplers for c in cs]
         subject = Subject(model, device)

@@ -246,7 +246,7 @@ def measure_sides(degrees: list[int], cs: list[float], cfg: ErrorConfig, device:
     subject = Subject(model, device)
     parts = subject.parts
     x, y, _ = windows(load_corpus(DATA / dataset, T), cfg.sequences)
-    D = config.n_embd // config.n_head
+    D = config.D
     backend, _ = sus_backend("auto", device, D)
     methods = {f"SUS c={c:g}": dict(attn_backward="sus", sus_c=c, sus_backend=backend) for c in cs}
     methods |= {f"low-rank g={g}": dict(attn_backward="lowrank", lowrank_degree=g) for g in degrees}

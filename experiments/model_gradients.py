@@ -17,15 +17,16 @@ from measure import check_sight
 from model import GPT
 from training import checkpoint
 from training.device import Device
-from training.weights import load_pretrained, model_from_checkpoint
+from training.weights import load_named, model_from_checkpoint
 
 
 def load_model(out_dir: str, init_from: str = "resume", dataset: str = "") -> tuple[GPT, str, dict | None]:
     """The model, the folder of its corpus, and the tokenizer that its corpus must have (None: not known). UserError."""
     if init_from != "resume":
         if not dataset:
-            raise UserError(f"--init_from={init_from} needs --dataset=NAME, a folder under data/ in GPT-2's tokens")
-        return load_pretrained(init_from), dataset, {"name": "gpt2"}
+            raise UserError(f"--init_from={init_from} needs --dataset=NAME, a folder under data/ in its tokens")
+        saved, path = load_named(init_from)
+        return model_from_checkpoint(saved, path), dataset, saved.get("tokenizer")
     path = Path(out_dir) / "ckpt.pt"
     saved = checkpoint.load(path)
     if dropout := saved["config"].get("dropout"):

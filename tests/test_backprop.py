@@ -105,7 +105,7 @@ def test_gelu():
 
 @pytest.mark.parametrize("T, D", [(9, 8), (1, 2)])
 def test_rope(T, D):
-    table = rope_table(D, T, 100.0).double()
+    table = rope_table(D, T, rope_theta=100.0).double()
     check_layer(None, randn(2, 3, T, D), lambda x, dy: rope_backward(dy, table), lambda x: rotate(x, table))
 
 

@@ -979,7 +979,7 @@ def test_every_script_runs_from_anywhere(tmp_path, script):
         (bench_train, "--T=1", "integers >= 2"),
         (bench_train, "--block_size=64", "context lengths by --T"),
         (bench_train, "--attn_backward=exact", "both are measured"),
-        (bench_train, "--init_from=gpt2", "only new weights"),
+        (bench_train, "--init_from=resume", "no run is gone on with"),
         (bench_train, "--backprop=analytic", "bench_backprop.py"),
         (bench_train, "--dropout=0.1", "dropout"),
         (bench_train, "--dataset=missing", "missing"),

@@ -361,7 +361,7 @@ def test_nanogpt_dropout_meets_sus(config_file):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--n_embd=100", "--n_head=3"], "n_embd=100 must be a multiple of n_head=3"),
+        (["--n_embd=100", "--n_head=3"], "n_embd=100 must be a multiple of n_head=3, or give --head_dim=64, say"),
         (["--n_head=12", "--n_kv_head=5"], "n_head=12 must be a multiple of n_kv_head=5 (0: as n_head)"),
         (["--n_head=12", "--n_kv_head=24"], "n_head=12 must be a multiple of n_kv_head=24 (0: as n_head)"),
         (["--n_embd=36", "--pos=rope"], "pos=rope needs an even head dimension, but n_embd / n_head = 36 / 12 = 3"),

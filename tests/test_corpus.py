@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from data.lengths import next_step
 from data.loader import load_corpus
 from data.lock import locked
 from data.reading import files_under, pieces, read_text
-from data.tokenizer import tokenizer_from_meta
+from data.tokenizer import Tokenizer, tokenizer_from_meta
+from folders import LINES, tokenizer_folder
 
 packed = functools.partial(gzip.compress, mtime=0)  # the time would be part of a test's name
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,7 +201,7 @@ def test_char_corpus_has_no_end_of_text(tmp_path):
     assert meta["tokenizer"] == {"name": "char", "chars": "abc"} and meta["vocab_size"] == 3
 
 
-class Numbers:
+class Numbers(Tokenizer):
     """A tokenizer of decimal numbers, for ids of any size."""
 
     eot = None
@@ -940,6 +942,43 @@ def test_text_with_gpt2(tmp_path, gpt2):
     assert ids[:2].tolist() == [15496, 995] and (ids == gpt2.eot).sum() == 2
     end = "<|endoftext|>"
     assert gpt2.decode(ids) == ("Hello world" * 10)[:105] + end + (end * 40)[:494] + end
+
+
+def test_text_with_the_tokenizer_of_a_folder(tmp_path, monkeypatch, capsys):
+    """The corpus needs the folder no more. A document of many pieces has the ids of the whole, whatever the threads,
+    also where the tokenizer puts a space before a text.
+    """
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("data.corpus.BATCH", 500)
+    monkeypatch.setattr(script["text"], "pieces", functools.partial(pieces, size=100))
+    for kind in ("smollm2", "llama"):
+        path = tokenizer_folder(tmp_path / kind, kind)
+        files = {"a": "".join(LINES) * 5, "b": "tea </s><|endoftext|>" * 40}
+        made = []
+        for workers in (1, 3):
+            meta, folder = text_corpus(tmp_path, files, tokenizer=str(path), num_proc=workers, val_fraction=0.1)
+            made.append(np.fromfile(folder / "train.bin", np.uint16))
+        assert f"{path}/tokenizer.json is the tokenizer {meta['tokenizer']['name']}; " in capsys.readouterr().out
+        shutil.rmtree(path)
+        tokenizer = tokenizer_from_meta(load_corpus(folder, 8).tokenizer_meta)
+        assert meta["vocab_size"] == tokenizer.vocab_size
+        assert list(json.loads((folder / "meta.json").read_bytes()))[-1] == "tokenizer"  # a very long line
+        ends = np.flatnonzero(made[0] == tokenizer.eot)
+        assert np.array_equal(*made) and len(ends) == 2
+        first = tokenizer.decode(made[0][: ends[0]])
+        assert files["a"].startswith(first) and np.array_equal(tokenizer.encode(first), made[0][: ends[0]])
+
+
+def test_ids_above_65535_of_a_folder(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {chr(0x10000 + i): i for i in range(70_000)} | {"</s>": 70_000}
+    (tmp_path / "folder").mkdir()
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).save(str(tmp_path / "folder" / "tokenizer.json"))
+    (tmp_path / "folder" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    text = chr(0x10000) + chr(0x10000 + 69_999)
+    meta, folder = text_corpus(tmp_path, {"a": text * 50}, tokenizer=str(tmp_path / "folder"), val_fraction=0.1)
+    assert (meta["vocab_size"], meta["dtype"]) == (70_016, "uint32")
+    assert np.fromfile(folder / "train.bin", np.uint32).tolist() == [0, 69_999] * 45 + [70_000]
 
 
 def test_text_with_a_million_spaces(tmp_path, gpt2):

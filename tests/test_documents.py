@@ -15,7 +15,7 @@ from configurator import TrainConfig, UserError, load_config
 from data.loader import load_corpus
 from exact_attn import exact_attention, sight_of
 from model import GPT, GPTConfig
-from training.device import Device
+from training.device import Device, flops_per_token
 from training.lora import add_adapters
 from training_runs import ROOT, TORCHRUN, curve, finish, same, start, train_here, weights
 
@@ -194,7 +194,7 @@ def test_which_layers_see_a_window():
     assert windows(attn_window=8, window_pattern="S") == [8] * 5 + [0]
     assert windows(attn_window=8, window_pattern="LS") == [0, 8, 0, 8, 0, 0]
     model = tiny(n_layer=6, attn_window=8)
-    assert tiny(n_layer=6).flops_per_token(64) - model.flops_per_token(64) == 12 * 32 * 4 * 56
+    assert flops_per_token(tiny(n_layer=6), 64) - flops_per_token(model, 64) == 12 * 32 * 4 * 56
 
 
 def test_a_window_reaches_as_far_as_its_layers_do():

@@ -465,6 +465,13 @@ def test_mistakes(run, monkeypatch, argument, message):
         command(grad_variance, monkeypatch, *arguments(run, "--samplers=poisson", argument))
 
 
+def named(model):
+    """load_named of any name, as of that model in GPT-2's tokens."""
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    saved = {"model": weights, "model_args": model_args(model.config), "tokenizer": {"name": "gpt2"}, "config": {}}
+    return lambda name: (saved, Path(name))
+
+
 def test_what_does_not_fit(run, corpus, monkeypatch, tmp_path):
     parameters = sum(p.numel() for p in tiny_model().parameters())
     monkeypatch.setattr(grad_variance, "free_memory", lambda device: 4 * parameters * 22)
@@ -475,7 +482,7 @@ def test_what_does_not_fit(run, corpus, monkeypatch, tmp_path):
         measure(save_run(tmp_path, corpus, {"dropout": 0.2}))
     with pytest.raises(UserError, match="dropout=0.1"):
         Subject(tiny_model(dropout=0.1), CPU)
-    monkeypatch.setattr(model_gradients, "load_pretrained", lambda name: tiny_model(vocab_size=50257))
+    monkeypatch.setattr(model_gradients, "load_named", named(tiny_model(vocab_size=50257)))
     with pytest.raises(UserError, match=r"is in other tokens \(byte\)"):
         measure(run, "--init_from=gpt2", f"--dataset={corpus}")
 
@@ -485,9 +492,8 @@ def test_gpt2_on_a_corpus_of_nanogpt(run, monkeypatch, tmp_path):
     for split in ("train", "val"):
         ids = torch.randint(50257, (200,), generator=torch.Generator().manual_seed(0))
         (tmp_path / f"{split}.bin").write_bytes(ids.to(torch.uint16).numpy().tobytes())
-    monkeypatch.setattr(
-        model_gradients, "load_pretrained", lambda name: tiny_model(vocab_size=50257, pos="learned", n_kv_head=0)
-    )
+    model = tiny_model(vocab_size=50257, pos="learned", n_kv_head=0)
+    monkeypatch.setattr(model_gradients, "load_named", named(model))
     data = measure(run, "--init_from=gpt2", f"--dataset={tmp_path}", "--c=4", "--samplers=poisson", "--sequences=8")
     assert data["exact"][0]["windows"] == {"val": 6, "train": 2} and data["model"]["from"] == "gpt2"
     assert data["results"][0]["rho"][0] > 0

@@ -21,6 +21,7 @@ import zstandard
 from configurator import UserError
 from data import corpus, hub
 from data.tokenizer import tokenizer_from_meta
+from folders import tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTE = tokenizer_from_meta({"name": "byte"})
@@ -182,6 +183,22 @@ def test_pg19(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert out.endswith("now: python train.py config/long_ctx.py --dataset=pg19 --block_size=1891\n") and err == ""
     assert "WARNING: no validation document has as many tokens as block_size=1891" in out
+
+
+def test_the_tokenizer_of_a_folder(tmp_path):
+    pytest.importorskip("transformers")
+    pg19_copy(tmp_path / "copy")
+    folder = tokenizer_folder(tmp_path / "model", "smollm2")
+    meta = prepare(config("pg19", tmp_path / "copy", tokenizer=str(folder)), tmp_path / "pg19")
+    tokenizer = tokenizer_from_meta(meta["tokenizer"])
+    ids = np.fromfile(tmp_path / "pg19" / "val.bin", np.uint16)
+    assert tokenizer.decode(ids[: np.argmax(ids == tokenizer.eot)]) == text("validation", 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_tokenizer_is_said_before_anything_is_fetched(name):
+    with pytest.raises(UserError, match="--tokenizer=gtp2: no such tokenizer, and no such folder"):
+        source(script[name].Config(tokenizer="gtp2"))
 
 
 def test_arxiv(tmp_path):

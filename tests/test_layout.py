@@ -12,14 +12,15 @@ FLOORS = [
     "configurator",
     "sus_backends.reference sus_backends.cpu_kernels sus_backends.cpu_poisson sus_backends.cpu"
     " sus_backends.triton_kernels sus_backends.triton",
-    "sus_attn sus_hf lowrank_attn exact_attn norms rope loss",
+    "sus_attn sus_hf lowrank_attn exact_attn norms rope mlp loss",
     "model",
     "data.tokenizer data.lock data.reading data.rows data.lengths data.corpus data.loader data.hub",
     "training.device training.lora backprop training.checkpoint training.optimizer training.parallel training.probe"
-    " training.record training.retention training.weights training.evaluation training.state",
+    " training.record training.retention training.hugging_face"
+    " training.hugging_face_tokenizer training.weights training.evaluation training.state",
     "data.stdlib.prepare",  # the default corpus, which train.py makes where it isn't there
     "training.report training.start",
-    "train sample merge_lora",
+    "train sample export",
 ]
 # The operator and the model know of nothing but what they compute with.
 ONLY = {
@@ -31,11 +32,12 @@ ONLY = {
     "exact_attn": set(),
     "loss": set(),
     "norms": set(),
-    "model": {"sus_attn", "lowrank_attn", "exact_attn", "norms", "rope", "loss"},
+    "mlp": set(),
+    "model": {"sus_attn", "lowrank_attn", "exact_attn", "norms", "rope", "mlp", "loss"},
     "data": {"configurator", "data"},
 }
 LAZY = {"wandb", "tiktoken", "transformers", "matplotlib", "numba", "llvmlite", "triton",
-        "datasets", "huggingface_hub", "pyarrow", "zstandard"}  # fmt: skip
+        "datasets", "huggingface_hub", "safetensors", "tokenizers", "pyarrow", "zstandard"}  # fmt: skip
 KERNELS = {"cpu_kernels.py", "cpu_poisson.py", "triton_kernels.py"}  # themselves imported where they are used
 MODULES = [module for floor in FLOORS for module in floor.split()]
 ROOMS = {"config", "data", "examples", "experiments", "sus_backends", "training"}

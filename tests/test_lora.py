@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 
-import merge_lora
+import export
 import sample
 import train
 from configurator import UserError
 from model import GPT, GPTConfig
 from test_model import ARCHITECTURES, GPT2_LIKE, LONG, tiny, tokens
-from training import checkpoint
+from training import checkpoint, hugging_face
+from training.device import flops_per_token
 from training.lora import LoRALinear, adapter_state, add_adapters, fingerprint, merge
 from training.optimizer import make_optimizer
 from training.record import read_record
@@ -188,8 +189,8 @@ def test_the_optimizer_holds_adapters_only_and_a_frozen_weight_costs_less():
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and not groups[1]["params"]
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in adapters}
     n, trained = model.num_params(), sum(p.numel() for p in adapters)
-    assert model.flops_per_token(0) == 4 * n + 2 * trained
-    assert merge(model).flops_per_token(0) == 6 * model.num_params()
+    assert flops_per_token(model, 0) == 4 * n + 2 * trained
+    assert flops_per_token(merge(model), 0) == 6 * model.num_params()
 
 
 def test_fingerprint():
@@ -248,7 +249,7 @@ def test_only_adapters_are_trained_and_saved(based, tmp_path, capsys):
     out = capsys.readouterr().out
     trained = 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
     assert f"rank 4 on c_attn, c_proj, c_fc: {trained:,} of 0.04 M weights trained" in out
-    assert "context 128, positions / 2, from" in out
+    assert "context 128, positions stretched 2 x (linear), from" in out
     val = [line["val/loss"] for line in lines if "val/loss" in line]
     assert val[-1] < val[0] - 0.01
     assert (tmp_path / "base" / "ckpt.pt").read_bytes() == before
@@ -365,8 +366,8 @@ def test_a_base_of_the_same_weights_and_another_architecture_is_refused(based, t
     fine_tune(based, max_iters=4)
     path = tmp_path / "base" / "ckpt.pt"
     state = load(tmp_path / "base")
-    torch.save(state | {"model_args": state["model_args"] | {"rope_theta": 5.0}}, path)
-    with pytest.raises(UserError, match=r"adapters of a model with rope_theta=10000.0, but .*base.ckpt.pt has 5.0"):
+    torch.save(state | {"model_args": state["model_args"] | {"norm_eps": 0.5}}, path)
+    with pytest.raises(UserError, match=r"adapters of a model with norm_eps=1e-05, but .*base.ckpt.pt has 0.5"):
         sample.load_model(tmp_path / "lora" / "ckpt.pt")
 
 
@@ -403,8 +404,8 @@ def test_adapters_move_with_their_base(based, tmp_path, monkeypatch):
 
 def test_base_mistakes(based, tmp_path):
     for keys, message in [
-        (dict(init_from="gpt3"), "init_from=gpt3 must be one of scratch, resume, gpt2, .*, or the path"),
-        (dict(init_from=tmp_path), "there is no .*ckpt.pt"),
+        (dict(init_from="gpt3"), "init_from=gpt3 is none of scratch, resume, gpt2, .*, and no path"),
+        (dict(init_from=tmp_path), "and no path of a checkpoint"),
         (dict(out_dir=tmp_path / "base"), "is the folder of init_from"),
         (dict(init_from="scratch"), "lora_rank=4 needs a trained model"),
         (dict(lora_base=tmp_path), "lora_base=.* is for resuming"),
@@ -466,7 +467,8 @@ def test_gpt2_as_the_base(run, corpus, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="transformers is a development requirement")
     sizes = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=128, vocab_size=257)
     small, other = transformers.GPT2LMHeadModel(sizes), transformers.GPT2LMHeadModel(sizes)
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", lambda name: small)
+    small.save_pretrained(tmp_path / "small"), other.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(hugging_face, "from_hub", lambda name: tmp_path / "small")
     bpe = tmp_path / "bpe"  # the bytes, declared to be GPT-2's tokens
     bpe.mkdir()
     for name in ("train.bin", "val.bin"):
@@ -480,8 +482,8 @@ def test_gpt2_as_the_base(run, corpus, tmp_path, monkeypatch):
     assert curve(run(init_from="resume", **keys)[-3:]) == curve(whole[-3:])
     model = model_from_checkpoint(checkpoint.load(tmp_path / "out" / "ckpt.pt"), tmp_path / "out" / "ckpt.pt")
     assert model.config.block_size == 64 and model.transformer.wpe.weight.shape == (64, 32)
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", lambda name: other)
-    with pytest.raises(UserError, match="adapters of other weights than those in gpt2"):
+    monkeypatch.setattr(hugging_face, "from_hub", lambda name: tmp_path / "other")
+    with pytest.raises(UserError, match="adapters of other weights than those in .*other"):
         run(init_from="resume", max_iters=14, **keys)
 
 
@@ -508,24 +510,22 @@ def test_sampling_merges_and_reads_beyond_the_base_s_context(based, tmp_path, mo
     drawn = capsys.readouterr()
     assert len(drawn.out) > 110 + 10 and "reads the last" not in drawn.err
     # the same, from the merged checkpoint alone
-    monkeypatch.setattr(sys, "argv", ["merge_lora.py", f"--out_dir={path.parent}", f"--merged={tmp_path / 'merged'}"])
-    merge_lora.main()
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--out_dir={path.parent}", f"--plain={tmp_path / 'merged'}"])
+    export.main()
     with pytest.raises(UserError, match="exists already"):
-        merge_lora.main()
-    monkeypatch.setattr(sys, "argv", ["merge_lora.py", f"--out_dir={path.parent}", f"--merged={'x' * 300}"])
-    with pytest.raises(UserError, match="can't make x+: File name too long"):
-        merge_lora.main()
+        export.main()
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--out_dir={path.parent}", f"--plain={'x' * 300}"])
+    with pytest.raises(UserError, match="can't write x+/ckpt.pt: File name too long"):
+        export.main()
     shutil.rmtree(tmp_path / "base"), shutil.rmtree(tmp_path / "lora")
     monkeypatch.setattr(sys, "argv", [argv[0], f"--out_dir={tmp_path / 'merged'}", *argv[2:]])
     capsys.readouterr()
     sample.main()
     assert capsys.readouterr().out == drawn.out
     assert fine_tune(based, "again", base="merged", max_iters=4)[-1]["iter"] == 4
-    monkeypatch.setattr(
-        sys, "argv", ["merge_lora.py", f"--out_dir={tmp_path / 'merged'}", f"--merged={tmp_path / 'twice'}"]
-    )
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--out_dir={tmp_path / 'merged'}", f"--plain={tmp_path / 'twice'}"])
     with pytest.raises(UserError, match="nothing to merge"):
-        merge_lora.main()
+        export.main()
     monkeypatch.setattr(
         sys, "argv", ["train.py", f"--out_dir={tmp_path / 'merged'}", "--init_from=resume", "--max_iters=99"]
     )
@@ -540,7 +540,7 @@ def test_sampling_merges_and_reads_beyond_the_base_s_context(based, tmp_path, mo
 def test_a_model_at_another_context_is_one_made_for_it(T, scaling):
     model, made = tiny(**LONG), tiny(**{**LONG, "block_size": T, "rope_scaling": scaling})
     made.load_state_dict(model.state_dict())
-    model.set_context(T, scaling)
+    model.set_context(T, rope_scaling=scaling)
     assert torch.equal(model.rope, made.rope) and model.config == made.config
     assert torch.equal(model(tokens(T=T))[0], made(tokens(T=T))[0])
 

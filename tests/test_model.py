@@ -14,8 +14,9 @@ from loss import chunked_cross_entropy
 from model import GPT, GPTConfig, KVCache, sample_token
 from rope import rope_table, rotate
 from sus_attn import fold_in
+from training.device import flops_per_token
 from training.optimizer import make_optimizer
-from training.weights import from_hf, model_args
+from training.weights import load_base, model_args, model_from_checkpoint
 
 GPT2_LIKE = dict(pos="learned", norm="layernorm", bias=True)
 LONG = dict(pos="rope", norm="rmsnorm", bias=False, qk_norm=True, n_kv_head=2)
@@ -52,7 +53,7 @@ def gradient_by_hand(model, x, y):
 # -- GPT-2 -------------------------------------------------------------------------------------
 
 
-def test_parity_with_transformers_gpt2():
+def test_parity_with_transformers_gpt2(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is a development requirement")
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(
@@ -61,7 +62,8 @@ def test_parity_with_transformers_gpt2():
     with torch.no_grad():  # its fresh biases and norms are zeros and ones: make every weight count
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    ours = from_hf(theirs).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = model_from_checkpoint(load_base(tmp_path), tmp_path).eval()
     idx = tokens(T=40, V=97)
     with torch.no_grad():
         logits = theirs(idx).logits
@@ -76,14 +78,14 @@ def test_gpt2_has_124_million_parameters():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257))
     assert model.num_params() + model.transformer.wpe.weight.numel() == 124_439_808
-    assert model.flops_per_token(1024) == 6 * model.num_params() + 12 * 12 * 768 * 1024
+    assert flops_per_token(model, 1024) == 6 * model.num_params() + 12 * 12 * 768 * 1024
 
 
 # -- the long-context choices --------------------------------------------------------------------
 
 
 def test_rope_depends_on_distance_only_and_keeps_lengths():
-    table = rope_table(16, 100_000, 10000.0)
+    table = rope_table(16, 100_000)
     q, k = torch.randn(2, 1, 1, 1, 16)
     score = lambda i, j: (rotate(q, table[:, i : i + 1]) * rotate(k, table[:, j : j + 1])).sum()
     torch.testing.assert_close(score(7, 3), score(99_004, 99_000), rtol=1e-4, atol=1e-4)
@@ -93,7 +95,7 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
 
 
 def test_rope_scaling_puts_positions_between_those_of_training():
-    plain, scaled = rope_table(16, 100, 10000.0), rope_table(16, 200, 10000.0, 2.0)
+    plain, scaled = rope_table(16, 100), rope_table(16, 200, rope_scaling=2.0)
     assert scaled.shape == (2, 200, 8) and torch.equal(scaled[:, ::2], plain)  # 2t / 2
     angle = 0.5 * 10000.0 ** (-torch.arange(8) / 8)
     torch.testing.assert_close(scaled[:, 1], torch.stack([angle.cos(), angle.sin()]))

@@ -634,7 +634,7 @@ def test_paths_between_which_no_way_leads(monkeypatch):
     [
         ("x" * 300, {}, "out_dir=.* can't be used: File name too long"),
         ("x" * 300, {"init_from": "resume"}, "no checkpoint at"),
-        ("out", {"init_from": "x" * 300}, "there is no x"),
+        ("out", {"init_from": "x" * 300}, "init_from=x+ is none of"),
         ("out", {"dataset": "x" * 300}, "has no train.bin and no val.bin"),
     ],
     ids=["out_dir", "resume", "init_from", "dataset"],

@@ -15,9 +15,10 @@ import sample
 import train
 from configurator import TrainConfig, UserError
 from data.corpus import Texts, write_corpus
-from data.tokenizer import tokenizer_from_meta
+from data.tokenizer import load_tokenizer, tokenizer_from_meta
+from folders import LINES, tokenizer_folder
 from model import GPT
-from training import report
+from training import hugging_face, report
 from training.optimizer import learning_rate
 from training.parallel import StopSignal
 from training.record import read_record
@@ -406,7 +407,8 @@ def test_init_from_gpt2(run, corpus, tmp_path, monkeypatch):
     small = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=128, vocab_size=257)
     )
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", lambda name: small)
+    small.save_pretrained(tmp_path / "small")
+    monkeypatch.setattr(hugging_face, "from_hub", lambda name: tmp_path / "small")
     with pytest.raises(UserError, match="is in tokens of the byte tokenizer"):
         run(init_from="gpt2", pos="learned", bias=True, block_size=64)
     bpe = tmp_path / "bpe"  # the bytes, declared to be GPT-2's tokens
@@ -574,6 +576,31 @@ def test_sample_prints_prompt_and_text(draw):
 def test_sample_is_utf8_whatever_bytes_are_drawn(draw):
     out = draw("--start=é", "--num_samples=3", "--max_new_tokens=100", "--temperature=3", "--top_k=0").out
     assert out.startswith("é") and out.encode("utf-8")
+
+
+def test_a_run_with_the_tokenizer_of_a_folder(tmp_path, monkeypatch, capsys):
+    """Neither training's sample, nor a resumed run, nor sample.py needs the folder; sample.py needs no corpus."""
+    pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(str(tokenizer_folder(tmp_path / "model", "smollm2")))
+    write_corpus(tmp_path / "tea", Texts([("a", "".join(LINES) * 9)], [("b", "".join(LINES))], {}), tokenizer)
+    shutil.rmtree(tmp_path / "model")
+    out_dir = tmp_path / "out"
+    train_here(*arguments(tmp_path / "tea", out_dir, max_iters=4, attn_backward="exact"))
+    shown = capsys.readouterr().out
+    assert f"{tokenizer.name} tokenizer" in shown and "--- a sample: the first 48 tokens" in shown
+    assert "The tea is hot, and the kettle sings" in shown
+    train_here(f"--out_dir={out_dir}", "--init_from=resume", "--max_iters=6")
+    assert torch.load(out_dir / "ckpt.pt", weights_only=True)["iter_num"] == 6
+    shutil.rmtree(tmp_path / "tea")
+    capsys.readouterr()
+    options = "--start=tea 12", "--num_samples=1", "--max_new_tokens=9", "--device=cpu"
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={out_dir}", *options])
+    sample.main()
+    assert capsys.readouterr().out.startswith("tea 12")
+    other = [("x", "other text " * 200)]
+    write_corpus(tmp_path / "bytes", Texts(other, other, {}), tokenizer_from_meta({"name": "byte"}))
+    with pytest.raises(UserError, match=f"tokens of the byte tokenizer, but the model's are {tokenizer.name}'s"):
+        train_here(f"--out_dir={out_dir}", "--init_from=resume", f"--dataset={tmp_path / 'bytes'}", "--max_iters=8")
 
 
 def test_sample_stops_at_end_of_text(draw, monkeypatch):

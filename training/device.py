@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from configurator import UserError
+from model import GPT
 
 # Dense bfloat16/float16 tensor-core peaks with float32 accumulation, TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {
@@ -110,3 +111,18 @@ def resolve_device(device: str, dtype: str, local_rank: int | None = None) -> De
         dtype, reason = "float32", f"the fastest on most {resolved.type} machines"
     name = f"{resolved} ({torch.cuda.get_device_name(resolved)})" if resolved.type == "cuda" else str(resolved)
     return Device(resolved, getattr(torch, dtype), f"{name}: {why}; {dtype}: {reason}")
+
+
+def flops_per_token(model: GPT, T: int) -> int:
+    """Nominal floating-point operations a token, forward and backward, at context T (PaLM, arXiv 2204.02311, B).
+
+    Nominal: attention counts as dense, T keys a query or a layer's window, whatever else the causal mask, documents or
+    SUS leave out. A frozen weight has no gradient of its own: 4 operations instead of 6.
+    """
+    config, n = model.config, model.num_params()
+    if not config.tie_head:
+        n -= model.transformer.wte.weight.numel()  # looked up, not multiplied
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = min(n, trained)  # n is without position embeddings
+    keys = sum(min(T, window or T) for window in config.layer_windows)
+    return 4 * n + 2 * trained + 12 * config.n_head * config.D * keys

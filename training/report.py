@@ -51,7 +51,7 @@ def run_name(cfg: TrainConfig) -> str:
 def describe_attention(cfg: TrainConfig, device: Device) -> str:
     """The summary's line on attention. UserError if the backend that is asked for can't be had here."""
     if cfg.attn_backward == "lowrank":
-        D = cfg.n_embd // cfg.n_head
+        D = cfg.head_dim or cfg.n_embd // cfg.n_head
         features = count_features(D, cfg.lowrank_degree + 1)
         if features > MOST_FEATURES:
             raise UserError(
@@ -64,7 +64,7 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
         )
     if cfg.attn_backward != "sus":
         return "exact backward"
-    D = cfg.n_embd // cfg.n_head
+    D = cfg.head_dim or cfg.n_embd // cfg.n_head
     try:
         backend, why = resolve_backend(cfg.sus_backend, device.type, device.dtype, D, sampler=cfg.sus_sampler)
     except ValueError as error:
@@ -93,7 +93,7 @@ def print_summary(
         f"{corpus.tokenizer_meta['name']} tokenizer",
         "model": f"{model.num_params() / 1e6:.2f} M parameters: {cfg.n_layer} layers, {cfg.n_head} heads, width "
         f"{cfg.n_embd}, context {cfg.block_size}"
-        + (f", positions / {cfg.rope_scaling:g}" if cfg.rope_scaling != 1 else "")
+        + (f", positions stretched {cfg.rope_scaling:g} x ({cfg.rope_type})" if cfg.rope_scaling != 1 else "")
         + ("" if cfg.init_from in ("scratch", "resume") else f", from {cfg.init_from}"),
         "step": f"{cfg.gradient_accumulation_steps} x {cfg.batch_size} x {cfg.block_size} = "
         f"{cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size:,} tokens"

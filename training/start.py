@@ -14,15 +14,16 @@ import torch
 
 from configurator import TrainConfig, UserError, of_today, validate
 from data.loader import Corpus, load_corpus
+from data.tokenizer import GPT2_EOT
 from model import ARCHITECTURE_KEYS, GPT, TRAINING_KEYS, GPTConfig
-from training import checkpoint, report
+from training import checkpoint, hugging_face, report
 from training.device import Device, resolve_device
 from training.lora import add_adapters, fingerprint
 from training.parallel import Processes
 from training.record import relative
 from training.retention import START
 from training.state import size_to_save
-from training.weights import PRETRAINED, adapted_model, load_base, load_pretrained, model_args, model_from_checkpoint
+from training.weights import CONTEXT_KEYS, adapted_model, at, load_named, model_from_checkpoint
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -88,11 +89,11 @@ def begin(cfg: TrainConfig, processes: Processes, held: ExitStack) -> Beginning 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run begins from. All None: its weights are drawn, or GPT-2's."""
+    """What a run begins from. All None: its weights are drawn."""
 
     saved: dict | None = None  # out_dir's checkpoint, to go on from
-    base: dict | None = None  # another run's checkpoint, to be fine-tuned
-    base_path: Path = Path()  # of base
+    base: dict | None = None  # of weights that are to be fine-tuned, see load_base
+    base_path: Path = Path()  # a checkpoint, or a Hugging Face folder
 
     def is_finished(self, cfg: TrainConfig) -> bool:
         """Whether there is nothing left to train."""
@@ -104,9 +105,9 @@ class Origin:
         """The model, None from scratch; and `lora`, what a checkpoint keeps of the adapters and their base."""
         if self.saved is not None:
             return resumed_model(cfg, self.saved)
-        if cfg.init_from != "scratch":
+        if self.base is not None:
             made = fine_tuned_model(cfg, self.base, self.base_path)
-            (self.base or {}).pop("model", None)  # it has been copied
+            self.base.pop("model")  # it has been copied
             return made
         return None, None
 
@@ -117,35 +118,30 @@ def find_origin(cfg: TrainConfig, master: bool) -> Origin:
         saved = checkpoint.load(Path(cfg.out_dir) / "ckpt.pt")
         adopt(cfg, saved, master)
         return Origin(saved=saved)
-    base_path = find_base(cfg)
-    if base_path is None:
+    if cfg.init_from == "scratch":
         return Origin()
-    base = load_base(base_path)
-    adopt_base(cfg, architecture_of(base), str(base_path))
+    check_base(cfg, master)
+    base, base_path = load_named(cfg.init_from)
+    adopt_base(cfg, architecture_of(base), cfg.init_from)
     return Origin(base=base, base_path=base_path)
 
 
 # -- the keys of a model that exists ------------------------------------------------------------------
 
 
-def find_base(cfg: TrainConfig) -> Path | None:
-    """The checkpoint to be fine-tuned that init_from is the path of; None if it is another word. UserError."""
-    if cfg.init_from in ("scratch", "resume", *PRETRAINED):
-        return None
-    path = checkpoint.find(cfg.init_from)
-    if not os.path.isfile(path):
-        if (meant := cfg.init_from.lower()) in ("scratch", "resume", *PRETRAINED):
-            raise UserError(f"init_from={cfg.init_from}: did you mean --init_from={meant}?")
-        raise UserError(
-            f"init_from={cfg.init_from} must be one of scratch, resume, {', '.join(PRETRAINED)}, or the path of a "
-            f"checkpoint or its folder, and there is no {path}: train that model first"
-        )
-    if path.resolve().parent == Path(cfg.out_dir).resolve() and not cfg.eval_only:
+def check_base(cfg: TrainConfig, master: bool) -> None:
+    """UserError where init_from is the run's own folder."""
+    path = at(cfg.init_from)
+    if path is None:  # on the hub, or nowhere
+        return
+    if path.is_file() and hugging_face.is_folder(path.parent) and master:
+        print(f"{path.parent} has a checkpoint of train.py and a Hugging Face model: takes {path.name}")
+    folder = path if path.is_dir() else path.parent
+    if folder.resolve() == Path(cfg.out_dir).resolve() and not cfg.eval_only:
         raise UserError(
             f"out_dir={cfg.out_dir} is the folder of init_from, whose run would be replaced: choose another "
             "out_dir, or --init_from=resume to go on with that run"
         )
-    return path
 
 
 def adopt(cfg: TrainConfig, saved: dict, master: bool) -> None:
@@ -183,7 +179,9 @@ def adopt_base(cfg: TrainConfig, architecture: dict, owner: str) -> None:
             f"block_size={cfg.block_size} is above the {there_are} of {owner}, which has learned "
             "positions, and so none beyond: only models trained with pos=rope can go further"
         )
-    free = cfg.explicit & {"block_size", "rope_scaling"}
+    free = cfg.explicit & set(CONTEXT_KEYS)
+    if "rope_type" in free and "rope_original_context" not in free and architecture["rope_type"] == "default":
+        architecture = architecture | {"rope_original_context": there_are}
     take_architecture(cfg, {k: v for k, v in architecture.items() if k not in free}, owner)
 
 
@@ -194,7 +192,7 @@ def take_architecture(cfg: TrainConfig, architecture: dict, owner: str) -> None:
         given = getattr(cfg, name, None)  # vocab_size is no key
         same = given == value or (name == "n_kv_head" and (given or n_head) == (value or n_head))
         if name in cfg.explicit and not same:
-            free = name in ("block_size", "rope_scaling") and architecture["pos"] == "rope"
+            free = name in CONTEXT_KEYS and architecture["pos"] == "rope"
             other = "begin another run, by --init_from=PATH and another out_dir" if free else "train from scratch"
             raise UserError(
                 f"{name}={given} conflicts with {owner}, whose model has {value}: leave {name} out (of the config "
@@ -234,16 +232,9 @@ def resumed_model(cfg: TrainConfig, saved: dict) -> tuple[GPT, dict | None]:
     return model, lora | ({"base": base_from(cfg.out_dir, cfg.lora_base)} if cfg.lora_base else {})
 
 
-def fine_tuned_model(cfg: TrainConfig, base: dict | None, base_path: Path) -> tuple[GPT, dict | None]:
-    """A model that begins as the one in the checkpoint `base`, or as GPT-2, and what a checkpoint keeps as `lora`.
-
-    In the latter case cfg takes the architecture; a conflicting key is a UserError.
-    """
-    if base is not None:
-        model = model_from_checkpoint(base, base_path, **training_keys(cfg))
-    else:
-        model = load_pretrained(cfg.init_from, **training_keys(cfg))
-        adopt_base(cfg, model_args(model.config), cfg.init_from)
+def fine_tuned_model(cfg: TrainConfig, base: dict, base_path: Path) -> tuple[GPT, dict | None]:
+    """A model that begins as the one in `base`, see load_base, and what a checkpoint keeps as `lora`."""
+    model = model_from_checkpoint(base, base_path, **training_keys(cfg))
     lora = None
     if cfg.lora_rank:  # the fingerprint is of the base as it is, before its context is changed
         lora = {
@@ -253,17 +244,18 @@ def fine_tuned_model(cfg: TrainConfig, base: dict | None, base_path: Path) -> tu
             "base": base_from(cfg.out_dir, cfg.init_from),
             "fingerprint": fingerprint(model),
         }
-    model.set_context(cfg.block_size, cfg.rope_scaling)
+    model.set_context(**{name: getattr(cfg, name) for name in CONTEXT_KEYS})
     if lora:
         add_adapters(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.lora_dropout)
     return model, lora
 
 
 def base_from(out_dir: str, base: str) -> str:
-    """The base of adapters, as their checkpoint keeps it: by its path from out_dir, or GPT-2's name."""
-    if base in PRETRAINED:
+    """The base of adapters, as their checkpoint keeps it: by its path from out_dir, or its name on the hub."""
+    there = at(base)
+    if there is None:
         return base
-    return relative(checkpoint.find(base).resolve(), Path(out_dir).resolve())
+    return relative(there.resolve(), Path(out_dir).resolve())
 
 
 def check_writable(out_dir: Path) -> None:
@@ -292,14 +284,22 @@ def open_corpus(cfg: TrainConfig, origin: Origin, model: GPT | None, master: boo
         prepare_stdlib(cfg)
     corpus = load_corpus(DATA / cfg.dataset, cfg.block_size, cfg.windows, cfg.doc_mask)
     saved = origin.saved or origin.base or {}
-    tokenizer = {"name": "gpt2"} if cfg.init_from in PRETRAINED else saved.get("tokenizer")
+    tokenizer = saved.get("tokenizer")
     if tokenizer is not None and tokenizer != corpus.tokenizer_meta:
+        made = cfg.init_from if origin.base_path.is_dir() and origin.base else tokenizer["name"]
+        if "json" in tokenizer and made == tokenizer["name"]:
+            made = "FOLDER, that of the tokenizer.json"
         raise UserError(
             f"dataset={cfg.dataset} is in tokens of the {corpus.tokenizer_meta['name']} tokenizer, but the "
-            f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={tokenizer['name']}"
+            f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={made}"
         )
-    if model is not None and tokenizer is None and corpus.vocab_size > model.config.vocab_size:
-        raise UserError(f"dataset={cfg.dataset} has {corpus.vocab_size} token ids, the model {model.config.vocab_size}")
+    if model is not None and tokenizer is None:
+        of = corpus.tokenizer_meta  # n_vocab: without the rows that pad an embedding
+        ids = of.get("n_vocab") or (GPT2_EOT + 1 if of["name"] == "gpt2" else corpus.vocab_size)
+        if ids > model.config.vocab_size:
+            raise UserError(f"dataset={cfg.dataset} has {ids} token ids, the model {model.config.vocab_size}")
+    if master and tokenizer is None and origin.base_path.is_dir() and origin.base is not None:
+        print(f"{cfg.init_from} has no tokenizer: takes {corpus.folder}, whose ids fit")
     checksum = (origin.saved or {}).get("train_sha256")
     if master and not cfg.eval_only and checksum not in (None, corpus.text_checksums["train_sha256"]):
         print(f"resume: the training text in {corpus.folder} is not the one that the run began with")

@@ -1,18 +1,48 @@
-"""A GPT with weights that exist: those of a checkpoint, of a base and its adapters, or of GPT-2."""
+"""A GPT with weights that exist: those of a checkpoint, of a base and its adapters, or of a Hugging Face folder."""
 
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configurator import UserError
 from model import ARCHITECTURE_KEYS, GPT, TRAINING_KEYS, GPTConfig
-from training import checkpoint
+from rope import ROPE_KEYS
+from training import checkpoint, hugging_face
+from training.hugging_face_tokenizer import tokenizer_of
 from training.lora import add_adapters, fingerprint, merge
 
-PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CONTEXT_KEYS = ("block_size", *ROPE_KEYS)  # what may change from a base to its fine-tuning
+
+
+def at(place: str | Path) -> Path | None:
+    """The weights there: a checkpoint's file, or a Hugging Face folder; None if there are none."""
+    file = checkpoint.find(place)
+    if os.path.isfile(file):
+        return file
+    return Path(place) if hugging_face.is_folder(place) else None
+
+
+def locate(name: str) -> Path:
+    """The weights that a path, or a name on the hub, means; from there they are fetched. UserError."""
+    there = at(name)
+    if there is None and on_hub(name):
+        return hugging_face.from_hub(name)
+    if there is None:
+        words = "scratch", "resume", *hugging_face.GPT2
+        meant = f": did you mean {name.lower()}?" if name.lower() in words else ""
+        raise UserError(
+            f"init_from={name} is none of {', '.join(words)}, no name on the Hugging Face hub, and no path of a "
+            f"checkpoint, of its folder or of a Hugging Face folder{meant}"
+        )
+    return there
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name is one on the hub, and no path here."""
+    owned = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.lexists(name.partition("/")[0])
+    return name in hugging_face.GPT2 or bool(owned)
 
 
 def model_args(config: GPTConfig) -> dict:
@@ -40,50 +70,63 @@ def model_from_checkpoint(saved: dict, path: Path, lora_base: str = "", **traini
 def adapted_model(saved: dict, path: Path, lora_base: str = "", lora_dropout: float = 0.0, **training_keys: Any) -> GPT:
     """The model of an adapter checkpoint's dict, its adapters not merged; path is its file.
 
-    lora_base: the base's file or folder, or GPT-2's name; empty: as the checkpoint has it. UserError if it is not
-    there, or another than the adapters were trained on.
+    lora_base: the base's file or folder, or its name on the hub; empty: as the checkpoint has it. UserError if it is
+    not there, or another than the adapters were trained on.
     """
     lora = saved["lora"]
     base = lora_base or lora["base"]
-    if base in PRETRAINED:
-        model = load_pretrained(base, **training_keys)
+    if on_hub(base):
+        found = hugging_face.from_hub(base)
     else:
         folder = path.resolve().parent  # or the one above, for a run that was moved into earlier-1/
         places = [Path(lora_base)] if lora_base else [folder / base, folder.parent / base]
-        files = [checkpoint.find(place) for place in places]
-        base = next((file for file in files if os.path.isfile(file)), files[0]).resolve()
-        if not os.path.isfile(base):
+        there = next(filter(None, map(at, places)), None)
+        if there is None:
             raise UserError(
-                f"{path} holds adapters, and the model they belong to is not at {base}: if it has moved, say "
-                "where to, by --lora_base=PATH of train.py, sample.py or merge_lora.py"
+                f"{path} holds adapters, and the model they belong to is not at {places[0].resolve()}: if it has "
+                "moved, say where to, by --lora_base=PATH of train.py, sample.py or export.py"
             )
-        model = model_from_checkpoint(load_base(base), base, **training_keys)
+        found = there.resolve()
+    model, base = model_from_checkpoint(load_base(found), found, **training_keys), str(found)
     if (actual := fingerprint(model)) != lora["fingerprint"]:
         raise UserError(
             f"{path} holds adapters of other weights than those in {base}, which was trained on since or is another "
             f"model (sha256 {lora['fingerprint'][:16]}... expected, {actual[:16]}... found): give the right weights, a "
-            "copy or those of an earlier-N folder, by --lora_base=PATH of train.py, sample.py or merge_lora.py"
+            "copy or those of an earlier-N folder, by --lora_base=PATH of train.py, sample.py or export.py"
         )
     for name, value in model_args(model.config).items():  # what leaves no trace in the weights
-        if name not in ("block_size", "rope_scaling") and saved["model_args"].get(name, value) != value:
+        if name not in CONTEXT_KEYS and saved["model_args"].get(name, value) != value:
             raise UserError(
                 f"{path} holds adapters of a model with {name}={saved['model_args'][name]}, but {base} has {value}: "
                 "give the right base by --lora_base=PATH"
             )
-    model.set_context(saved["model_args"]["block_size"], saved["model_args"].get("rope_scaling", 1.0))
+    model.set_context(**{name: saved["model_args"][name] for name in CONTEXT_KEYS if name in saved["model_args"]})
     weights = model.state_dict()
     add_adapters(model, lora["rank"], lora["alpha"], lora["targets"], lora_dropout)
     load_weights(model, saved["model"] | weights, path)
     return model
 
 
+def load_named(name: str) -> tuple[dict, Path]:
+    """`load_base` of what a path, or a name on the hub, means, and where that is. UserError."""
+    path = locate(name)
+    saved = load_base(path)
+    return saved | ({"tokenizer": {"name": "gpt2"}} if name in hugging_face.GPT2 else {}), path
+
+
 def load_base(path: Path) -> dict:
-    """The checkpoint at path, to be fine-tuned. UserError if it holds adapters only."""
+    """The checkpoint at path, to be fine-tuned; of a Hugging Face folder what of it there is in one. UserError if it
+    holds adapters only.
+    """
+    if path.is_dir():
+        folder = hugging_face.read(path)
+        tokenizer = tokenizer_of(path)
+        return {"model": folder.weights, "model_args": folder.architecture, "config": {}, "tokenizer": tokenizer}
     saved = checkpoint.load(path)
     if saved.get("lora"):
         raise UserError(
             f"{path} holds adapters, not a whole model: merge them first, by "
-            f"python merge_lora.py --out_dir={path.parent} --merged=FOLDER"
+            f"python export.py --out_dir={path.parent} --plain=FOLDER"
         )
     return saved
 
@@ -95,42 +138,3 @@ def load_weights(model: GPT, weights: dict, path: Path) -> None:
     except RuntimeError as error:
         reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         raise UserError(f"{path}: its weights do not fit its model_args: {' '.join(reasons)[:300]}") from None
-
-
-def load_pretrained(name: str, **training_keys: Any) -> GPT:
-    """GPT-2's weights (name: one of PRETRAINED) from the hub or its cache, by `transformers`. UserError."""
-    try:
-        from transformers import GPT2LMHeadModel
-
-        hf = GPT2LMHeadModel.from_pretrained(name)
-    except ImportError:
-        raise UserError(f"init_from={name} needs transformers: pip install -r requirements-dev.txt") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"init_from={name}: the weights can't be had, neither from the hub nor from its cache on this "
-            f"machine ({reason})"
-        ) from None
-    return from_hf(hf, **training_keys)
-
-
-def from_hf(hf: Any, **training_keys: Any) -> GPT:
-    """A GPT with the weights of `hf`, a transformers GPT2LMHeadModel."""
-    h = hf.config
-    config = GPTConfig(
-        block_size=h.n_positions,
-        vocab_size=h.vocab_size,
-        n_layer=h.n_layer,
-        n_head=h.n_head,
-        n_embd=h.n_embd,
-        bias=True,
-        **training_keys,
-    )
-    model = GPT(config)
-    theirs = hf.state_dict()
-    with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            # their linear layers store the transposed matrix
-            transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            weight.copy_(theirs[name].T if transposed else theirs[name])
-    return model

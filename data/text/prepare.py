@@ -2,6 +2,7 @@
 
     python data/text/prepare.py --input=FILE_OR_FOLDER --out=NAME
     python data/text/prepare.py --input=books/ --input=more/ --out=books --tokenizer=gpt2 --strip_gutenberg=True
+    python data/text/prepare.py --input=books/ --out=books --tokenizer=models/smollm2      a Hugging Face folder's
     python data/text/prepare.py --input=papers/ --out=papers --column=article.body
 
     .jsonl, .parquet    a document a row: its text is in the column --column; article.body is the entry body of what is
@@ -35,7 +36,7 @@ from data.corpus import Document, Source, write_corpus
 from data.lengths import Meta, next_step
 from data.reading import files_under, kind, pieces, text_blocks
 from data.rows import NO_COLUMN, NoColumn, bytes_of_text, has_rows, row_text, rows_of, why_not_text
-from data.tokenizer import TOKENIZERS, tokenizer_from_meta
+from data.tokenizer import TOKENIZER_HELP, load_tokenizer
 
 GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*[^\n]*\n", re.DOTALL)
 GUTENBERG_END = re.compile(
@@ -48,9 +49,7 @@ GUTENBERG_LONGEST = 400  # characters that such a line has at most
 class Config:
     input: tuple[str, ...] = key((), "file, or folder of files; may be given several times")
     out: str = key("", "name of the data set")
-    tokenizer: str = key(
-        "byte", "byte: no vocabulary to fetch; the others are tiktoken's: 4 times fewer tokens", choices=TOKENIZERS
-    )
+    tokenizer: str = key("byte", TOKENIZER_HELP)
     val_fraction: float = key(
         0.05, "share of the documents that is for validation, or of each if they are few", above=0, below=1
     )
@@ -83,7 +82,7 @@ def prepare(
         raise UserError(f"--out={out}: give a name of letters, digits, '_', '-' and '.', for a folder under {data}")
     if (folder / "prepare.py").exists():
         raise UserError(f"--out={out}: this data set has a prepare.py of its own; give another name")
-    encoder = tokenizer_from_meta({"name": tokenizer})
+    encoder = load_tokenizer(tokenizer)
     for name in inputs:
         where = Path(os.path.expanduser(name)).resolve()
         if folder.resolve() in [where, *where.parents]:
