@@ -279,10 +279,11 @@ def _check_ranges(key_ranges: Tensor, q: Tensor) -> None:
     B, _, T, _ = q.shape
     if key_ranges.shape not in ((T, 2), (B, T, 2)):
         raise ValueError(
-            f"key_ranges must be (T, 2) = ({T}, 2) or (B, T, 2) = ({B}, {T}, 2), not {_describe(key_ranges)}"
+            f"key_ranges must be (T, 2) = ({T}, 2) or (B, T, 2) = ({B}, {T}, 2), the keys [lo, hi) of each row, "
+            f"not {_describe(key_ranges)}"
         )
     if key_ranges.dtype != torch.int32 or key_ranges.device != q.device:
-        raise TypeError(f"key_ranges must be int32 on {q.device}, not {_describe(key_ranges)}")
+        raise TypeError(f"key_ranges must be int32 (.int()) on {q.device}, not {_describe(key_ranges)}")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, same_length: bool = True) -> None:

@@ -39,8 +39,11 @@ def set_retention(model: nn.Module, c: float) -> None:
     """Set c, a float > 0, of every layer whose attention is "sus": about how many tiles of 64 keys a row keeps in the
     backward. math.inf keeps all: the exact gradient through the same code. Until it is set, c is 8.
 
-    Raises TypeError or ValueError where c is not a number > 0, ValueError where no attention is "sus" or can be.
+    Raises TypeError or ValueError where c is not a number > 0, ValueError where no attention is "sus" or can be, or the
+    configuration has attention dropout.
     """
+    if isinstance(c, bool) or not isinstance(c, int | float):
+        raise TypeError(f"c must be a number > 0, as in set_retention(model, 8.0), not {type(c).__name__}")
     check_c(c, None, torch.device("cpu"))
     layers = [module for module in model.modules() if _implementation(module) == "sus"]
     if not layers:
@@ -55,8 +58,15 @@ def set_retention(model: nn.Module, c: float) -> None:
             raise ValueError(
                 f"{type(module).__name__} has an attention of its own, which can't be exchanged: use 'eager'"
             )
+        for key in DROPOUTS:
+            if dropout := getattr(module.config, key, 0):
+                raise ValueError(_no_dropout(key, dropout))
     for module in layers:
         module.sus_c = float(c)  # type: ignore[assignment]
+
+
+def _no_dropout(key: str, dropout: float) -> str:
+    return f"attention 'sus' has no dropout: load the model with {key}=0.0 (it is {dropout})"
 
 
 def _implementation(module: nn.Module) -> str | None:
@@ -90,6 +100,9 @@ def key_ranges(
     many keys to both sides. allow_is_bidirectional_skip: given for such models, and for no others.
     Raises ValueError where a row sees no range of keys; in compiled code, where values can't be looked at, it does not.
     """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention 'sus' takes an attention_mask of shape (batch, tokens), not {shape}")
     if use_vmap:
         raise ValueError("attention 'sus' can't have a mask function of the model's own (or_mask_function): use 'sdpa'")
     causal = allow_is_bidirectional_skip is None
@@ -254,7 +267,7 @@ def _refuse(
     if dropout > 0:
         keys = [key for key in DROPOUTS if getattr(getattr(module, "config", None), key, 0)]
         key = keys[0] if keys else DROPOUTS[0]
-        raise ValueError(f"attention 'sus' has no dropout: load the model with {key}=0.0 (it is {dropout})")
+        raise ValueError(_no_dropout(key, dropout))
     if softcap is not None:
         raise ValueError("attention 'sus' has no softcap (Gemma 2's attn_logit_softcapping): use 'eager'")
     if s_aux is not None:

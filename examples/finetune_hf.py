@@ -5,7 +5,7 @@
     python examples/finetune_hf.py --text=FOLDER --lora=16 --steps=100 --learning_rate=2e-4
 
 Both see the same rows of T tokens, each of one document, and start from the same weights. The table shows tokens/s and
-losses side by side; what SUS trained is saved. It needs requirements-dev.txt.
+losses side by side; what SUS trained is saved. It needs `pip install ".[hf]" tqdm`, and for --lora peft.
 """
 
 import statistics
@@ -42,11 +42,19 @@ class FinetuneConfig:
 def main() -> None:
     cfg = load_config(FinetuneConfig, sys.argv[1:], usage=__doc__)
     if not Path(cfg.model, "config.json").exists():
-        raise UserError(f"no Hugging Face folder {cfg.model}: python examples/smollm2.py makes models/smollm2")
+        raise UserError(
+            f"no Hugging Face folder {cfg.model}: give one by --model=FOLDER; python examples/smollm2.py makes "
+            "models/smollm2"
+        )
     tokenizer, rows, held_out = documents(cfg)
     print(f"{len(rows)} rows of {cfg.T:,} tokens for training, {len(held_out)} for validation", flush=True)
+    if cfg.T <= 64 * cfg.c:
+        print(
+            f"note: c = {cfg.c:g} tiles of 64 keys are all of a row here, so that SUS saves nothing: give a larger --T"
+        )
     table = [["attention", "tokens/s", "loss, first 10", "last 10 steps", "validation, before", "after"]]
     for attention in ("sdpa", "sus"):
+        print(f"== {attention}", flush=True)
         figures = train(cfg, attention, tokenizer, rows, held_out)
         table.append([attention, f"{figures[0]:,.0f}", *(f"{loss:.4f}" for loss in figures[1:])])
     print_table(table)
@@ -71,7 +79,8 @@ def documents(cfg: FinetuneConfig) -> tuple["PreTrainedTokenizerBase", list[dict
         held_out += rows[cut:]
     if not held_out:
         raise UserError(
-            f"{place} has no document of {8 * cfg.T:,} tokens: give longer ones by --text, or a smaller --T"
+            f"{place} has no document of 8 x T = {8 * cfg.T:,} tokens, of which the last eighth is for validation: "
+            "give longer ones by --text, or a smaller --T"
         )
     return tokenizer, train, held_out[:: -(-len(held_out) // 8)]
 

@@ -140,7 +140,7 @@ def _compile(kernel, args: tuple) -> None:
 
 @functools.cache  # once
 def _announce() -> None:
-    text = "compiling the CPU kernels: some ten seconds, the first time only"
+    text = "compiling the CPU kernels: half a minute or so, the first time only"
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)  # clear of any progress bar
     else:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -352,6 +353,8 @@ def test_masks_that_are_no_ranges_are_refused():
     holes[1, 40:50] = 0
     with pytest.raises(ValueError, match="padding at the ends of attention_mask, not between tokens"):
         model(x, attention_mask=holes)
+    with pytest.raises(ValueError, match=r"of shape \(batch, tokens\), not \(2, 150, 150\)"):
+        model(x, attention_mask=torch.ones(2, 150, 150))
     with pytest.raises(ValueError, match=r"no attention_mask of shape \(2, 1, 150, 150\), torch.bool.*position_ids"):
         model(x, attention_mask=torch.ones(2, 1, 150, 150, dtype=torch.bool))
     keys = dict(config=model.config, inputs_embeds=torch.zeros(2, 20, 32), attention_mask=None, past_key_values=None)
@@ -390,6 +393,8 @@ def test_dropout_names_the_key_to_set():
     make("gpt2", attn_pdrop=0.1).eval()(tokens())
     with pytest.raises(ValueError, match="load the model with attention_dropout=0.0 .it is 0.2."):
         make("llama", attention_dropout=0.2)(tokens())
+    with pytest.raises(ValueError, match="load the model with attn_pdrop=0.0 .it is 0.1."):
+        sus_hf.set_retention(make("gpt2", attn_pdrop=0.1), 4.0)
     with pytest.raises(ValueError, match="no softcap"):
         make("gemma2", head_dim=16)(tokens())
 
@@ -407,8 +412,14 @@ def test_retention_is_checked_and_set_in_every_layer():
     with pytest.raises(RuntimeError):  # it doesn't go on without its causal mask
         own(tokens())
     model.set_attn_implementation("sus")
-    for bad, kind in ((0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("4", TypeError), (None, TypeError)):
-        with pytest.raises(kind, match="^c "):
+    for bad, kind in (
+        (0, ValueError),
+        (-1.0, ValueError),
+        (math.nan, ValueError),
+        ("4", TypeError),
+        (model, TypeError),
+    ):
+        with pytest.raises(kind, match="^c must be "):
             sus_hf.set_retention(model, bad)
     sus_hf.set_retention(model, 3)
     assert [layer.self_attn.sus_c for layer in model.model.layers] == [3.0, 3.0]
@@ -465,6 +476,17 @@ def test_the_trainer_follows_sdpa(kind, tmp_path):
     assert trained(make(kind, "sus", inf), tmp_path) == pytest.approx(exact, abs=1e-4)
     noisy = trained(make(kind, "sus", 1.0), tmp_path)
     assert noisy[0] == pytest.approx(exact[0], abs=1e-4) and noisy[1:] != pytest.approx(exact[1:], abs=1e-4)
+
+
+def test_the_script_in_the_docs(tmp_path):
+    """docs/operator.md's, on a small model."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "operator.md").read_text(encoding="utf-8")
+    (script,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "Trainer(" in block)
+    script = script.replace("max_steps=100", 'max_steps=2, report_to="none", use_cpu=True, logging_steps=1')
+    names = dict(model=make("llama", "sus", 1.0), output_dir=str(tmp_path), documents=documents())
+    exec(script, names)
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
 
 
 WAYS = {
