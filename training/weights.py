@@ -31,10 +31,11 @@ def locate(name: str) -> Path:
         return hugging_face.from_hub(name)
     if there is None:
         words = "scratch", "resume", *hugging_face.GPT2
-        meant = f": did you mean {name.lower()}?" if name.lower() in words else ""
+        if (meant := name.lower()) in words:
+            raise UserError(f"init_from={name}: did you mean --init_from={meant}?")
         raise UserError(
             f"init_from={name} is none of {', '.join(words)}, no name on the Hugging Face hub, and no path of a "
-            f"checkpoint, of its folder or of a Hugging Face folder{meant}"
+            f"checkpoint, of its folder or of a Hugging Face folder"
         )
     return there
 
