@@ -396,7 +396,10 @@ def test_the_mask_is_the_runs_own(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "keys",
-    [dict(attn_backward="exact"), dict(sus_c="inf", activation_checkpointing="attention", offload_activations=True)],
+    [
+        pytest.param(dict(attn_backward="exact"), marks=pytest.mark.slow),
+        dict(sus_c="inf", activation_checkpointing="attention", offload_activations=True),
+    ],
     ids=["exact", "sus"],
 )
 def test_processes_share_documents(corpus, tmp_path, keys):
@@ -408,8 +411,23 @@ def test_processes_share_documents(corpus, tmp_path, keys):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("again", ["none", "attention", "full"])
-@pytest.mark.parametrize("keys", [EXACT, dict(attn_backward="sus", sus_c=0.4)], ids=["exact", "sus"])
+SUS = dict(attn_backward="sus", sus_c=0.4)
+COMPILED = {"sus-attention": (SUS, "attention"), "exact-none": (EXACT, "none")}
+SLOW = {
+    f"{name}-{again}": (keys, again)
+    for name, keys in (("sus", SUS), ("exact", EXACT))
+    for again in ("none", "attention", "full")
+    if f"{name}-{again}" not in COMPILED
+}
+
+
+@pytest.mark.parametrize(
+    "keys, again",
+    [
+        *(pytest.param(*case, id=name) for name, case in COMPILED.items()),
+        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+    ],
+)
 def test_compiled(keys, again):
     """Windows within one graph; documents, which make exact attention break it, with the same gradient."""
     torch._dynamo.reset()

@@ -238,6 +238,7 @@ def test_infinite_c_is_exact():
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # test_unbiased_over_seeds is quicker
 @many_programs
 def test_unbiased_by_integrating_over_u():
     """Over the first draw. With c_i far above c the second cuts nothing: a few rows have all of the gradient."""
