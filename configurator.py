@@ -447,6 +447,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.explicit: set[str] = set()  # see load_config; none where a program makes the configuration
 
+    @property
+    def D(self) -> int:
+        """The head dimension."""
+        return self.head_dim or self.n_embd // self.n_head
+
 
 def validate(cfg: TrainConfig) -> None:
     """What TrainConfig's keys demand of each other; UserError. Devices, files and checkpoints are checked elsewhere."""
@@ -475,10 +480,9 @@ def _validate_architecture(cfg: TrainConfig) -> None:
         raise UserError(f"n_embd={cfg.n_embd} must be a multiple of n_head={cfg.n_head}, or give --head_dim=64, say")
     if cfg.n_kv_head and cfg.n_head % cfg.n_kv_head:
         raise UserError(f"n_head={cfg.n_head} must be a multiple of n_kv_head={cfg.n_kv_head} (0: as n_head)")
-    head_dim = cfg.head_dim or cfg.n_embd // cfg.n_head
-    if cfg.pos == "rope" and head_dim % 2:
+    if cfg.pos == "rope" and cfg.D % 2:
         of = "head_dim" if cfg.head_dim else f"n_embd / n_head = {cfg.n_embd} / {cfg.n_head}"
-        raise UserError(f"pos=rope needs an even head dimension, but {of} = {head_dim}")
+        raise UserError(f"pos=rope needs an even head dimension, but {of} = {cfg.D}")
     _validate_rope(cfg)
     if not cfg.window_pattern or set(cfg.window_pattern) - {"S", "L"}:
         raise UserError(f"window_pattern={cfg.window_pattern!r} must be made of S and L, such as SSSL")

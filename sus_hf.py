@@ -32,7 +32,15 @@ except ImportError as error:
 
 DEFAULT_C = 8.0  # sus_attention's
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # what configurations call it
-SPARSE = ("block_indices", "indices", "sinks")  # arguments of models whose own attention is sparse
+REFUSED = {  # arguments of models' own, and what to do
+    "softcap": "softcap (Gemma 2's attn_logit_softcapping): use 'eager'",
+    "s_aux": "sinks (s_aux, as GPT-OSS has them): use 'eager'",
+    "position_bias": "position_bias (as T5 has it): use 'sdpa'",
+    "cache": "paged cache (continuous batching): use 'sdpa' to serve the model",
+    "block_indices": "block_indices, by which the model chooses keys: use 'sdpa'",
+    "indices": "indices, by which the model chooses keys: use 'sdpa'",
+    "sinks": "sinks, by which the model chooses keys: use 'sdpa'",
+}
 
 
 def set_retention(model: nn.Module, c: float) -> None:
@@ -174,10 +182,6 @@ def sus_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    cache: object = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **others: object,
@@ -187,7 +191,7 @@ def sus_attention_forward(
     query (B, H, T, D); key, value (B, K, N, D). attention_mask: of `key_ranges`. Raises ValueError by the name of what
     is not supported.
     """
-    _refuse(module, attention_mask, dropout, softcap, s_aux, position_bias, cache, others)
+    _refuse(module, attention_mask, dropout, others)
     B, H, T, D = query.shape
     K, N = key.shape[1:3]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -248,16 +252,7 @@ def _process() -> int:
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
-def _refuse(
-    module: nn.Module,
-    attention_mask: Tensor | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    position_bias: Tensor | None,
-    cache: object,
-    others: dict[str, object],
-) -> None:
+def _refuse(module: nn.Module, attention_mask: Tensor | None, dropout: float, others: dict[str, object]) -> None:
     if attention_mask is not None and (attention_mask.dtype != torch.int32 or attention_mask.shape[-1] != 2):
         raise ValueError(
             f"attention 'sus' takes no attention_mask of shape {tuple(attention_mask.shape)}, {attention_mask.dtype}: "
@@ -266,19 +261,10 @@ def _refuse(
         )
     if dropout > 0:
         keys = [key for key in DROPOUTS if getattr(getattr(module, "config", None), key, 0)]
-        key = keys[0] if keys else DROPOUTS[0]
-        raise ValueError(_no_dropout(key, dropout))
-    if softcap is not None:
-        raise ValueError("attention 'sus' has no softcap (Gemma 2's attn_logit_softcapping): use 'eager'")
-    if s_aux is not None:
-        raise ValueError("attention 'sus' has no sinks (s_aux, as GPT-OSS has them): use 'eager'")
-    if position_bias is not None:
-        raise ValueError("attention 'sus' has no position_bias (as T5 has it): use 'sdpa'")
-    if cache is not None:
-        raise ValueError("attention 'sus' has no paged cache (continuous batching): use 'sdpa' to serve the model")
-    for name in SPARSE:
+        raise ValueError(_no_dropout(keys[0] if keys else DROPOUTS[0], dropout))
+    for name, what in REFUSED.items():
         if others.get(name) is not None:
-            raise ValueError(f"attention 'sus' has no {name}, by which the model chooses keys: use 'sdpa'")
+            raise ValueError(f"attention 'sus' has no {what}")
 
 
 AttentionInterface.register("sus", sus_attention_forward)

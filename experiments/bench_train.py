@@ -194,7 +194,7 @@ def measure(benchmark: str, measure_at: Callable, rounds: int, cfg: BenchTrainCo
     device = resolve_device(cfg.device, cfg.dtype)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as train.py
-    backend, why = sus_backend(cfg.sus_backend, device, cfg.head_dim or cfg.n_embd // cfg.n_head, cfg.sus_sampler)
+    backend, why = sus_backend(cfg.sus_backend, device, cfg.D, cfg.sus_sampler)
     print(f"{device.reason}; SUS c = {cfg.sus_c:g} by the {backend} backend ({why})", flush=True)
     prepare_stdlib(cfg)
     corpora = {

@@ -137,15 +137,16 @@ def architecture_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             "norm_eps": config.get("layer_norm_epsilon", 1e-5),
             "tie_head": config.get("tie_word_embeddings", True),
         }
-    width, heads = number("hidden_size"), number("num_attention_heads")
+    width, heads, n_layer = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")
+    context = number("max_position_embeddings", CONTEXT[kind])
     head_dim = number("head_dim", 128 if kind == "qwen3" else width // heads)
     biases = [config.get(name, False) for name in ("attention_bias", "mlp_bias")] if kind == "llama" else [False, False]
     if biases[0] != biases[1]:
         refuse("attention_bias", f"{biases[0]}, mlp_bias={biases[1]}")
     return {
-        "block_size": number("max_position_embeddings", CONTEXT[kind]),
+        "block_size": context,
         "vocab_size": number("vocab_size"),
-        "n_layer": number("num_hidden_layers"),
+        "n_layer": n_layer,
         "n_head": heads,
         "n_kv_head": number("num_key_value_heads", heads),
         "n_embd": width,
@@ -159,8 +160,8 @@ def architecture_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "norm": "rmsnorm",
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "qk_norm": kind == "qwen3",
-        **windows_of(config, number("num_hidden_layers"), number("max_position_embeddings", CONTEXT[kind])),
-        **rope_of(config, number("max_position_embeddings", CONTEXT[kind]), refuse),
+        **windows_of(config, n_layer, context),
+        **rope_of(config, context, refuse),
     }
 
 

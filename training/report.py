@@ -51,12 +51,11 @@ def run_name(cfg: TrainConfig) -> str:
 def describe_attention(cfg: TrainConfig, device: Device) -> str:
     """The summary's line on attention. UserError if the backend that is asked for can't be had here."""
     if cfg.attn_backward == "lowrank":
-        D = cfg.head_dim or cfg.n_embd // cfg.n_head
-        features = count_features(D, cfg.lowrank_degree + 1)
+        features = count_features(cfg.D, cfg.lowrank_degree + 1)
         if features > MOST_FEATURES:
             raise UserError(
-                f"lowrank_degree={cfg.lowrank_degree} means {features:,} features a token with heads of {D}, too many "
-                "for any memory: set a lower --lowrank_degree, or smaller heads by a larger --n_head"
+                f"lowrank_degree={cfg.lowrank_degree} means {features:,} features a token with heads of {cfg.D}, too "
+                "many for any memory: set a lower --lowrank_degree, or smaller heads by a larger --n_head"
             )
         return (
             f"low-rank backward, degree {cfg.lowrank_degree}, {features:,} features a token; "
@@ -64,9 +63,8 @@ def describe_attention(cfg: TrainConfig, device: Device) -> str:
         )
     if cfg.attn_backward != "sus":
         return "exact backward"
-    D = cfg.head_dim or cfg.n_embd // cfg.n_head
     try:
-        backend, why = resolve_backend(cfg.sus_backend, device.type, device.dtype, D, sampler=cfg.sus_sampler)
+        backend, why = resolve_backend(cfg.sus_backend, device.type, device.dtype, cfg.D, sampler=cfg.sus_sampler)
     except ValueError as error:
         raise UserError(f"sus_{error}") from None
     c = f"c set by itself for rho = {cfg.sus_rho:g}" if cfg.sus_c == "auto" else f"c = {cfg.sus_c:g}"

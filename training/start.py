@@ -286,9 +286,10 @@ def open_corpus(cfg: TrainConfig, origin: Origin, model: GPT | None, master: boo
     saved = origin.saved or origin.base or {}
     tokenizer = saved.get("tokenizer")
     if tokenizer is not None and tokenizer != corpus.tokenizer_meta:
-        made = cfg.init_from if origin.base_path.is_dir() and origin.base else tokenizer["name"]
-        if "json" in tokenizer and made == tokenizer["name"]:
-            made = "FOLDER, that of the tokenizer.json"
+        made = tokenizer["name"]
+        if "json" in tokenizer:
+            of_folder = origin.base is not None and origin.base_path.is_dir()
+            made = cfg.init_from if of_folder else "FOLDER, that of the tokenizer.json"
         raise UserError(
             f"dataset={cfg.dataset} is in tokens of the {corpus.tokenizer_meta['name']} tokenizer, but the "
             f"model's are {tokenizer['name']}'s: choose a data set made with --tokenizer={made}"
